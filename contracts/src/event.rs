@@ -1,0 +1,279 @@
+//! The answer of a turn as it moves through the chain: a head, then events in batches.
+
+use http::HeaderMap;
+use serde::{Deserialize, Serialize};
+
+use crate::Finish;
+
+/// What comes before the first event: everything a client may learn before it sees a byte of text.
+#[derive(Debug, Clone, Default)]
+pub struct Head {
+    /// The upstream's id of this answer, e.g. `chatcmpl-…`; empty where it named none.
+    pub id: String,
+    /// The model that answers, as the upstream calls it.
+    pub model: String,
+    /// Unix seconds at which the upstream says the answer was begun; 0 where it did not say.
+    pub created: u64,
+    /// Headers for the client, put here by filters (policy version, constitution hash, ...).
+    pub headers: HeaderMap,
+}
+
+/// Which channel of text, within one choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Channel {
+    /// What the user reads.
+    #[default]
+    Content,
+    /// What the model thinks aloud.
+    Reasoning,
+    /// The model's own refusal.
+    Refusal,
+    /// The arguments of the tool call with this index.
+    ToolArguments(u16),
+}
+
+/// One channel of text inside an answer: choice x channel. Text of different lanes never forms one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Lane {
+    /// Which of the answers asked for (`n`), from 0.
+    pub choice: u16,
+    /// Which channel of it.
+    pub channel: Channel,
+}
+
+impl Lane {
+    /// The content of the first choice: where nearly all text is.
+    pub const DEFAULT: Lane = Lane { choice: 0, channel: Channel::Content };
+}
+
+/// Tokens used, as the upstream counted them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Usage {
+    /// Tokens read.
+    pub input_tokens: u64,
+    /// Tokens written.
+    pub output_tokens: u64,
+}
+
+/// A range of bytes in one of a batch's two buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Span {
+    start: u32,
+    end: u32,
+}
+
+impl Span {
+    /// How many bytes.
+    pub fn len(self) -> usize {
+        (self.end - self.start) as usize
+    }
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.end == self.start
+    }
+    fn range(self) -> std::ops::Range<usize> {
+        self.start as usize..self.end as usize
+    }
+}
+
+/// What an event says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    /// A piece of one lane: [`Batch::text`] has the words.
+    Text {
+        /// Which lane.
+        lane: Lane,
+        /// The words, in the batch's text.
+        text: Span,
+    },
+    /// A tool call begins; its arguments follow as text of lane [`Channel::ToolArguments`].
+    Tool {
+        /// Which choice.
+        choice: u16,
+        /// Which call of it.
+        index: u16,
+        /// The call's id, in the batch's text.
+        id: Span,
+        /// The function's name, in the batch's text: letters, digits, `_` and `-` only.
+        name: Span,
+    },
+    /// A choice is finished.
+    Finish {
+        /// Which choice.
+        choice: u16,
+        /// Why.
+        finish: Finish,
+    },
+    /// Tokens used so far.
+    Usage(Usage),
+    /// A known frame without text of interest (the first chunk with the role): only its raw form says anything.
+    Note,
+}
+
+/// One event of an answer. Cheap to copy: the bytes are in the batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event {
+    /// What it says.
+    pub what: What,
+    /// The payload it came in, in the batch's wire bytes, as long as nobody has changed what it says. `None`: it must be
+    /// written anew. A payload with members we do not know never keeps its raw form: text could hide there.
+    pub raw: Option<Span>,
+}
+
+/// Which vocabulary the raw payloads of a batch are written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dialect {
+    /// Headgate's own chat stream: spoken by the orchestrator and by `/v1/chat/stream`.
+    #[default]
+    Headgate,
+    /// OpenAI chat completion chunks.
+    OpenAi,
+}
+
+/// All events decoded from one read, with the bytes they stand in. Made to be reused: after the first few turns of the
+/// wheel no event costs an allocation.
+#[derive(Debug, Clone, Default)]
+pub struct Batch {
+    /// Which vocabulary `raw` is in.
+    pub dialect: Dialect,
+    events: Vec<Event>,
+    text: String,
+    wire: Vec<u8>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Batch {
+        Batch::default()
+    }
+
+    /// Forgets everything but the capacity.
+    pub fn clear(&mut self) {
+        self.events.clear();
+        self.text.clear();
+        self.wire.clear();
+    }
+
+    /// The events, in the order they came.
+    pub fn events(&self) -> &[Event] {
+        &self.events
+    }
+
+    /// Whether there are no events.
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    /// Bytes in use, of text and payloads.
+    pub fn bytes(&self) -> usize {
+        self.text.len() + self.wire.len()
+    }
+
+    /// The words of a span.
+    pub fn text(&self, span: Span) -> &str {
+        self.text.get(span.range()).unwrap_or_default()
+    }
+
+    /// The raw payload of a span.
+    pub fn wire(&self, span: Span) -> &[u8] {
+        self.wire.get(span.range()).unwrap_or_default()
+    }
+
+    /// Keeps words; the span finds them again.
+    pub fn keep_text(&mut self, words: &str) -> Span {
+        self.keep_text_with(|text| text.push_str(words))
+    }
+
+    /// Keeps the words that `write` appends; the span finds them again. `write` must only append.
+    pub fn keep_text_with(&mut self, write: impl FnOnce(&mut String)) -> Span {
+        let start = self.text.len() as u32;
+        write(&mut self.text);
+        Span { start, end: self.text.len() as u32 }
+    }
+
+    /// Keeps a payload as it came; the span finds it again.
+    pub fn keep_wire(&mut self, payload: &[u8]) -> Span {
+        let start = self.wire.len() as u32;
+        self.wire.extend_from_slice(payload);
+        Span { start, end: self.wire.len() as u32 }
+    }
+
+    /// Adds an event.
+    pub fn push(&mut self, event: Event) {
+        self.events.push(event);
+    }
+
+    /// Adds a piece of text, with no raw form.
+    pub fn push_text(&mut self, lane: Lane, words: &str) {
+        let text = self.keep_text(words);
+        self.events.push(Event { what: What::Text { lane, text }, raw: None });
+    }
+
+    /// Adds an event of another batch, with its words and payload.
+    pub fn push_from(&mut self, from: &Batch, event: Event) {
+        let raw = event.raw.map(|span| self.keep_wire(from.wire(span)));
+        let what = match event.what {
+            What::Text { lane, text } => What::Text { lane, text: self.keep_text(from.text(text)) },
+            What::Tool { choice, index, id, name } => {
+                What::Tool { choice, index, id: self.keep_text(from.text(id)), name: self.keep_text(from.text(name)) }
+            }
+            plain @ (What::Finish { .. } | What::Usage(_) | What::Note) => plain,
+        };
+        self.events.push(Event { what, raw });
+    }
+
+    /// Keeps the first `n` events.
+    pub fn truncate(&mut self, n: usize) {
+        self.events.truncate(n);
+    }
+
+    /// Adds a piece that is part of a span already in this batch: bytes `range` of it.
+    ///
+    /// The range must lie on character boundaries; one that does not gives an empty piece.
+    pub fn sub(&self, span: Span, range: std::ops::Range<usize>) -> Span {
+        let (start, end) = (span.start as usize + range.start, span.start as usize + range.end);
+        if end <= span.end as usize && self.text.get(start..end).is_some() {
+            Span { start: start as u32, end: end as u32 }
+        } else {
+            Span { start: span.start, end: span.start }
+        }
+    }
+
+    /// Replaces the list of events by the ones `f` makes of each; the buffers stay.
+    pub fn rewrite(&mut self, scratch: &mut Vec<Event>, mut f: impl FnMut(&mut Batch, Event, &mut Vec<Event>)) {
+        scratch.clear();
+        let events = std::mem::take(&mut self.events);
+        for event in &events {
+            f(self, *event, scratch);
+        }
+        self.events = events;
+        std::mem::swap(&mut self.events, scratch);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_moved_to_another_batch_keeps_words_and_payload() {
+        let mut from = Batch::new();
+        let text = from.keep_text("hé");
+        let raw = from.keep_wire(b"{\"text\":\"h\xc3\xa9\"}");
+        from.push(Event { what: What::Text { lane: Lane::DEFAULT, text }, raw: Some(raw) });
+        let mut to = Batch::new();
+        to.push_text(Lane::DEFAULT, "before");
+        to.push_from(&from, from.events()[0]);
+        let Event { what: What::Text { text, .. }, raw: Some(raw) } = to.events()[1] else { panic!("a text with its raw form") };
+        assert_eq!((to.text(text), to.wire(raw)), ("hé", &b"{\"text\":\"h\xc3\xa9\"}"[..]));
+    }
+
+    #[test]
+    fn a_part_inside_a_character_is_empty() {
+        let mut batch = Batch::new();
+        let span = batch.keep_text("é");
+        assert_eq!(batch.text(batch.sub(span, 0..1)), "");
+        assert_eq!(batch.text(batch.sub(span, 0..2)), "é");
+        assert_eq!(batch.text(batch.sub(span, 0..3)), "");
+    }
+}

@@ -1,0 +1,1 @@
+//! JSON Schema, OpenAPI and AsyncAPI, generated from the types.
