@@ -209,6 +209,29 @@ impl Batch {
         self.events.push(Event { what: What::Text { lane, text }, raw: None });
     }
 
+    /// Adds words to a lane: to the last event where that is written anew anyway and is of the same lane, else as a new one.
+    pub fn append_text(&mut self, lane: Lane, words: &str) {
+        if words.is_empty() {
+            return;
+        }
+        if let Some(Event { what: What::Text { lane: last, text }, raw: None }) = self.events.last_mut()
+            && *last == lane
+            && text.end as usize == self.text.len()
+        {
+            self.text.push_str(words);
+            text.end = self.text.len() as u32;
+        } else {
+            self.push_text(lane, words);
+        }
+    }
+
+    /// Changes what the event at `index` says; its raw form is gone.
+    pub fn restate(&mut self, index: usize, what: What) {
+        if let Some(event) = self.events.get_mut(index) {
+            *event = Event { what, raw: None };
+        }
+    }
+
     /// Adds an event of another batch, with its words and payload.
     pub fn push_from(&mut self, from: &Batch, event: Event) {
         let raw = event.raw.map(|span| self.keep_wire(from.wire(span)));
@@ -227,7 +250,7 @@ impl Batch {
         self.events.truncate(n);
     }
 
-    /// Adds a piece that is part of a span already in this batch: bytes `range` of it.
+    /// The part of a span of text that its bytes `range` make.
     ///
     /// The range must lie on character boundaries; one that does not gives an empty piece.
     pub fn sub(&self, span: Span, range: std::ops::Range<usize>) -> Span {
@@ -237,17 +260,6 @@ impl Batch {
         } else {
             Span { start: span.start, end: span.start }
         }
-    }
-
-    /// Replaces the list of events by the ones `f` makes of each; the buffers stay.
-    pub fn rewrite(&mut self, scratch: &mut Vec<Event>, mut f: impl FnMut(&mut Batch, Event, &mut Vec<Event>)) {
-        scratch.clear();
-        let events = std::mem::take(&mut self.events);
-        for event in &events {
-            f(self, *event, scratch);
-        }
-        self.events = events;
-        std::mem::swap(&mut self.events, scratch);
     }
 }
 

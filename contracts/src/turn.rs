@@ -38,10 +38,8 @@ impl Trace {
     pub fn from_headers(headers: &HeaderMap) -> Trace {
         let mut all = headers.get_all("traceparent").iter();
         let (first, second) = (all.next(), all.next());
-        let Some((trace_id, parent_id, sampled)) = first
-            .filter(|_| second.is_none())
-            .and_then(|value| value.to_str().ok())
-            .and_then(parse_traceparent)
+        let Some((trace_id, parent_id, sampled)) =
+            first.filter(|_| second.is_none()).and_then(|value| value.to_str().ok()).and_then(parse_traceparent)
         else {
             return Trace::fresh();
         };
