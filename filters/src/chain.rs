@@ -1,0 +1,101 @@
+//! The gates of a route, in the order of the config: prompt and answer run the same list, top to bottom.
+
+use std::{future::poll_fn, task::Poll};
+
+use headgate_contracts::{Batch, End, Head, Prompt, Record, Stop};
+
+use crate::Gate;
+
+/// The gates of one turn.
+pub struct Chain {
+    gates: Vec<Gate>,
+}
+
+impl Chain {
+    /// A chain of these gates, in this order.
+    pub fn new(gates: Vec<Gate>) -> Chain {
+        Chain { gates }
+    }
+
+    /// The gates, in order.
+    pub fn gates(&self) -> &[Gate] {
+        &self.gates
+    }
+
+    /// The prompt on its way up: each filter may stamp, change or refuse it, or wait. Cancel safe: dropping it drops what waits.
+    pub async fn prompt(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
+        for gate in &mut self.gates {
+            gate.prompt(prompt).await?;
+        }
+        Ok(())
+    }
+
+    /// The answer's head on its way down, before the client has seen a byte.
+    pub fn head(&mut self, head: &mut Head) -> Result<(), Stop> {
+        for gate in &mut self.gates {
+            gate.head(head)?;
+        }
+        Ok(())
+    }
+
+    /// In: what came. Out: what may go. `Err`: the turn ends after what is now in `batch`.
+    ///
+    /// Of two refusals the earlier in the text wins: a later gate only ever sees what an earlier one lets go, so the last
+    /// gate to refuse lies earliest.
+    ///
+    /// Work: one pass per gate; nothing is copied or allocated while nothing is held and all is clean.
+    pub fn pass(&mut self, batch: &mut Batch) -> Result<(), Stop> {
+        for gate in &mut self.gates {
+            gate.pass(batch);
+        }
+        self.stop(0)
+    }
+
+    /// Whether more may come in.
+    pub fn has_room(&self) -> bool {
+        self.gates.iter().all(Gate::has_room)
+    }
+
+    /// Waits until something may go that was held, without new text. Cancel safe: what became ripe is kept in its gate.
+    pub async fn ripen(&mut self) {
+        poll_fn(|cx| {
+            for gate in &mut self.gates {
+                if gate.poll_ripe(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+            }
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Nothing more will come. In: how the turn would end. Out: what was still held and may go, and how the turn does end:
+    /// a refusal of held text lies earlier in the text than any end after it, and so it wins.
+    pub fn end(&mut self, end: End, batch: &mut Batch, record: &mut Record) -> End {
+        batch.clear();
+        // Gates before a refusing one have nothing more to say: what they hold lies behind the cut.
+        let from = self.gates.iter().rposition(|gate| gate.stop().is_some()).map_or(0, |index| index + 1);
+        let end = match end {
+            // Nobody is listening: nothing needs to be cleared.
+            Err(Stop::Gone(gone)) => Err(Stop::Gone(gone)),
+            end => {
+                for gate in &mut self.gates[from..] {
+                    gate.pass(batch);
+                    gate.last(batch);
+                }
+                self.stop(from).and(end)
+            }
+        };
+        for gate in &mut self.gates {
+            gate.end(record);
+        }
+        end
+    }
+
+    fn stop(&self, from: usize) -> Result<(), Stop> {
+        match self.gates[from..].iter().rev().find_map(|gate| gate.stop().cloned()) {
+            Some(stop) => Err(stop),
+            None => Ok(()),
+        }
+    }
+}
