@@ -1,0 +1,352 @@
+//! The front door: finds the route of a request, checks what can be checked before a turn, and answers.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use headgate_contracts::{
+    Code, Credential, Fault, Gone, Head, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
+    wire::{chat::TurnRequest, openai, problem::Problem},
+};
+use headgate_filters::policy_headers::strip_forged;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
+use hyper::{Request, Response, body::Incoming};
+
+use crate::{
+    body::Reply,
+    live::{App, Kind, Live, Route},
+    page, proxy,
+    serve::{Peer, Service},
+    session::{Begun, identify},
+    sse::{Framing, Stream, begin},
+    voice::Voice,
+    ws,
+};
+
+impl Service for App {
+    async fn call(&self, request: Request<Incoming>, peer: Peer) -> Response<Reply> {
+        let live = self.live();
+        let origin = request.headers().get(header::ORIGIN).cloned();
+        let route = live.route(request.uri().path()).cloned();
+        let allowed = match (&origin, &route) {
+            (Some(origin), Some(route)) if !route.allows(origin, request.headers().get(header::HOST)) => false,
+            _ => true,
+        };
+        let answer = if allowed {
+            answer(self, &live, route, request, peer).await
+        } else {
+            Err(Refusal::new(Code::OriginDenied, "route.origins").into())
+        };
+        let mut response = answer.unwrap_or_else(|stop| problem(&stop, None));
+        if let (Some(origin), true) = (origin, allowed) {
+            response.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            response.headers_mut().insert(header::VARY, HeaderValue::from_static("origin"));
+            response.headers_mut().insert(
+                header::ACCESS_CONTROL_EXPOSE_HEADERS,
+                HeaderValue::from_static("x-headgate-turn, policy-version, constitution-hash, traceparent, retry-after"),
+            );
+        }
+        response
+    }
+}
+
+async fn answer(
+    app: &App,
+    live: &Arc<Live>,
+    route: Option<Arc<Route>>,
+    mut request: Request<Incoming>,
+    peer: Peer,
+) -> Result<Response<Reply>, Stop> {
+    strip_forged(request.headers_mut());
+    if app.drain().has_begun() {
+        return Err(Fault::us(Code::Draining).after(Duration::from_secs(1)).into());
+    }
+    let Some(route) = route else {
+        return match live.page {
+            true => page::answer(&request).ok_or_else(|| Fault::client(Code::NotFound).into()),
+            false => Err(Fault::client(Code::NotFound).into()),
+        };
+    };
+    if request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
+        return Ok(preflight());
+    }
+    match route.kind {
+        Kind::Chat => match (request.method().clone(), turn_of(&route, request.uri().path())?) {
+            (Method::POST, None) => chat(app, &route, request).await,
+            (Method::GET | Method::CONNECT, None) if ws::asks(&request) => ws::upgrade(app, &route, request, peer),
+            (Method::GET, Some((turn, ""))) => resume(app, &route, turn, &request).await,
+            (Method::POST, Some((turn, "/stop"))) => stop(app, &route, turn, &request).await,
+            (_, None) => Err(not_allowed("POST for a turn, or GET with Upgrade for a WebSocket")),
+            (_, Some(_)) => Err(not_allowed("GET to resume a turn, POST to its /stop")),
+        },
+        Kind::OpenAi => match (request.method(), request.uri().path().ends_with("/models")) {
+            (&Method::GET, true) => models(&route, &request).await,
+            (&Method::POST, false) => completions(app, &route, request).await,
+            _ => Err(not_allowed("POST for a completion, GET for the list of models")),
+        },
+        Kind::Proxy => proxy::pass(app, &route, request).await,
+    }
+}
+
+fn not_allowed(message: &'static str) -> Stop {
+    Fault::client(Code::MethodNotAllowed).saying(message).into()
+}
+
+/// `/{turn_id}` and what follows it, below the route's path.
+fn turn_of<'a>(route: &Route, path: &'a str) -> Result<Option<(TurnId, &'a str)>, Stop> {
+    let Some(rest) = path.strip_prefix(&*route.base).and_then(|rest| rest.strip_prefix('/')) else { return Ok(None) };
+    let (id, rest) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    match id.parse() {
+        Ok(turn) => Ok(Some((turn, rest))),
+        Err(_) => Err(Fault::client(Code::SessionNotFound).into()),
+    }
+}
+
+/// `POST /v1/chat/stream`: one turn as server-sent events.
+async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    accepts(request.headers(), "text/event-stream")?;
+    let is_h2 = request.version() == http::Version::HTTP_2;
+    let (facts, body) = read(route, request).await?;
+    let turn = TurnRequest::parse(&body)?;
+    let mut prompt = Prompt::new(TurnId::fresh(), turn.session_id.clone().unwrap_or_else(SessionId::fresh), Vec::new());
+    prompt.settings = turn.settings();
+    prompt.messages = turn.messages;
+    prompt.metadata = turn.metadata;
+    facts.stamp(&mut prompt);
+    let begun = app.turns().begin(route, prompt, Voice::chat());
+    stream(route, begun, Framing::Chat, is_h2, &facts.trace).await
+}
+
+/// `POST /v1/chat/completions`: OpenAI's requests, streamed or not.
+async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    let is_h2 = request.version() == http::Version::HTTP_2;
+    let (facts, body) = read(route, request).await?;
+    let parsed = openai::Request::parse(&body)?;
+    let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), parsed.messages);
+    prompt.settings = parsed.settings;
+    prompt.metadata = parsed.metadata;
+    facts.stamp(&mut prompt);
+    match parsed.form {
+        openai::Form::Streamed => {
+            let begun = app.turns().begin(route, prompt, Voice::chunks(parsed.include_usage));
+            stream(route, begun, Framing::OpenAi, is_h2, &facts.trace).await
+        }
+        openai::Form::Whole => {
+            let begun = app.turns().begin(route, prompt, Voice::whole());
+            whole(begun, &facts.trace).await
+        }
+    }
+}
+
+/// The response of a streamed turn: begun when the answer begins, or after a heartbeat's time without one.
+async fn stream(route: &Route, begun: Begun, framing: Framing, is_h2: bool, trace: &Trace) -> Result<Response<Reply>, Stop> {
+    let Begun { turn, mut drive, mut reader, .. } = begun;
+    let head = match begin(&mut drive, &mut reader, route.flow.heartbeat).await {
+        Ok(head) => head,
+        Err(stop) => return Ok(problem(&stop, Some(turn))),
+    };
+    let early = head.is_none();
+    if is_h2 {
+        // An HTTP/2 stream whose window is shut does not poll its body, and then the turn could not watch its clock.
+        drive = drive.detach();
+    }
+    let mut response = Response::new(Reply::Turn(Box::new(Stream::new(drive, reader, turn, framing, route.flow.heartbeat, early))));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    stamp(headers, turn, trace, head.as_deref());
+    Ok(response)
+}
+
+/// The response of a turn that is not streamed: its end decides the status.
+async fn whole(begun: Begun, trace: &Trace) -> Result<Response<Reply>, Stop> {
+    let Begun { turn, mut drive, mut reader, .. } = begun;
+    let mut answer = Vec::new();
+    let ended = std::future::poll_fn(|cx| {
+        drive.poll(cx);
+        loop {
+            let shown = std::task::ready!(reader.poll_next(cx, usize::MAX, |event| answer.extend_from_slice(event.payload)));
+            if shown == 0 {
+                return reader.poll_head(cx);
+            }
+        }
+    });
+    match ended.await {
+        Ok(head) => {
+            let mut response = Response::new(Reply::from(answer));
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            stamp(response.headers_mut(), turn, trace, Some(&head));
+            Ok(response)
+        }
+        Err(stop) => Ok(problem(&stop, Some(turn))),
+    }
+}
+
+fn stamp(headers: &mut HeaderMap, turn: TurnId, trace: &Trace, head: Option<&Head>) {
+    if let Some(head) = head {
+        headers.extend(head.headers.clone());
+    }
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    for (name, value) in [("x-headgate-turn", turn.to_string()), ("traceparent", trace.traceparent())] {
+        if let Ok(value) = HeaderValue::try_from(value) {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    }
+}
+
+/// `GET /v1/chat/stream/{turn_id}`: the rest of a turn that went on without its client.
+async fn resume(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    accepts(request.headers(), "text/event-stream")?;
+    let principal = identify(route, credential(request.headers())).await?;
+    let hook = app.turns().find(turn, &principal)?;
+    let after = match request.headers().get("last-event-id") {
+        None => None,
+        Some(id) => Some(last_event_id(id, turn)?),
+    };
+    let reader = hook.read(after).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))?;
+    let begun = Begun { turn, session: SessionId::fresh(), drive: crate::drive::Drive::elsewhere(), reader };
+    stream(route, begun, Framing::Chat, false, &Trace::from_headers(request.headers())).await
+}
+
+fn last_event_id(id: &HeaderValue, turn: TurnId) -> Result<u64, Stop> {
+    let wrong = || Stop::Failed(Fault::client(Code::InvalidRequest).saying("Last-Event-ID must be <turn id>:<number> of this turn"));
+    let (of, seq) = id.to_str().ok().and_then(|id| id.split_once(':')).ok_or_else(wrong)?;
+    match (of.parse() == Ok(turn), seq.parse()) {
+        (true, Ok(seq)) => Ok(seq),
+        _ => Err(wrong()),
+    }
+}
+
+/// `POST /v1/chat/stream/{turn_id}/stop`.
+async fn stop(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    let principal = identify(route, credential(request.headers())).await?;
+    app.turns().find(turn, &principal)?.stop(Gone::Stopped);
+    let mut response = Response::new(Reply::empty());
+    *response.status_mut() = StatusCode::ACCEPTED;
+    Ok(response)
+}
+
+/// `GET /v1/models`.
+async fn models(route: &Arc<Route>, request: &Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    identify(route, credential(request.headers())).await?;
+    let mut body = Vec::new();
+    openai::models(&mut body, route.models.iter().map(String::as_str), 0);
+    let mut response = Response::new(Reply::from(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok(response)
+}
+
+/// What a request says about its turn besides its body.
+pub(crate) struct Facts {
+    credential: Credential,
+    idempotency_key: Option<String>,
+    /// Our own span.
+    pub(crate) trace: Trace,
+}
+
+impl Facts {
+    pub(crate) fn of(headers: &HeaderMap) -> Facts {
+        let idempotency_key = headers.get("idempotency-key").and_then(|key| key.to_str().ok()).filter(|key| (1..=255).contains(&key.len()));
+        Facts { credential: credential(headers), idempotency_key: idempotency_key.map(str::to_owned), trace: Trace::from_headers(headers) }
+    }
+
+    pub(crate) fn stamp(&self, prompt: &mut Prompt) {
+        prompt.credential = self.credential.clone();
+        prompt.idempotency_key = self.idempotency_key.clone();
+        prompt.trace = self.trace.clone();
+    }
+}
+
+/// The bearer token of a request. More than one credential is none: which of them would have been meant?
+pub(crate) fn credential(headers: &HeaderMap) -> Credential {
+    let mut all = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (all.next(), all.next()) else { return Credential::None };
+    match value.to_str().ok().and_then(|value| value.split_once(' ')) {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() => Credential::Bearer(Secret::new(token.trim())),
+        _ => Credential::None,
+    }
+}
+
+/// The facts and the body of a JSON request, within the route's bounds of size and time.
+async fn read(route: &Route, request: Request<Incoming>) -> Result<(Facts, Bytes), Stop> {
+    let headers = request.headers();
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        return Err(Fault::client(Code::EncodingRefused).into());
+    }
+    let is_json = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).is_some_and(|kind| {
+        kind.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
+    });
+    if !is_json {
+        return Err(Fault::client(Code::UnsupportedMediaType).saying("the body must be application/json").into());
+    }
+    let facts = Facts::of(headers);
+    let body = Limited::new(request.into_body(), route.max_body).collect();
+    match tokio::time::timeout(route.body_time, body).await {
+        Ok(Ok(body)) => Ok((facts, body.to_bytes())),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(Fault::client(Code::PayloadTooLarge).into()),
+        Ok(Err(error)) => Err(Fault::client(Code::ProtocolError).caused_by(error).into()),
+        Err(_) => Err(Fault::client(Code::RequestTimeout).into()),
+    }
+}
+
+fn accepts(headers: &HeaderMap, kind: &str) -> Result<(), Stop> {
+    let mut accepted = headers.get_all(header::ACCEPT).iter().peekable();
+    let family = kind.split_once('/').map_or(kind, |(family, _)| family);
+    let fits = |range: &str| {
+        let range = range.split(';').next().unwrap_or_default().trim();
+        range == "*/*" || range.eq_ignore_ascii_case(kind) || range.strip_suffix("/*").is_some_and(|range| range.eq_ignore_ascii_case(family))
+    };
+    if accepted.peek().is_none() || accepted.any(|value| value.to_str().is_ok_and(|value| value.split(',').any(fits))) {
+        Ok(())
+    } else {
+        Err(Fault::client(Code::NotAcceptable).saying("the answer is text/event-stream").into())
+    }
+}
+
+fn preflight() -> Response<Reply> {
+    let mut response = Response::new(Reply::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
+    headers.insert(
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        HeaderValue::from_static("authorization, content-type, idempotency-key, last-event-id, traceparent, tracestate"),
+    );
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
+}
+
+/// A refusal or fault as a response of its own.
+pub(crate) fn problem(stop: &Stop, turn: Option<TurnId>) -> Response<Reply> {
+    let code = stop.code();
+    let mut response = Response::new(Reply::from(Problem::of(stop, turn).body()));
+    // Codes of a turn's middle have no status of their own; before the first byte they are our fault's.
+    *response.status_mut() = match StatusCode::from_u16(code.status()) {
+        Ok(status) if status.is_client_error() || status.is_server_error() => status,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let retry_after = match stop {
+        Stop::Refused(refusal) => refusal.retry_after,
+        Stop::Failed(fault) => fault.retry_after,
+        Stop::Gone(_) => None,
+    };
+    if let Some(pause) = retry_after {
+        // Whole seconds, rounded up: RFC 9110 section 10.2.3.
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(pause.as_secs() + u64::from(pause.subsec_nanos() > 0)));
+    }
+    if matches!(code, Code::Unauthenticated | Code::TokenExpired) {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    if matches!(code, Code::Draining | Code::RequestTimeout | Code::PayloadTooLarge) {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Some(turn) = turn
+        && let Ok(value) = HeaderValue::try_from(turn.to_string())
+    {
+        headers.insert(HeaderName::from_static("x-headgate-turn"), value);
+    }
+    response
+}

@@ -1,0 +1,270 @@
+//! Accepts connections and hands them to hyper: deadlines before the first head, stalls, TLS, drain.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    select,
+    sync::watch,
+    time::{Instant, Sleep, sleep, timeout},
+};
+
+use crate::{body::Reply, tls::Tls};
+
+/// The bounds of a connection; the defaults are the documentation's table of limits.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// From the TCP handshake to the first byte, or to the end of the TLS handshake.
+    pub handshake: Duration,
+    /// For a whole request head.
+    pub head: Duration,
+    /// The longest time a peer may take nothing of what we write.
+    pub stall: Duration,
+    /// The most bytes of a request head.
+    pub head_bytes: usize,
+    /// The most header fields.
+    pub fields: usize,
+    /// The most connections at once, over all workers.
+    pub connections: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            handshake: Duration::from_secs(5),
+            head: Duration::from_secs(10),
+            stall: Duration::from_secs(30),
+            head_bytes: 64 << 10,
+            fields: 100,
+            connections: 16_384,
+        }
+    }
+}
+
+/// What answers requests.
+pub trait Service: Clone + Send + Sync + 'static {
+    /// One request, and who sent it over what.
+    fn call(&self, request: Request<Incoming>, peer: Peer) -> impl Future<Output = Response<Reply>> + Send;
+}
+
+/// The other side of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    /// Whether the connection is encrypted.
+    pub tls: bool,
+}
+
+/// How the accept loop is told to stop, and what it tells about itself.
+#[derive(Clone)]
+pub struct Drain {
+    begun: watch::Sender<bool>,
+    open: Arc<tokio::sync::Semaphore>,
+    all: u32,
+}
+
+impl Drain {
+    /// For so many connections at most.
+    pub fn new(connections: usize) -> Drain {
+        let all = connections.min(u32::MAX as usize) as u32;
+        Drain { begun: watch::channel(false).0, open: Arc::new(tokio::sync::Semaphore::new(all as usize)), all }
+    }
+
+    /// No new connections, no new requests on old ones; streams go on to their end.
+    pub fn begin(&self) {
+        self.begun.send_replace(true);
+    }
+
+    /// Whether that has been said.
+    pub fn has_begun(&self) -> bool {
+        *self.begun.borrow()
+    }
+
+    /// Ready once [`Drain::begin`] was called.
+    pub async fn wait(&self) {
+        // The sender is in self, so this cannot fail.
+        let _ = self.begun.subscribe().wait_for(|begun| *begun).await;
+    }
+
+    /// Ready once the last connection is closed, upgraded ones included.
+    pub async fn closed(&self) {
+        let _ = self.open.acquire_many(self.all).await;
+    }
+
+    /// Connections open now.
+    pub fn connections(&self) -> usize {
+        self.all as usize - self.open.available_permits()
+    }
+}
+
+/// Accepts on `listener` until the drain begins. One of these runs per worker; all may share a listener.
+pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, service: impl Service, drain: Drain) {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head)
+        .max_buf_size(limits.head_bytes.max(8 << 10))
+        .max_headers(limits.fields);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .enable_connect_protocol()
+        .max_concurrent_streams(100)
+        .initial_stream_window_size(64 << 10)
+        .initial_connection_window_size(1 << 20)
+        .max_header_list_size(limits.head_bytes.min(16 << 10) as u32)
+        .max_send_buf_size(64 << 10)
+        .keep_alive_interval(Duration::from_secs(20));
+    let builder = Arc::new(builder);
+    loop {
+        let accepted = select! { biased;
+            () = drain.wait() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (socket, address) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors: wait for one to be closed instead of spinning on the same error.
+                tracing::warn!(%error, "cannot accept a connection");
+                sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let Ok(permit) = drain.open.clone().try_acquire_owned() else {
+            // Over the limit: closing at once is the cheapest answer there is.
+            drop(socket);
+            continue;
+        };
+        let (tls, limits, service, drain, builder) = (tls.clone(), limits.clone(), service.clone(), drain.clone(), builder.clone());
+        tokio::spawn(async move {
+            let _permit = permit;
+            let _ = socket.set_nodelay(true);
+            match tls {
+                None => converse(socket, Peer { address, tls: false }, &builder, &limits, service, drain).await,
+                Some(tls) => {
+                    if let Ok(Ok(socket)) = timeout(limits.handshake, tls.accept(socket)).await {
+                        converse(socket, Peer { address, tls: true }, &builder, &limits, service, drain).await;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// One connection, to its end.
+async fn converse<S>(socket: S, peer: Peer, builder: &auto::Builder<TokioExecutor>, limits: &Limits, service: impl Service, drain: Drain)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    // hyper-util's version sniffing has no deadline of its own (hyperium/hyper#3756), hence this one for the first head.
+    let heard = Arc::new(AtomicBool::new(false));
+    let hears = heard.clone();
+    let io = TokioIo::new(Patient::new(socket, limits.stall));
+    let connection = builder.serve_connection_with_upgrades(
+        io,
+        service_fn(move |request| {
+            hears.store(true, Ordering::Relaxed);
+            let service = service.clone();
+            async move { Ok::<_, Infallible>(service.call(request, peer).await) }
+        }),
+    );
+    let mut connection = std::pin::pin!(connection);
+    select! { biased;
+        _ = connection.as_mut() => return,
+        () = sleep(limits.handshake + limits.head) => if !heard.load(Ordering::Relaxed) { return },
+        () = drain.wait() => {}
+    }
+    select! { biased;
+        _ = connection.as_mut() => return,
+        () = drain.wait() => connection.as_mut().graceful_shutdown(),
+    }
+    let _ = connection.await;
+}
+
+/// A socket that does not wait for ever for its peer to take what is written.
+///
+/// hyper polls a response body only while the socket takes bytes, so a turn whose client reads nothing cannot watch its own
+/// clock; this is the clock.
+struct Patient<S> {
+    socket: S,
+    stall: Duration,
+    alarm: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Patient<S> {
+    fn new(socket: S, stall: Duration) -> Patient<S> {
+        Patient { socket, stall, alarm: None }
+    }
+
+    fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.alarm = None;
+            return written;
+        }
+        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + self.stall)));
+        ready!(alarm.as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing")))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write(cx, buf);
+        self.watch(cx, written)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
+        self.watch(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = Pin::new(&mut self.socket).poll_flush(cx);
+        self.watch(cx, flushed)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let shut = Pin::new(&mut self.socket).poll_shutdown(cx);
+        self.watch(cx, shut)
+    }
+}
+
+/// A socket for `address`, shared by all workers.
+pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// A plain TCP stream, or one inside TLS.
+pub type Plain = TcpStream;

@@ -1,0 +1,129 @@
+//! Sessions and their turns: begins turns, finds running ones again, stops them.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use headgate_contracts::{Code, Credential, Fault, Gone, OnDisconnect, Principal, Prompt, Record, SessionId, Stop, Turn, TurnId};
+use headgate_filters::table;
+
+use crate::{
+    drive::Drive,
+    live::Route,
+    outbox::{Hook, Reader, Stay, outbox},
+    telemetry::Watch,
+    turn,
+    voice::Voice,
+};
+
+/// The turns that are running, or kept for a client that may come back.
+#[derive(Clone, Default)]
+pub struct Turns(Arc<Mutex<HashMap<TurnId, Kept>>>);
+
+struct Kept {
+    hook: Hook,
+    owner: Arc<OnceLock<Principal>>,
+}
+
+/// A turn that has begun.
+pub struct Begun {
+    /// Its id.
+    pub turn: TurnId,
+    /// Its session.
+    pub session: SessionId,
+    /// What runs it.
+    pub drive: Drive,
+    /// Where its events come out.
+    pub reader: Reader,
+}
+
+impl Turns {
+    fn map(&self) -> MutexGuard<'_, HashMap<TurnId, Kept>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.map().len()
+    }
+
+    /// Begins a turn: nothing happens yet, the drive has to be polled.
+    pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Begun {
+        let (id, session) = (prompt.turn, prompt.session.clone());
+        let mut turn = Turn { id, session: session.clone(), route: route.name.clone(), flow: route.flow.clone(), record: Record::default() };
+        let chain = table::chain(&route.filters, &mut turn);
+        let (outbox, reader) = outbox(&turn, voice);
+        let owner = Arc::new(OnceLock::new());
+        let entry = self.enter(id, outbox.hook(), owner.clone(), turn.flow.on_disconnect);
+        let watch = Watch::begin(route.clone(), &prompt, owner);
+        let upstream = route.upstream.clone();
+        let drive = Drive::new(async move {
+            turn::run(turn, prompt, chain, upstream, outbox, watch).await;
+            drop(entry);
+        });
+        Begun { turn: id, session, drive, reader }
+    }
+
+    fn enter(&self, id: TurnId, hook: Hook, owner: Arc<OnceLock<Principal>>, on_disconnect: OnDisconnect) -> Entry {
+        let keep = match on_disconnect {
+            OnDisconnect::Cancel => None,
+            OnDisconnect::Grace(patience) | OnDisconnect::Drain(patience) => hook.stay().map(|stay| (stay, patience)),
+        };
+        self.map().insert(id, Kept { hook, owner });
+        Entry { turns: self.clone(), id, keep }
+    }
+
+    /// The hook of a turn that `principal` owns. Another's turn is simply not there.
+    pub fn find(&self, id: TurnId, principal: &Principal) -> Result<Hook, Stop> {
+        let map = self.map();
+        let kept = map.get(&id).filter(|kept| {
+            kept.owner.get().is_some_and(|owner| owner.tenant == principal.tenant && owner.subject == principal.subject)
+        });
+        kept.map(|kept| kept.hook.clone()).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))
+    }
+
+    /// Ends every turn: the drain ran out of time.
+    pub fn stop_all(&self, why: Gone) -> usize {
+        let hooks: Vec<Hook> = self.map().values().map(|kept| kept.hook.clone()).collect();
+        hooks.into_iter().filter(|hook| hook.stop(why)).count()
+    }
+}
+
+/// A turn's place among the running ones; gone with it, or kept a while for whoever comes back.
+struct Entry {
+    turns: Turns,
+    id: TurnId,
+    keep: Option<(Stay, Duration)>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let (turns, id) = (self.turns.clone(), self.id);
+        match (self.keep.take(), tokio::runtime::Handle::try_current()) {
+            (Some((stay, patience)), Ok(runtime)) => {
+                runtime.spawn(async move {
+                    tokio::time::sleep(patience).await;
+                    drop(stay);
+                    turns.map().remove(&id);
+                });
+            }
+            _ => {
+                turns.map().remove(&id);
+            }
+        }
+    }
+}
+
+/// Who a credential belongs to, as the route's own `auth` filters say: for calls that are not turns.
+pub async fn identify(route: &Route, credential: Credential) -> Result<Principal, Stop> {
+    let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), Vec::new());
+    prompt.credential = credential;
+    let mut turn =
+        Turn { id: prompt.turn, session: prompt.session.clone(), route: route.name.clone(), flow: route.flow.clone(), record: Record::default() };
+    for built in route.filters.iter().filter(|built| built.name == "auth") {
+        built.rule.start(&mut turn).prompt(&mut prompt).await?;
+    }
+    Ok(prompt.principal)
+}

@@ -1,0 +1,128 @@
+//! A turn as a stream of server-sent events: the body of the client's response polls the turn and writes what came.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use headgate_contracts::{Head, Stop, TurnId, wire::sse};
+use hyper::body::{Body, Frame};
+use tokio::time::{Instant, Sleep};
+
+use crate::{drive::Drive, outbox::Reader};
+
+/// The most events in one write: what is ready goes at once, but one stream does not keep the core to itself.
+const MAX_EVENTS_PER_WRITE: usize = 256;
+
+/// Whose event stream it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// Ours: `id`, `event` and `data`.
+    Chat,
+    /// OpenAI's: `data` alone.
+    OpenAi,
+}
+
+/// The body of a streamed answer.
+pub struct Stream {
+    drive: Drive,
+    reader: Reader,
+    turn: TurnId,
+    framing: Framing,
+    silence: Silence,
+    /// The response was begun before the answer was (see [`begin`]), so a stop has to be told here.
+    early: bool,
+    over: bool,
+}
+
+struct Silence {
+    after: Duration,
+    last: Instant,
+    alarm: Pin<Box<Sleep>>,
+}
+
+impl Silence {
+    /// Ready when nothing was sent for a while. The alarm is set anew only when it rings, not with every event.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if self.alarm.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            let due = self.last + self.after;
+            let now = Instant::now();
+            if due <= now {
+                self.last = now;
+                self.alarm.as_mut().reset(now + self.after);
+                return Poll::Ready(());
+            }
+            self.alarm.as_mut().reset(due);
+        }
+    }
+}
+
+/// Waits for the answer's head, at most one heartbeat long: a model that reads a long prompt must not look like a dead
+/// connection. `Ok(None)`: the response begins without the head; what the answer then turns out to be comes as events.
+pub async fn begin(drive: &mut Drive, reader: &mut Reader, patience: Duration) -> Result<Option<Arc<Head>>, Stop> {
+    let head = std::future::poll_fn(|cx| {
+        drive.poll(cx);
+        reader.poll_head(cx)
+    });
+    match tokio::time::timeout(patience, head).await {
+        Ok(head) => head.map(Some),
+        Err(_) => Ok(None),
+    }
+}
+
+impl Stream {
+    /// The body of `turn`'s answer. `early`: the response is begun without the answer's head.
+    pub fn new(drive: Drive, reader: Reader, turn: TurnId, framing: Framing, heartbeat: Duration, early: bool) -> Stream {
+        let silence = Silence { after: heartbeat, last: Instant::now(), alarm: Box::pin(tokio::time::sleep(heartbeat)) };
+        Stream { drive, reader, turn, framing, silence, early, over: false }
+    }
+}
+
+impl Body for Stream {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = &mut *self;
+        if this.over {
+            return Poll::Ready(None);
+        }
+        this.drive.poll(cx);
+        let (turn, framing) = (this.turn, this.framing);
+        let mut out = Vec::new();
+        if this.early
+            && let Poll::Ready(head) = this.reader.poll_head(cx)
+        {
+            this.early = false;
+            if let Err(stop) = head {
+                this.over = true;
+                crate::voice::write_stop(&mut out, turn, framing, &stop);
+                return Poll::Ready(Some(Ok(Frame::data(out.into()))));
+            }
+        }
+        let shown = this.reader.poll_next(cx, MAX_EVENTS_PER_WRITE, |event| match framing {
+            Framing::Chat => sse::encode(&mut out, Some((&turn, event.seq)), Some(event.name), event.payload),
+            Framing::OpenAi => sse::encode(&mut out, None, None, event.payload),
+        });
+        match shown {
+            Poll::Ready(0) => {
+                this.over = true;
+                return Poll::Ready(None);
+            }
+            Poll::Ready(_) => this.silence.last = Instant::now(),
+            Poll::Pending => {
+                if this.silence.poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
+                sse::comment(&mut out);
+            }
+        }
+        Poll::Ready(Some(Ok(Frame::data(out.into()))))
+    }
+}

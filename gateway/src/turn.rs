@@ -1,0 +1,45 @@
+//! One turn, from prompt to end: the whole data path. No other function knows all the parts.
+
+use headgate_contracts::{Batch, Code, End, Fault, Gone, Prompt, Refusal, Stop, Turn};
+use headgate_filters::Chain;
+use headgate_upstream::{Answer, Upstream};
+use tokio::{select, time::sleep};
+
+use crate::{telemetry::Watch, outbox::Outbox};
+
+/// Runs one turn. Dropping it at any point drops the answer, and that stops the model, before the first byte too.
+///
+/// What is waited for, all at once: the client is gone; the deadline came; a filter made up its mind or its hold ran out;
+/// the next batch came.
+pub async fn run(mut turn: Turn, mut prompt: Prompt, mut chain: Chain, upstream: Upstream, outbox: Outbox, mut watch: Watch) {
+    let end = select! { biased;
+        gone = outbox.gone() => Err(gone.into()),
+        () = sleep(turn.flow.deadline) => Err(too_long().into()),
+        end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch) => end,
+    };
+    let mut last = Batch::new();
+    let end = chain.end(end, &mut last, &mut turn.record);                      // what is still held gets its last verdict
+    let record = outbox.close(&turn, &last, &end);                              // the ending in the client's own dialect
+    watch.end(&turn, &prompt, &chain, &record, &end);                           // one log line, metrics, the span's end
+}
+
+async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Upstream, outbox: &Outbox, watch: &mut Watch) -> End {
+    chain.prompt(prompt).await?;
+    watch.admitted(prompt);
+    let mut answer: Answer = upstream.open(prompt).await?;                      // retries live in here: before the first byte only
+    chain.head(&mut answer.head)?;
+    outbox.open(turn, answer.head.clone());
+    let mut batch = Batch::new();
+    loop {
+        batch.clear();
+        select! { biased;
+            () = chain.ripen() => {}                                            // a waited-for verdict came, or a hold ran out
+            more = answer.next(&mut batch), if chain.has_room() => if !more? { return Ok(()) },
+        }
+        watch.read(&batch);
+        let passed = chain.pass(&mut batch);                                    // in: what came; out: what may go
+        outbox.send(&batch).await?;                                             // waits while the client is behind: the backpressure
+        watch.sent(&batch);
+        passed?;
+    }
+}

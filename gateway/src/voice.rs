@@ -1,0 +1,258 @@
+//! How a turn's events are written for its client: as ours, as OpenAI's chunks, or as one whole answer.
+//!
+//! Payloads that nobody changed are passed on as the bytes that came, where upstream and client speak the same dialect.
+
+use std::ops::Range;
+
+use headgate_contracts::{
+    Batch, Dialect, End, Event, Finish, Head, Outcome, Record, Refusal, Stop, Turn, TurnId, Usage, What,
+    wire::{
+        chat::{self, Done, ErrorEvent, Open, RefusalObject},
+        openai::{Completion, DONE, Envelope, Tail},
+        problem::ErrorObject,
+        sse,
+    },
+};
+use headgate_policy::digest::Hasher;
+
+use crate::sse::Framing;
+
+/// Takes up an event that was written to the buffer: its name and where its payload stands.
+pub(crate) type Add<'a> = &'a mut dyn FnMut(&'static str, Range<usize>);
+
+/// Writes one turn.
+pub struct Voice {
+    manner: Manner,
+    digest: Hasher,
+    text_bytes: u64,
+    events: u64,
+    usage: Option<Usage>,
+    finishes: Vec<(u16, Finish)>,
+}
+
+enum Manner {
+    Chat,
+    Chunks { envelope: Option<Envelope>, include_usage: bool, spoken: Vec<u16> },
+    Whole { envelope: Option<Envelope>, answer: Box<Completion> },
+}
+
+impl Voice {
+    fn new(manner: Manner) -> Voice {
+        Voice { manner, digest: Hasher::new(), text_bytes: 0, events: 0, usage: None, finishes: Vec::new() }
+    }
+
+    /// Our own events.
+    pub fn chat() -> Voice {
+        Voice::new(Manner::Chat)
+    }
+
+    /// OpenAI's chunks.
+    pub fn chunks(include_usage: bool) -> Voice {
+        Voice::new(Manner::Chunks { envelope: None, include_usage, spoken: Vec::new() })
+    }
+
+    /// One whole answer, as OpenAI writes it: a single payload at the end.
+    pub fn whole() -> Voice {
+        Voice::new(Manner::Whole { envelope: None, answer: Box::default() })
+    }
+
+    /// Whether a client learns how the turn ended from the response's status, since nothing is sent before the end.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(self.manner, Manner::Whole { .. })
+    }
+
+    /// Bytes of text written so far.
+    pub(crate) fn text_bytes(&self) -> u64 {
+        self.text_bytes
+    }
+
+    pub(crate) fn open(&mut self, turn: &Turn, head: &Head, bytes: &mut Vec<u8>, add: Add<'_>) {
+        let named = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let envelope = || {
+            let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            Envelope::of(head, &format!("chatcmpl-{}", turn.id), "", created)
+        };
+        match &mut self.manner {
+            Manner::Chat => {
+                let open = Open {
+                    turn_id: Some(turn.id),
+                    session_id: Some(turn.session.clone()),
+                    model: head.model.clone(),
+                    policy_version: named("policy-version"),
+                    constitution_hash: named("constitution-hash"),
+                };
+                written(Open::NAME, bytes, add, |bytes| open.write(bytes));
+            }
+            Manner::Chunks { envelope: kept, spoken, .. } => {
+                let envelope = kept.insert(envelope());
+                spoken.push(0);
+                written("chunk", bytes, add, |bytes| envelope.role(bytes, 0));
+            }
+            Manner::Whole { envelope: kept, .. } => *kept = Some(envelope()),
+        }
+    }
+
+    pub(crate) fn write(&mut self, batch: &Batch, bytes: &mut Vec<u8>, add: Add<'_>) {
+        for event in batch.events() {
+            match event.what {
+                What::Text { text, .. } => {
+                    let words = batch.text(text);
+                    self.digest.update(words.as_bytes());
+                    self.text_bytes += words.len() as u64;
+                    self.events += 1;
+                }
+                What::Usage(usage) => self.usage = Some(usage),
+                What::Finish { choice, finish } => self.finishes.push((choice, finish)),
+                What::Tool { .. } => self.events += 1,
+                What::Note => continue,
+            }
+            self.manner.write(batch, event, bytes, add);
+        }
+    }
+
+    /// The record with what was sent in it.
+    pub(crate) fn settle(&self, turn: &Turn, end: &End) -> Record {
+        let mut record = turn.record.clone();
+        record.text_bytes = self.text_bytes;
+        record.events = self.events;
+        record.usage = self.usage;
+        record.finish = match end {
+            Err(Stop::Refused(refusal)) => refusal.finish,
+            _ => self.finishes.first().map_or(Finish::Stop, |(_, finish)| *finish),
+        };
+        if let Err(Stop::Refused(Refusal { finish: Finish::ContentFilter, .. })) = end {
+            record.raise(Outcome::Blocked);
+        }
+        record
+    }
+
+    /// The end: exactly one, and a cut never looks like a success.
+    pub(crate) fn close(&mut self, turn: &Turn, record: &Record, end: &End, seq: u64, bytes: &mut Vec<u8>, add: Add<'_>) {
+        let digest = std::mem::take(&mut self.digest).finish();
+        let verdict = record.seal.as_ref().and_then(|seal| seal(record, *digest.as_bytes()));
+        let refusal = match end {
+            Ok(()) => None,
+            Err(Stop::Refused(refusal)) => Some(refusal),
+            Err(stop @ (Stop::Failed(_) | Stop::Gone(_))) => {
+                match &self.manner {
+                    Manner::Chat => {
+                        let error = ErrorEvent { verdict, ..ErrorEvent::of(stop, Some(turn.id), seq.checked_sub(1)) };
+                        written(ErrorEvent::NAME, bytes, add, |bytes| error.write(bytes));
+                    }
+                    Manner::Chunks { .. } => {
+                        written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body()));
+                    }
+                    // The response's status says it.
+                    Manner::Whole { .. } => {}
+                }
+                return;
+            }
+        };
+        let tail = Tail { outcome: record.outcome, verdict: verdict.as_deref() };
+        match &mut self.manner {
+            Manner::Chat => {
+                let done = Done {
+                    finish: record.finish,
+                    outcome: Some(record.outcome),
+                    usage: record.usage,
+                    refusal: refusal.map(RefusalObject::from),
+                    verdict,
+                };
+                written(Done::NAME, bytes, add, |bytes| done.write(bytes));
+            }
+            Manner::Chunks { envelope: Some(envelope), include_usage, spoken } => {
+                let finishes = finishes(&self.finishes, spoken, refusal);
+                for (index, (choice, finish)) in finishes.iter().enumerate() {
+                    let is_last = !*include_usage && index + 1 == finishes.len();
+                    written("chunk", bytes, add, |bytes| envelope.finish(bytes, *choice, *finish, is_last.then_some(tail)));
+                }
+                if *include_usage {
+                    written("chunk", bytes, add, |bytes| envelope.usage(bytes, record.usage, Some(tail)));
+                }
+                written("done", bytes, add, |bytes| bytes.extend_from_slice(DONE));
+            }
+            Manner::Whole { envelope: Some(envelope), answer } => {
+                let choices: Vec<u16> = answer.choices().map(|(choice, _)| choice).collect();
+                for (choice, finish) in finishes(&self.finishes, &choices, refusal) {
+                    answer.finish(choice, finish);
+                }
+                written("answer", bytes, add, |bytes| answer.write(bytes, envelope, Some(tail)));
+            }
+            Manner::Chunks { envelope: None, .. } | Manner::Whole { envelope: None, .. } => {}
+        }
+    }
+}
+
+impl Voice {
+    /// The end of a turn that broke without one.
+    pub(crate) fn break_off(&mut self, stop: &Stop, seq: u64, bytes: &mut Vec<u8>, add: Add<'_>) {
+        match self.manner {
+            Manner::Chat => {
+                let error = ErrorEvent::of(stop, None, seq.checked_sub(1));
+                written(ErrorEvent::NAME, bytes, add, |bytes| error.write(bytes));
+            }
+            Manner::Chunks { .. } => written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body())),
+            Manner::Whole { .. } => {}
+        }
+    }
+}
+
+/// How each choice finished: as the model said; where it did not, or policy cut, as the refusal says.
+fn finishes(said: &[(u16, Finish)], choices: &[u16], refusal: Option<&Refusal>) -> Vec<(u16, Finish)> {
+    let mut finishes: Vec<(u16, Finish)> = said.to_vec();
+    for choice in choices {
+        if !finishes.iter().any(|(known, _)| known == choice) {
+            finishes.push((*choice, refusal.map_or(Finish::Stop, |refusal| refusal.finish)));
+        }
+    }
+    finishes.sort_unstable_by_key(|(choice, _)| *choice);
+    finishes
+}
+
+impl Manner {
+    fn write(&mut self, batch: &Batch, event: &Event, bytes: &mut Vec<u8>, add: Add<'_>) {
+        match self {
+            Manner::Chat => {
+                let start = bytes.len();
+                if let Some(name) = chat::encode(batch, event, bytes) {
+                    add(name, start..bytes.len());
+                }
+            }
+            Manner::Chunks { envelope: Some(envelope), spoken, .. } => {
+                let choice = match event.what {
+                    What::Text { lane, .. } => lane.choice,
+                    What::Tool { choice, .. } => choice,
+                    What::Finish { .. } | What::Usage(_) | What::Note => return,
+                };
+                if !spoken.contains(&choice) {
+                    spoken.push(choice);
+                    written("chunk", bytes, add, |bytes| envelope.role(bytes, choice));
+                }
+                written("chunk", bytes, add, |bytes| match (event.raw, batch.dialect) {
+                    (Some(raw), Dialect::OpenAi) => bytes.extend_from_slice(batch.wire(raw)),
+                    _ => drop(envelope.event(bytes, batch, event)),
+                });
+            }
+            Manner::Whole { answer, .. } => answer.add_event(batch, event),
+            Manner::Chunks { envelope: None, .. } => {}
+        }
+    }
+}
+
+fn written(name: &'static str, bytes: &mut Vec<u8>, add: Add<'_>, write: impl FnOnce(&mut Vec<u8>)) {
+    let start = bytes.len();
+    write(bytes);
+    add(name, start..bytes.len());
+}
+
+/// The whole of a stream that was begun before its turn was refused or failed: one error, and no end that looks like a success.
+pub(crate) fn write_stop(out: &mut Vec<u8>, turn: TurnId, framing: Framing, stop: &Stop) {
+    match framing {
+        Framing::Chat => {
+            let mut payload = Vec::new();
+            ErrorEvent::of(stop, Some(turn), None).write(&mut payload);
+            sse::encode(out, Some((&turn, 0)), Some(ErrorEvent::NAME), &payload);
+        }
+        Framing::OpenAi => sse::encode(out, None, None, &ErrorObject::of(stop).body()),
+    }
+}
