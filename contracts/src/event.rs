@@ -132,13 +132,33 @@ pub enum Dialect {
 
 /// All events decoded from one read, with the bytes they stand in. Made to be reused: after the first few turns of the
 /// wheel no event costs an allocation.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Batch {
     /// Which vocabulary `raw` is in.
     pub dialect: Dialect,
     events: Vec<Event>,
     text: String,
     wire: Vec<u8>,
+}
+
+// What is in it is message text, which has no Debug form.
+impl std::fmt::Debug for Batch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batch")
+            .field("dialect", &self.dialect)
+            .field("events", &self.events)
+            .field("text", &format_args!("<{} bytes>", self.text.len()))
+            .field("wire", &format_args!("<{} bytes>", self.wire.len()))
+            .finish()
+    }
+}
+
+/// A place in a batch to come back to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mark {
+    events: usize,
+    text: usize,
+    wire: usize,
 }
 
 impl Batch {
@@ -245,6 +265,53 @@ impl Batch {
         self.events.push(Event { what, raw });
     }
 
+    /// Where the batch ends now.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark { events: self.events.len(), text: self.text.len(), wire: self.wire.len() }
+    }
+
+    /// Forgets all that came after `mark`.
+    pub(crate) fn rewind(&mut self, mark: Mark) {
+        self.events.truncate(mark.events);
+        self.text.truncate(mark.text);
+        self.wire.truncate(mark.wire);
+    }
+
+    /// Forgets words, if they are the last that were kept.
+    pub(crate) fn forget_text(&mut self, words: Span) {
+        if words.end as usize == self.text.len() {
+            self.text.truncate(words.start as usize);
+        }
+    }
+
+    /// Says which choice the events since `mark` belong to.
+    pub(crate) fn set_choice_since(&mut self, mark: Mark, to: u16) {
+        for event in self.events.iter_mut().skip(mark.events) {
+            match &mut event.what {
+                What::Text { lane, .. } => lane.choice = to,
+                What::Tool { choice, .. } | What::Finish { choice, .. } => *choice = to,
+                What::Usage(_) | What::Note => {}
+            }
+        }
+    }
+
+    /// Gives the one event since `mark` its payload; a payload that says nothing becomes a note.
+    pub(crate) fn keep_raw_since(&mut self, mark: Mark, payload: &str) {
+        match self.events.len() - mark.events {
+            0 => {
+                let raw = Some(self.keep_wire(payload.as_bytes()));
+                self.events.push(Event { what: What::Note, raw });
+            }
+            1 => {
+                let raw = Some(self.keep_wire(payload.as_bytes()));
+                if let Some(event) = self.events.last_mut() {
+                    event.raw = raw;
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Keeps the first `n` events.
     pub fn truncate(&mut self, n: usize) {
         self.events.truncate(n);
@@ -266,6 +333,14 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_batch_in_a_log_line_shows_no_text() {
+        let mut batch = Batch::new();
+        batch.push_text(Lane::DEFAULT, "hunter2");
+        batch.keep_wire(b"hunter2");
+        assert!(!format!("{batch:?}").contains("hunter2"));
+    }
 
     #[test]
     fn an_event_moved_to_another_batch_keeps_words_and_payload() {

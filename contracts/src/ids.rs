@@ -15,6 +15,12 @@ impl TurnId {
     pub fn fresh() -> TurnId {
         TurnId(Uuid::now_v7())
     }
+
+    /// Appends the id as it is displayed: 36 characters.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        let mut text = Uuid::encode_buffer();
+        out.extend_from_slice(self.0.as_hyphenated().encode_lower(&mut text).as_bytes());
+    }
 }
 
 impl FromStr for TurnId {

@@ -138,6 +138,13 @@ pub struct Settings {
     pub response_format: Option<Value>,
 }
 
+// Stop strings, tools and schemas are the client's text too.
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings").field("model", &self.model).field("max_output_tokens", &self.max_output_tokens).finish_non_exhaustive()
+    }
+}
+
 /// A secret: no Debug, no Display, no Serialize.
 #[derive(Clone)]
 pub struct Secret(Arc<str>);

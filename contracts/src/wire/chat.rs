@@ -1,0 +1,536 @@
+//! Our own chat stream: a turn as clients send it, and the events of its answer as clients and the gateway read them.
+
+use serde::{Serialize, de::MapAccess};
+use serde_json::{Map, Value};
+
+use super::members::{MAX_MODEL_BYTES, Members, Others, is_call_id, is_tool_name};
+use super::problem::{self, ErrorObject, to_vec};
+use super::walk::{Kept, Number, Object, Shape, is_label, is_one_line, walk};
+use super::{MAX_INDEX, Malformed, Step, json};
+use crate::{
+    Batch, Category, Channel, Code, Dialect, Event, Fault, Finish, Head, Lane, Message, Outcome, Refusal, SessionId, Settings, Span, Stop,
+    TurnId, Usage, What,
+};
+
+/// A turn, as sent to `/v1/chat/stream`: 1 to 256 messages, at most 16 stop strings of 1 to 256 bytes, at most 16 KiB of
+/// metadata, nested at most 64 deep. A member that is not here is refused by name.
+#[derive(Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct TurnRequest {
+    /// The session it belongs to; absent: a new one is begun.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<SessionId>,
+    /// The conversation.
+    #[schemars(length(min = 1, max = 256))]
+    pub messages: Vec<Message>,
+    /// The model; absent: the route's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub model: Option<String>,
+    /// The most tokens the answer may have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max_output_tokens: Option<u32>,
+    /// How freely the model chooses its words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 2.0))]
+    pub temperature: Option<f64>,
+    /// Texts at which the model stops.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 256)), default)]
+    pub stop: Vec<String>,
+    /// The client's own labels: passed on, never interpreted.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    #[schemars(default)]
+    pub metadata: Map<String, Value>,
+}
+
+// Labels and messages are the client's text.
+impl std::fmt::Debug for TurnRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TurnRequest")
+            .field("session_id", &self.session_id)
+            .field("messages", &self.messages.len())
+            .field("model", &self.model)
+            .finish_non_exhaustive()
+    }
+}
+
+impl TurnRequest {
+    /// Reads a turn.
+    ///
+    /// Errors: a client's fault that names the member and what was expected, never what was found.
+    pub fn parse(body: &[u8]) -> Result<TurnRequest, Fault> {
+        let mut members = Members::parse(body, Others::Refused)?;
+        let turn = TurnRequest::take(&mut members)?;
+        members.end()?;
+        Ok(turn)
+    }
+
+    pub(super) fn take(members: &mut Members) -> Result<TurnRequest, Fault> {
+        Ok(TurnRequest {
+            session_id: members.name("session_id")?,
+            messages: members.messages()?,
+            model: members.text("model", MAX_MODEL_BYTES)?,
+            max_output_tokens: members.integer("max_output_tokens", 1..=i64::from(u32::MAX))?.and_then(|n| u32::try_from(n).ok()),
+            temperature: members.number("temperature", 0.0..=2.0)?,
+            stop: members.stops()?,
+            metadata: members.metadata()?,
+        })
+    }
+
+    /// How the model is asked to answer.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            model: self.model.clone(),
+            max_output_tokens: self.max_output_tokens,
+            temperature: self.temperature,
+            stop: self.stop.clone(),
+            ..Settings::default()
+        }
+    }
+}
+
+/// The first event of an answer, with sequence number 0.
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct Open {
+    /// The turn; first, so that a WebSocket frame can tell that it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub turn_id: Option<TurnId>,
+    /// Its session.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<SessionId>,
+    /// The model that answers.
+    pub model: String,
+    /// The policy's version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy_version: Option<String>,
+    /// The hash of the constitution in force.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constitution_hash: Option<String>,
+}
+
+/// The last event of an answer that ended as it should, or was cut by policy.
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct Done {
+    /// Why the model stopped.
+    pub finish: Finish,
+    /// What policy did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Outcome>,
+    /// What it used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    /// Why it was cut, where policy cut it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<RefusalObject>,
+    /// The signed verdict.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+}
+
+/// Why policy cut an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct RefusalObject {
+    /// The stable code.
+    pub code: Code,
+    /// The rule, as configured.
+    pub rule: String,
+    /// The categories.
+    pub categories: Vec<Category>,
+}
+
+impl From<&Refusal> for RefusalObject {
+    fn from(refusal: &Refusal) -> RefusalObject {
+        RefusalObject { code: refusal.code, rule: refusal.rule.to_string(), categories: refusal.categories.clone() }
+    }
+}
+
+/// The last event of an answer that failed.
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct ErrorEvent {
+    /// The turn, where one had begun; first, so that a WebSocket frame can tell that it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub turn_id: Option<TurnId>,
+    /// The stable code.
+    pub code: Code,
+    /// What the client is told.
+    pub message: String,
+    /// Whether the same turn may work later.
+    pub retryable: bool,
+    /// The last sequence number of text that counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_seq: Option<u64>,
+    /// Milliseconds after which it may.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+    /// The signed verdict on what was sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+    /// The same, as OpenAI's SDKs read it.
+    pub error: ErrorObject,
+}
+
+/// Events that are no longer kept, when a client comes back for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+pub struct Gap {
+    /// The first sequence number that is missing.
+    pub from: u64,
+    /// The last.
+    pub to: u64,
+}
+
+impl Open {
+    /// The event's name.
+    pub const NAME: &'static str = "open";
+    /// Appends the object.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.append(&mut to_vec(self));
+    }
+}
+
+impl Done {
+    /// The event's name.
+    pub const NAME: &'static str = "done";
+    /// Appends the object.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.append(&mut to_vec(self));
+    }
+}
+
+impl ErrorEvent {
+    /// The event's name.
+    pub const NAME: &'static str = "error";
+
+    /// The event that a stop is.
+    pub fn of(stop: &Stop, turn_id: Option<TurnId>, last_seq: Option<u64>) -> ErrorEvent {
+        ErrorEvent {
+            turn_id,
+            code: stop.code(),
+            message: problem::message(stop).to_owned(),
+            retryable: stop.code().retryable(),
+            last_seq,
+            retry_after_ms: problem::retry_after_ms(stop),
+            verdict: None,
+            error: ErrorObject::of(stop),
+        }
+    }
+
+    /// Appends the object.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.append(&mut to_vec(self));
+    }
+}
+
+impl Gap {
+    /// The event's name.
+    pub const NAME: &'static str = "gap";
+    /// Appends the object.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.append(&mut to_vec(self));
+    }
+}
+
+/// Appends the object of one event and gives the event's name; `None`, and nothing appended, for what has no event of its
+/// own: a note, and a finish, which the stream's `done` says.
+///
+/// The raw payload is written where there is one in this dialect. Nothing is allocated beyond `out`.
+pub fn encode(batch: &Batch, event: &Event, out: &mut Vec<u8>) -> Option<&'static str> {
+    let name = match event.what {
+        What::Text { .. } => "text",
+        What::Tool { .. } => "tool",
+        What::Usage(_) => "usage",
+        What::Finish { .. } | What::Note => return None,
+    };
+    if let (Some(raw), Dialect::Headgate) = (event.raw, batch.dialect) {
+        out.extend_from_slice(batch.wire(raw));
+        return Some(name);
+    }
+    match event.what {
+        What::Text { lane, text } => {
+            out.extend_from_slice(b"{\"text\":");
+            json::string(out, batch.text(text));
+            match lane.channel {
+                Channel::Content => {}
+                Channel::Reasoning => out.extend_from_slice(b",\"lane\":\"reasoning\""),
+                Channel::Refusal => out.extend_from_slice(b",\"lane\":\"refusal\""),
+                Channel::ToolArguments(index) => {
+                    out.extend_from_slice(b",\"lane\":\"tool_arguments\",\"tool\":");
+                    json::number(out, index.into());
+                }
+            }
+            write_choice(out, lane.choice);
+        }
+        What::Tool { choice, index, id, name } => {
+            out.extend_from_slice(b"{\"id\":");
+            json::string(out, batch.text(id));
+            json::member(out, "name");
+            json::string(out, batch.text(name));
+            json::member(out, "index");
+            json::number(out, index.into());
+            write_choice(out, choice);
+        }
+        What::Usage(Usage { input_tokens, output_tokens }) => {
+            out.extend_from_slice(b"{\"input_tokens\":");
+            json::number(out, input_tokens);
+            json::member(out, "output_tokens");
+            json::number(out, output_tokens);
+        }
+        What::Finish { .. } | What::Note => return None,
+    }
+    out.push(b'}');
+    Some(name)
+}
+
+fn write_choice(out: &mut Vec<u8>, choice: u16) {
+    if choice != 0 {
+        json::member(out, "choice");
+        json::number(out, choice.into());
+    }
+}
+
+/// Reads one event of an orchestrator's stream into events of a batch.
+///
+/// `name`: the event's name; one that is not known is passed over. `data`: its object. `head`: `open` fills its model.
+/// `batch`: events are appended, in this dialect; nothing is, where the object is malformed.
+///
+/// An event keeps its object as [`Event::raw`] while every member of it is known.
+pub fn decode(name: &str, data: &str, head: &mut Head, batch: &mut Batch) -> Result<Step, Malformed> {
+    batch.dialect = Dialect::Headgate;
+    let mark = batch.mark();
+    let step = match name {
+        "open" => read_open(data, head, batch),
+        "text" => read_text(data, batch),
+        "tool" => read_tool(data, batch),
+        "usage" => read_usage(data, batch),
+        "done" => read_done(data, batch),
+        "error" => Ok(Step::Failed(problem::parse_in_stream(data))),
+        _ => Ok(Step::More),
+    };
+    if step.is_err() {
+        batch.rewind(mark);
+    }
+    step
+}
+
+struct OpenShape<'b> {
+    batch: &'b mut Batch,
+    plain: bool,
+    model: Option<Span>,
+}
+
+impl<'de> Shape<'de> for OpenShape<'_> {
+    const NAMES: &'static [&'static str] = &["model"];
+    fn plain(&mut self) -> &mut bool {
+        &mut self.plain
+    }
+    fn member<A: MapAccess<'de>>(&mut self, _: &'static str, map: &mut A) -> Result<(), A::Error> {
+        self.model = map.next_value_seed(Kept(self.batch))?.map(|words| words.span);
+        Ok(())
+    }
+}
+
+fn read_open(data: &str, head: &mut Head, batch: &mut Batch) -> Result<Step, Malformed> {
+    let mark = batch.mark();
+    let OpenShape { model, .. } = walk(data, OpenShape { batch: &mut *batch, plain: true, model: None })?;
+    if let Some(model) = model.map(|span| batch.text(span)).filter(|model| head.model.is_empty() && is_label(model)) {
+        head.model = model.to_owned();
+    }
+    batch.rewind(mark);
+    Ok(Step::More)
+}
+
+struct TextShape<'b> {
+    batch: &'b mut Batch,
+    plain: bool,
+    text: Option<Span>,
+    lane: LaneName,
+    choice: Option<u64>,
+    tool: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LaneName {
+    Content,
+    Reasoning,
+    Refusal,
+    ToolArguments,
+    Unknown,
+}
+
+impl<'de> Shape<'de> for TextShape<'_> {
+    const NAMES: &'static [&'static str] = &["text", "lane", "choice", "tool"];
+    fn plain(&mut self) -> &mut bool {
+        &mut self.plain
+    }
+    fn member<A: MapAccess<'de>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
+        match name {
+            "text" => {
+                let words = map.next_value_seed(Kept(self.batch))?;
+                self.plain &= words.as_ref().is_some_and(|words| words.exact);
+                self.text = words.map(|words| words.span);
+            }
+            "lane" => {
+                if let Some(words) = map.next_value_seed(Kept(self.batch))? {
+                    self.lane = match self.batch.text(words.span) {
+                        "content" => LaneName::Content,
+                        "reasoning" => LaneName::Reasoning,
+                        "refusal" => LaneName::Refusal,
+                        "tool_arguments" => LaneName::ToolArguments,
+                        _ => LaneName::Unknown,
+                    };
+                    self.batch.forget_text(words.span);
+                }
+            }
+            "choice" => self.choice = map.next_value_seed(Number)?,
+            _ => self.tool = map.next_value_seed(Number)?,
+        }
+        Ok(())
+    }
+}
+
+fn read_text(data: &str, batch: &mut Batch) -> Result<Step, Malformed> {
+    let mark = batch.mark();
+    let shape = TextShape { batch: &mut *batch, plain: is_one_line(data), text: None, lane: LaneName::Content, choice: None, tool: None };
+    let TextShape { plain, text, lane, choice, tool, .. } = walk(data, shape)?;
+    let channel = match lane {
+        LaneName::Content => Channel::Content,
+        LaneName::Reasoning => Channel::Reasoning,
+        LaneName::Refusal => Channel::Refusal,
+        LaneName::ToolArguments => Channel::ToolArguments(small(tool, data)?),
+        LaneName::Unknown => return Err(Malformed::new("no such lane", data)),
+    };
+    let lane = Lane { choice: small(choice, data)?, channel };
+    let text = text.ok_or_else(|| Malformed::new("a text event without text", data))?;
+    if !text.is_empty() {
+        batch.push(Event { what: What::Text { lane, text }, raw: None });
+        if plain {
+            batch.keep_raw_since(mark, data);
+        }
+    }
+    Ok(Step::More)
+}
+
+struct ToolShape<'b> {
+    batch: &'b mut Batch,
+    plain: bool,
+    id: Option<Span>,
+    name: Option<Span>,
+    index: Option<u64>,
+    choice: Option<u64>,
+}
+
+impl<'de> Shape<'de> for ToolShape<'_> {
+    const NAMES: &'static [&'static str] = &["id", "name", "index", "choice"];
+    fn plain(&mut self) -> &mut bool {
+        &mut self.plain
+    }
+    fn member<A: MapAccess<'de>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
+        match name {
+            "id" => self.id = map.next_value_seed(Kept(self.batch))?.map(|words| words.span),
+            "name" => self.name = map.next_value_seed(Kept(self.batch))?.map(|words| words.span),
+            "index" => self.index = map.next_value_seed(Number)?,
+            _ => self.choice = map.next_value_seed(Number)?,
+        }
+        Ok(())
+    }
+}
+
+fn read_tool(data: &str, batch: &mut Batch) -> Result<Step, Malformed> {
+    let mark = batch.mark();
+    let shape = ToolShape { batch: &mut *batch, plain: is_one_line(data), id: None, name: None, index: None, choice: None };
+    let ToolShape { plain, id, name, index, choice, .. } = walk(data, shape)?;
+    let (Some(id), Some(name)) = (id, name) else { return Err(Malformed::new("a tool event without id or name", data)) };
+    if !is_tool_name(batch.text(name)) || !is_call_id(batch.text(id)) {
+        return Err(Malformed::new("a tool call's name or id is none", data));
+    }
+    batch.push(Event { what: What::Tool { choice: small(choice, data)?, index: small(index, data)?, id, name }, raw: None });
+    if plain {
+        batch.keep_raw_since(mark, data);
+    }
+    Ok(Step::More)
+}
+
+struct UsageShape {
+    plain: bool,
+    input: Option<u64>,
+    output: Option<u64>,
+}
+
+impl UsageShape {
+    fn new(data: &str) -> UsageShape {
+        UsageShape { plain: is_one_line(data), input: None, output: None }
+    }
+    fn usage(&self) -> Option<Usage> {
+        Some(Usage { input_tokens: self.input?, output_tokens: self.output? })
+    }
+}
+
+impl<'de> Shape<'de> for UsageShape {
+    const NAMES: &'static [&'static str] = &["input_tokens", "output_tokens"];
+    fn plain(&mut self) -> &mut bool {
+        &mut self.plain
+    }
+    fn member<A: MapAccess<'de>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
+        match name {
+            "input_tokens" => self.input = map.next_value_seed(Number)?,
+            _ => self.output = map.next_value_seed(Number)?,
+        }
+        Ok(())
+    }
+}
+
+fn read_usage(data: &str, batch: &mut Batch) -> Result<Step, Malformed> {
+    let mark = batch.mark();
+    let shape = walk(data, UsageShape::new(data))?;
+    let usage = shape.usage().ok_or_else(|| Malformed::new("a usage event without its two counts", data))?;
+    batch.push(Event { what: What::Usage(usage), raw: None });
+    if shape.plain {
+        batch.keep_raw_since(mark, data);
+    }
+    Ok(Step::More)
+}
+
+struct DoneShape<'b> {
+    batch: &'b mut Batch,
+    plain: bool,
+    finish: Finish,
+    usage: UsageShape,
+}
+
+impl<'de> Shape<'de> for DoneShape<'_> {
+    const NAMES: &'static [&'static str] = &["finish", "usage"];
+    fn plain(&mut self) -> &mut bool {
+        &mut self.plain
+    }
+    fn member<A: MapAccess<'de>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
+        match name {
+            "finish" => {
+                if let Some(words) = map.next_value_seed(Kept(self.batch))? {
+                    self.finish = Finish::from_name(self.batch.text(words.span));
+                    self.batch.forget_text(words.span);
+                }
+            }
+            _ => self.usage = map.next_value_seed(Object(UsageShape { plain: true, input: None, output: None }))?,
+        }
+        Ok(())
+    }
+}
+
+fn read_done(data: &str, batch: &mut Batch) -> Result<Step, Malformed> {
+    let shape = DoneShape { batch: &mut *batch, plain: true, finish: Finish::Stop, usage: UsageShape::new(data) };
+    let DoneShape { finish, usage, .. } = walk(data, shape)?;
+    batch.push(Event { what: What::Finish { choice: 0, finish }, raw: None });
+    if let Some(usage) = usage.usage() {
+        batch.push(Event { what: What::Usage(usage), raw: None });
+    }
+    Ok(Step::Done)
+}
+
+fn small(number: Option<u64>, data: &str) -> Result<u16, Malformed> {
+    match number.map(u16::try_from) {
+        None => Ok(0),
+        Some(Ok(number)) if number <= MAX_INDEX => Ok(number),
+        Some(_) => Err(Malformed::new("an index is over the limit", data)),
+    }
+}
