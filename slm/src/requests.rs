@@ -126,6 +126,7 @@ impl Trail {
             "gen_ai.response.finish_reasons" = tracing::field::Empty,
             "gen_ai.usage.input_tokens" = tracing::field::Empty,
             "gen_ai.usage.output_tokens" = tracing::field::Empty,
+            "error.type" = tracing::field::Empty,
             trace_id = parent.map(|p| p.trace_id),
             parent_span_id = parent.map(|p| p.span_id),
         );
@@ -158,7 +159,8 @@ impl Trail {
 impl Drop for Trail {
     fn drop(&mut self) {
         let end = self.end.unwrap_or(End::Cancelled);
-        self.span.record("gen_ai.response.finish_reasons", end.name());
+        let field = if matches!(end, End::Stop | End::Length) { "gen_ai.response.finish_reasons" } else { "error.type" };
+        self.span.record(field, end.name());
         self.span.record("gen_ai.usage.input_tokens", self.prompt_tokens);
         self.span.record("gen_ai.usage.output_tokens", self.answer_tokens);
         self.span.in_scope(|| {
