@@ -363,12 +363,13 @@ mod tests {
         let token = both.ring.sign(&claims()).unwrap();
         let verifier = both.ring.verifier();
         for at in 0..token.len() {
-            for bit in [1, 2, 32] {
-                let mut bytes = token.clone().into_bytes();
-                bytes[at] ^= bit;
-                let Ok(changed) = String::from_utf8(bytes) else { continue };
-                assert!(verifier.check(&changed, &expect(), &both.registry).is_err(), "byte {at}, bit {bit}");
-            }
+            let mut bytes = token.clone().into_bytes();
+            // One of the seven bits that leave it text, so that all of them have their turn.
+            bytes[at] ^= 1 << (at % 7);
+            let changed = String::from_utf8(bytes).unwrap();
+            assert!(verifier.check(&changed, &expect(), &both.registry).is_err(), "byte {at}");
+        }
+        for at in (0..token.len()).step_by(13) {
             let (head, tail) = token.split_at(at);
             assert!(verifier.check(&format!("{head}{}", &tail[1..]), &expect(), &both.registry).is_err(), "byte {at} left out");
         }
@@ -536,7 +537,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(ProptestConfig::with_cases(32))]
 
         #[test]
         fn any_claims_survive_signing(
