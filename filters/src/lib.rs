@@ -15,6 +15,7 @@ use headgate_contracts::{Head, Lane, Prompt, Record, Stop, Turn};
 
 mod chain;
 mod gate;
+pub mod matcher;
 mod terms;
 pub mod units;
 mod verdict;
