@@ -6,7 +6,7 @@ use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Fault, Finding, SessionId, Subject, TenantId, Trace, TurnId};
+use crate::{Fault, Finding, Outcome, SessionId, Subject, TenantId, Trace, TurnId};
 
 /// Who speaks in a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -240,8 +240,10 @@ pub struct Prompt {
     pub trace: Trace,
     /// Headers for the upstream, put here by filters.
     pub headers: HeaderMap,
-    /// What filters found in the prompt.
+    /// What filters found in the prompt; the first [`crate::MAX_FINDINGS`].
     pub findings: Vec<Finding>,
+    /// What policy did to the prompt.
+    pub outcome: Outcome,
     /// What signs the dispatch.
     pub seal: Option<Seal>,
 }
@@ -261,6 +263,7 @@ impl Prompt {
             trace: Trace::fresh(),
             headers: HeaderMap::new(),
             findings: Vec::new(),
+            outcome: Outcome::Allowed,
             seal: None,
         }
     }
