@@ -684,6 +684,7 @@ mod tests {
         assert_eq!(ring.promote(NOW).unwrap(), Rotation { current: next, retired: None });
         assert!(ring.verifier().key(next, NOW).is_ok());
         assert!(ring.sign_entry(&entry).is_ok());
+        assert!(ring.jwks().contains(&format!("\"nbf\":{NOW},")), "published as good from now on: {}", ring.jwks());
     }
 
     #[test]
