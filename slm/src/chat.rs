@@ -14,7 +14,7 @@ use crate::sample::{Sampler, Sampling};
 use crate::tokenizer::{Id, Tokenizer};
 
 /// Prompt tokens taken in by one [`Generation::step`]: short enough that a client who leaves is noticed soon.
-const PROMPT_TOKENS_PER_STEP: usize = 32;
+const PROMPT_TOKENS_PER_STEP: usize = 8;
 
 /// Who says a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,6 +246,7 @@ impl Generation {
         if let Some(last) = self.answer.last() {
             self.slm.model.step(&mut self.state, *last);
         }
+        self.slm.model.score(&mut self.state);
         let id = self.sampler.pick(&mut self.state.logits);
         if id == self.slm.tokenizer.end {
             return self.end(Finish::Stop, String::new());

@@ -123,12 +123,12 @@ impl Model {
         self.embedding.len() / self.width
     }
 
-    /// Gives `token` to the model. Afterwards `state.logits` holds a score for each possible next token.
+    /// Gives `token` to the model.
     ///
     /// The caller keeps `state.position` below `context` and `token` inside the vocabulary.
     pub(crate) fn step(&self, state: &mut State, token: Id) {
         let (width, head_width, kv_width) = (self.width, self.head_width, self.kv_heads * self.head_width);
-        let State { position, keys, values, x, y, query, mixed, gate, up, weights, logits } = state;
+        let State { position, keys, values, x, y, query, mixed, gate, up, weights, .. } = state;
         let turns = &self.turns[*position * head_width / 2..][..head_width / 2];
         x.copy_from_slice(&self.embedding[token as usize * width..][..width]);
 
@@ -168,9 +168,13 @@ impl Model {
             multiply(&layer.down, gate, y);
             add(x, y);
         }
-        norm(x, &self.norm, self.epsilon, y);
-        multiply(self.output.as_ref().unwrap_or(&self.embedding), y, logits);
         *position += 1;
+    }
+
+    /// Scores every token as the next one, by what the model was given so far: into `state.logits`.
+    pub(crate) fn score(&self, state: &mut State) {
+        norm(&state.x, &self.norm, self.epsilon, &mut state.y);
+        multiply(self.output.as_ref().unwrap_or(&self.embedding), &state.y, &mut state.logits);
     }
 }
 
@@ -178,7 +182,7 @@ impl Model {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) position: usize,
-    /// After a step: one score per token of the vocabulary.
+    /// One score per token of the vocabulary.
     pub(crate) logits: Vec<f32>,
     /// Per layer: the keys and values of all positions so far, one row each.
     keys: Vec<Vec<f32>>,
