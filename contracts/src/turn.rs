@@ -69,6 +69,16 @@ impl Trace {
     pub fn trace_id_hex(&self) -> String {
         Hex(&self.trace_id).to_string()
     }
+
+    /// Our span's id in hexadecimal, for logs.
+    pub fn span_id_hex(&self) -> String {
+        Hex(&self.span_id).to_string()
+    }
+
+    /// The calling span's id in hexadecimal, for logs.
+    pub fn parent_id_hex(&self) -> Option<String> {
+        self.parent_id.as_ref().map(|id| Hex(id).to_string())
+    }
 }
 
 struct Hex<'a>(&'a [u8]);

@@ -65,6 +65,16 @@ impl Holds {
     /// Upper bounds of the buckets, in milliseconds.
     pub const BOUNDS: [u64; 10] = [1, 2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];
 
+    /// Shows each bucket that is not empty: its upper bound (twice the last bound for the open one) and its count.
+    pub fn each(&self, mut show: impl FnMut(Duration, u32)) {
+        let last = Holds::BOUNDS[Holds::BOUNDS.len() - 1];
+        for (count, bound) in self.buckets.iter().zip(Holds::BOUNDS.into_iter().chain([2 * last])) {
+            if *count > 0 {
+                show(Duration::from_millis(bound), *count);
+            }
+        }
+    }
+
     fn add(&mut self, wait: Duration) {
         let millis = wait.as_millis() as u64;
         let bucket = Holds::BOUNDS.iter().position(|bound| millis <= *bound).unwrap_or(Holds::BOUNDS.len());

@@ -21,7 +21,7 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     select,
     sync::watch,
     time::{Instant, Sleep, sleep, timeout},
@@ -108,6 +108,11 @@ impl Drain {
     /// Ready once the last connection is closed, upgraded ones included.
     pub async fn closed(&self) {
         let _ = self.open.acquire_many(self.all).await;
+    }
+
+    /// A place for a connection that has left hyper's hands; `None` while there is no room.
+    pub fn hold(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        self.open.clone().try_acquire_owned().ok()
     }
 
     /// Connections open now.
@@ -265,6 +270,3 @@ pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
-
-/// A plain TCP stream, or one inside TLS.
-pub type Plain = TcpStream;

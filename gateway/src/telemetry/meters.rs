@@ -1,0 +1,162 @@
+//! The metrics: names as the ecosystem knows them, handles resolved when the config is loaded.
+
+use std::sync::Mutex;
+
+use headgate_contracts::{Outcome, Record};
+use headgate_filters::{Gate, Holds};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+
+use super::{Histogram, Tally};
+
+/// Everything that `/metrics` shows.
+pub struct Meters {
+    registry: Mutex<Registry>,
+    families: Families,
+}
+
+#[derive(Clone, Default)]
+struct Families {
+    turns: Family<TurnLabels, Counter>,
+    outcomes: Family<OutcomeLabels, Counter>,
+    refusals: Family<CategoryLabels, Counter>,
+    open: Family<RouteLabels, Gauge>,
+    ttft: Family<RouteLabels, Histogram>,
+    tpot: Family<RouteLabels, Histogram>,
+    gaps: Family<RouteLabels, Histogram>,
+    delays: Family<RouteLabels, Histogram>,
+    holds: Family<HoldLabels, Histogram>,
+    text: Family<RouteLabels, Counter>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RouteLabels {
+    route: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TurnLabels {
+    route: String,
+    end: &'static str,
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OutcomeLabels {
+    route: String,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CategoryLabels {
+    category: &'static str,
+    stage: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct HoldLabels {
+    route: String,
+    filter: &'static str,
+}
+
+/// The handles of one route. Labels are bounded: routes and filters come from the config, codes and categories from tables.
+pub struct RouteMeters {
+    route: String,
+    families: Families,
+    /// Turns open now.
+    pub open: Gauge,
+    pub(super) ttft: Histogram,
+    pub(super) tpot: Histogram,
+    pub(super) gaps: Histogram,
+    pub(super) delays: Histogram,
+    text: Counter,
+}
+
+impl Default for Meters {
+    fn default() -> Meters {
+        let (families, mut registry) = (Families::default(), Registry::default());
+        let f = families.clone();
+        registry.register("headgate_turns", "Turns ended, by how", f.turns);
+        registry.register("headgate_outcomes", "Answers that reached their end, by what policy did", f.outcomes);
+        registry.register("headgate_findings", "Findings of filters, by category and stage", f.refusals);
+        registry.register("headgate_open_turns", "Turns open now", f.open);
+        registry.register("headgate_text", "Bytes of answer text sent", f.text);
+        for (name, help, family) in [
+            ("gen_ai_server_time_to_first_token", "From the request to the first event sent", f.ttft),
+            ("gen_ai_server_time_per_output_token", "Per token after the first, averaged over a turn", f.tpot),
+            ("headgate_event_gap", "Between two batches of events sent", f.gaps),
+            ("headgate_event_delay", "From reading a batch of events to having filtered and queued it", f.delays),
+        ] {
+            registry.register_with_unit(name, help, Unit::Seconds, family);
+        }
+        registry.register_with_unit("headgate_hold", "How long text waited in a filter's gate", Unit::Seconds, f.holds);
+        Meters { registry: Mutex::new(registry), families }
+    }
+}
+
+impl Meters {
+    /// The handles of a route.
+    pub fn route(&self, name: &str) -> RouteMeters {
+        let (families, labels) = (self.families.clone(), RouteLabels { route: name.to_owned() });
+        RouteMeters {
+            route: name.to_owned(),
+            open: families.open.get_or_create(&labels).clone(),
+            ttft: families.ttft.get_or_create(&labels).clone(),
+            tpot: families.tpot.get_or_create(&labels).clone(),
+            gaps: families.gaps.get_or_create(&labels).clone(),
+            delays: families.delays.get_or_create(&labels).clone(),
+            text: families.text.get_or_create(&labels).clone(),
+            families,
+        }
+    }
+
+    /// Adds others' metrics, e.g. the orchestrator's.
+    pub fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.registry());
+    }
+
+    /// All metrics as Prometheus reads them.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry());
+        text
+    }
+
+    fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl RouteMeters {
+    pub(super) fn turn(&self, end: &'static str, code: &'static str, record: &Record) {
+        self.families.turns.get_or_create(&TurnLabels { route: self.route.clone(), end, code }).inc();
+        self.text.inc_by(record.text_bytes);
+        if end == "complete" || record.outcome == Outcome::Blocked {
+            let labels = OutcomeLabels { route: self.route.clone(), outcome: record.outcome.as_str() };
+            self.families.outcomes.get_or_create(&labels).inc();
+        }
+        for finding in &record.findings {
+            let stage = match finding.stage {
+                headgate_contracts::Stage::Input => "input",
+                headgate_contracts::Stage::Output => "output",
+                headgate_contracts::Stage::Tool => "tool",
+            };
+            self.families.refusals.get_or_create(&CategoryLabels { category: finding.category.as_str(), stage }).inc();
+        }
+    }
+
+    pub(super) fn hold(&self, gate: &Gate) {
+        let holds: &Holds = gate.holds();
+        if holds.max.is_zero() {
+            return;
+        }
+        let labels = HoldLabels { route: self.route.clone(), filter: gate.name() };
+        let mut tally = Tally::default();
+        holds.each(|wait, count| tally.add_many(wait, count));
+        self.families.holds.get_or_create(&labels).merge(&tally);
+    }
+}

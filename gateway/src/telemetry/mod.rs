@@ -1,0 +1,178 @@
+//! What a turn leaves behind for people: one log line, metrics, one span. Never text, never a secret.
+//!
+//! While a turn runs it counts by itself ([`Watch`]); shared memory is touched when it ends.
+
+mod histogram;
+pub mod logs;
+mod meters;
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
+
+use headgate_contracts::{Batch, Code, End, Principal, Prompt, Record, Stop, Trace, Turn, TurnId};
+use headgate_filters::Chain;
+use tokio::time::Instant;
+
+pub use histogram::{Histogram, Tally};
+pub use meters::{Meters, RouteMeters};
+
+use crate::live::Route;
+
+/// Watches one turn.
+pub struct Watch {
+    route: Arc<Route>,
+    owner: Arc<OnceLock<Principal>>,
+    turn: TurnId,
+    trace: Trace,
+    begun: Instant,
+    at: SystemTime,
+    admitted: Option<Instant>,
+    read: Instant,
+    first: Option<Instant>,
+    last: Option<Instant>,
+    gaps: Tally,
+    delays: Tally,
+    longest_gap: Duration,
+    is_over: bool,
+}
+
+impl Watch {
+    /// A turn begins. `owner` learns whose it is.
+    pub fn begin(route: Arc<Route>, prompt: &Prompt, owner: Arc<OnceLock<Principal>>) -> Watch {
+        let now = Instant::now();
+        route.meters.open.inc();
+        Watch {
+            route,
+            owner,
+            turn: prompt.turn,
+            trace: prompt.trace.clone(),
+            begun: now,
+            at: SystemTime::now(),
+            admitted: None,
+            read: now,
+            first: None,
+            last: None,
+            gaps: Tally::default(),
+            delays: Tally::default(),
+            longest_gap: Duration::ZERO,
+            is_over: false,
+        }
+    }
+
+    /// The filters let the prompt through.
+    pub fn admitted(&mut self, prompt: &Prompt) {
+        self.admitted = Some(Instant::now());
+        self.trace = prompt.trace.clone();
+        // A turn has one owner: the first to be named.
+        let _ = self.owner.set(prompt.principal.clone());
+    }
+
+    /// A batch came from the upstream.
+    pub fn read(&mut self, _batch: &Batch) {
+        self.read = Instant::now();
+    }
+
+    /// A batch went to the client's side.
+    pub fn sent(&mut self, batch: &Batch) {
+        if batch.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        self.delays.add(now - self.read);
+        match self.last {
+            None => self.first = Some(now),
+            Some(last) => {
+                self.gaps.add(now - last);
+                self.longest_gap = self.longest_gap.max(now - last);
+            }
+        }
+        self.last = Some(now);
+    }
+
+    /// The turn is over: the one log line, the metrics, the span.
+    pub fn end(&mut self, turn: &Turn, prompt: &Prompt, chain: &Chain, record: &Record, end: &End) {
+        self.is_over = true;
+        let now = Instant::now();
+        let (word, code, cause) = match end {
+            Ok(()) => ("complete", "ok", None),
+            Err(stop @ Stop::Failed(fault)) => (stop.word(), stop.code().as_str(), Some(fault.chain())),
+            Err(stop) => (stop.word(), stop.code().as_str(), None),
+        };
+        let rule = match end {
+            Err(Stop::Refused(refusal)) => Some(&*refusal.rule),
+            _ => None,
+        };
+        let meters = &self.route.meters;
+        meters.turn(word, code, record);
+        meters.gaps.merge(&self.gaps);
+        meters.delays.merge(&self.delays);
+        for gate in chain.gates() {
+            meters.hold(gate);
+        }
+        let millis = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
+        let ttft = self.first.map(|first| {
+            meters.ttft.add(first - self.begun);
+            if let (Some(last), tokens @ 2..) = (self.last, record.usage.map_or(record.events, |usage| usage.output_tokens)) {
+                meters.tpot.add((last - first) / (tokens - 1).min(u32::MAX.into()) as u32);
+            }
+            millis(self.begun, first)
+        });
+        tracing::info!(
+            target: "headgate::turn",
+            end = word,
+            code,
+            rule,
+            cause,
+            outcome = record.outcome.as_str(),
+            finish = record.finish.as_str(),
+            route = &*turn.route,
+            upstream = self.route.upstream.name(),
+            turn_id = %turn.id,
+            session_id = %turn.session,
+            tenant = %prompt.principal.tenant,
+            subject = %prompt.principal.subject,
+            trace_id = self.trace.trace_id_hex(),
+            span_id = self.trace.span_id_hex(),
+            parent_id = self.trace.parent_id_hex(),
+            started_unix_us = self.at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64),
+            duration_ms = millis(self.begun, now),
+            admitted_ms = self.admitted.map(|at| millis(self.begun, at)),
+            ttft_ms = ttft,
+            gap_ms_max = self.longest_gap.as_secs_f64() * 1e3,
+            held_ms_max = record.held_max.as_secs_f64() * 1e3,
+            held_by = record.held_by,
+            events = record.events,
+            text_bytes = record.text_bytes,
+            findings = record.found,
+            otel.name = "chat",
+            gen_ai.operation.name = "chat",
+            gen_ai.request.model = prompt.settings.model.as_deref(),
+            gen_ai.usage.input_tokens = record.usage.map(|usage| usage.input_tokens),
+            gen_ai.usage.output_tokens = record.usage.map(|usage| usage.output_tokens),
+            gen_ai.response.finish_reasons = record.finish.as_str(),
+            "turn ended"
+        );
+    }
+}
+
+/// A turn that panicked still leaves its line.
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.route.meters.open.dec();
+        if !self.is_over {
+            let code = Code::InternalError.as_str();
+            self.route.meters.turn("failed", code, &Record::default());
+            tracing::error!(
+                target: "headgate::turn",
+                end = "failed",
+                code,
+                route = &*self.route.name,
+                turn_id = %self.turn,
+                trace_id = self.trace.trace_id_hex(),
+                "turn broke off"
+            );
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! Many turns on one WebSocket: one task reads frames, polls the turns and writes their events, so that a `stop` is seen
+//! while a write is blocked, and no turn waits for another.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::{Sink, Stream};
+use headgate_contracts::{
+    Code, Credential, Fault, Gone, Prompt, Refusal, Secret, SessionId, Stop, TurnId,
+    wire::{
+        chat::ErrorEvent,
+        frames::{self, ClientFrame},
+    },
+};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use hyper::{Request, Response, body::Incoming, ext::Protocol};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, Sleep, sleep},
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Error, Message,
+        handshake::derive_accept_key,
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
+    },
+};
+
+use crate::{
+    body::Reply,
+    drive::Drive,
+    front::{Facts, credential},
+    live::{App, Route},
+    outbox::Reader,
+    serve::Peer,
+    session::{Begun, identify},
+    voice::Voice,
+};
+
+/// The most turns open at once on one socket.
+const MAX_TURNS: usize = 32;
+/// The largest message a client may send: a turn with a long conversation, within the route's own bound on bodies.
+const MAX_MESSAGE_BYTES: usize = 64 << 10;
+/// The largest frame.
+const MAX_FRAME_BYTES: usize = 16 << 10;
+/// The most messages a client may send in a minute.
+const MAX_MESSAGES_PER_MINUTE: u32 = 120;
+/// The most events of one turn in one round, so that a fast model does not keep the others waiting.
+const EVENTS_PER_ROUND: usize = 64;
+/// How long a peer may take to answer a ping.
+const PONG_PATIENCE: Duration = Duration::from_secs(20);
+/// Refusals within [`REFUSAL_WINDOW`] that close the socket.
+const MAX_REFUSALS: usize = 3;
+const REFUSAL_WINDOW: Duration = Duration::from_secs(60);
+
+/// Whether a request asks for a WebSocket: HTTP/1.1 Upgrade (RFC 6455), or HTTP/2 extended CONNECT (RFC 8441).
+pub(crate) fn asks(request: &Request<Incoming>) -> bool {
+    let upgrade = request.headers().get(header::UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"));
+    let connect = request.method() == Method::CONNECT && request.extensions().get::<Protocol>().is_some_and(|protocol| protocol.as_str() == "websocket");
+    upgrade || connect
+}
+
+/// The answer to the handshake; the session runs in a task of its own once the connection is ours.
+pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incoming>, _peer: Peer) -> Result<Response<Reply>, Stop> {
+    let headers = request.headers();
+    let wrong = |message: &'static str| Stop::Failed(Fault::client(Code::InvalidRequest).saying(message));
+    if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
+        return Err(wrong("Sec-WebSocket-Version must be 13"));
+    }
+    let offered = offered(headers);
+    let bearer = offered.iter().find_map(|protocol| protocol.strip_prefix(frames::BEARER_PREFIX));
+    if !offered.is_empty() && !offered.contains(&frames::SUBPROTOCOL) {
+        return Err(wrong("the subprotocol must be headgate.v1"));
+    }
+    let credential = match (bearer, credential(headers)) {
+        (Some(token), Credential::None) => Credential::Bearer(Secret::new(token)),
+        (_, credential) => credential,
+    };
+    let facts = Facts::of(headers);
+    let chosen = (!offered.is_empty()).then_some(HeaderValue::from_static(frames::SUBPROTOCOL));
+    let mut response = Response::new(Reply::empty());
+    if request.method() != Method::CONNECT {
+        let key = headers.get(header::SEC_WEBSOCKET_KEY).ok_or_else(|| wrong("Sec-WebSocket-Key is missing"))?;
+        let accept = HeaderValue::try_from(derive_accept_key(key.as_bytes())).map_err(|_| wrong("Sec-WebSocket-Key is not valid"))?;
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        response.headers_mut().insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    if let Some(chosen) = chosen {
+        response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, chosen);
+    }
+    let place = app.drain().hold().ok_or_else(|| Stop::Failed(Fault::us(Code::Overloaded).after(Duration::from_secs(1))))?;
+    let (app, route) = (app.clone(), route.clone());
+    let on = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let _place = place;
+        if let Ok(upgraded) = on.await {
+            let config = WebSocketConfig::default()
+                .read_buffer_size(4 << 10)
+                .write_buffer_size(4 << 10)
+                .max_write_buffer_size(256 << 10)
+                .max_message_size(Some(MAX_MESSAGE_BYTES))
+                .max_frame_size(Some(MAX_FRAME_BYTES));
+            let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+            Socket::new(socket, app, route, facts, credential).run().await;
+        }
+    });
+    Ok(response)
+}
+
+fn offered(headers: &HeaderMap) -> Vec<&str> {
+    let values = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|protocol| !protocol.is_empty()).collect()
+}
+
+struct Socket<S> {
+    socket: WebSocketStream<S>,
+    app: App,
+    route: Arc<Route>,
+    facts: Facts,
+    credential: Credential,
+    turns: Vec<Open>,
+    /// Calls that need the client's identity first: they come back to a turn, or stop one of another connection.
+    lookups: Vec<Lookup>,
+    /// Written, but not yet taken by the socket. New events are only asked for while this is empty.
+    waiting: VecDeque<Message>,
+    is_flushed: bool,
+    closing: bool,
+    refusals: VecDeque<Instant>,
+    minute: (Instant, u32),
+    heard: Instant,
+    spoke: Instant,
+    pinged: Option<Instant>,
+    alarm: Pin<Box<Sleep>>,
+}
+
+struct Open {
+    turn: TurnId,
+    reference: Option<String>,
+    drive: Drive,
+    reader: Reader,
+    /// Events that may still be sent; `None`: the client does not count.
+    credit: Option<usize>,
+}
+
+type Identified = Result<headgate_contracts::Principal, Stop>;
+
+struct Lookup {
+    turn: TurnId,
+    what: Wish,
+    who: Pin<Box<dyn Future<Output = Identified> + Send>>,
+}
+
+enum Wish {
+    Stop,
+    Resume(Option<u64>),
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
+    fn new(socket: WebSocketStream<S>, app: App, route: Arc<Route>, facts: Facts, credential: Credential) -> Socket<S> {
+        let now = Instant::now();
+        let alarm = Box::pin(sleep(route.flow.heartbeat));
+        Socket {
+            socket,
+            app,
+            route,
+            facts,
+            credential,
+            turns: Vec::new(),
+            lookups: Vec::new(),
+            waiting: VecDeque::new(),
+            is_flushed: true,
+            closing: false,
+            refusals: VecDeque::new(),
+            minute: (now, 0),
+            heard: now,
+            spoke: now,
+            pinged: None,
+            alarm,
+        }
+    }
+
+    async fn run(mut self) {
+        let drain = self.app.drain().clone();
+        let mut draining = std::pin::pin!(drain.wait());
+        let mut is_draining = false;
+        poll_fn(|cx| {
+            if !is_draining && draining.as_mut().poll(cx).is_ready() {
+                is_draining = true;
+            }
+            // An idle socket is closed at once; one with open turns when they have ended.
+            if is_draining && self.turns.is_empty() && !self.closing {
+                self.close(Code::Draining);
+            }
+            self.poll(cx)
+        })
+        .await;
+    }
+
+    /// Does all that can be done now; ready when the socket is finished with.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let mut moved = false;
+            if self.write(cx, &mut moved).is_err() {
+                return Poll::Ready(());
+            }
+            match Pin::new(&mut self.socket).poll_next(cx) {
+                Poll::Ready(None) => return Poll::Ready(()),
+                Poll::Ready(Some(Ok(message))) => {
+                    moved = true;
+                    self.heard = Instant::now();
+                    self.take(message);
+                }
+                Poll::Ready(Some(Err(error))) => match error {
+                    Error::Capacity(_) => self.close(Code::PayloadTooLarge),
+                    Error::Utf8(_) => self.close_with(CloseCode::Invalid, "malformed_json"),
+                    Error::Protocol(_) => self.close(Code::ProtocolError),
+                    _ => return Poll::Ready(()),
+                },
+                Poll::Pending => {}
+            }
+            self.look_up(cx);
+            if self.waiting.is_empty() && !self.closing {
+                moved |= self.speak(cx);
+            }
+            if self.watch(cx).is_ready() {
+                moved = true;
+            }
+            if !moved {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Gives the socket what it takes.
+    fn write(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Result<(), Error> {
+        while !self.waiting.is_empty() {
+            match Pin::new(&mut self.socket).poll_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => return Ok(()),
+            }
+            if let Some(message) = self.waiting.pop_front() {
+                Pin::new(&mut self.socket).start_send(message)?;
+                self.is_flushed = false;
+                *moved = true;
+            }
+        }
+        if !self.is_flushed {
+            match Pin::new(&mut self.socket).poll_flush(cx) {
+                Poll::Ready(flushed) => {
+                    flushed?;
+                    self.is_flushed = true;
+                    self.spoke = Instant::now();
+                }
+                Poll::Pending => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves every turn on and writes what it has to say; whether any had something.
+    fn speak(&mut self, cx: &mut Context<'_>) -> bool {
+        let Socket { turns, waiting, .. } = self;
+        let mut ended = Vec::new();
+        turns.retain_mut(|open| {
+            open.drive.poll(cx);
+            let allowed = open.credit.map_or(EVENTS_PER_ROUND, |credit| credit.min(EVENTS_PER_ROUND));
+            let (turn, reference) = (open.turn, open.reference.as_deref());
+            let shown = open.reader.poll_next(cx, allowed, |event| {
+                let mut text = Vec::with_capacity(event.payload.len() + 96);
+                match (event.name, reference) {
+                    ("open", Some(_)) => frames::frame_with_ref(&mut text, event.name, reference, Some(event.seq), event.payload),
+                    _ => frames::frame(&mut text, event.name, &turn, event.seq, event.payload),
+                }
+                waiting.extend(message(text));
+            });
+            match shown {
+                Poll::Ready(0) if allowed > 0 => {
+                    if let Some(stop) = open.reader.untold() {
+                        waiting.extend(error_frame(&stop, Some(turn), reference));
+                        ended.push(stop);
+                    }
+                    false
+                }
+                Poll::Ready(shown) => {
+                    open.credit = open.credit.map(|credit| credit.saturating_sub(shown));
+                    true
+                }
+                Poll::Pending => true,
+            }
+        });
+        for stop in ended {
+            self.refused(&stop);
+        }
+        !self.waiting.is_empty()
+    }
+
+    /// A message of the client's.
+    fn take(&mut self, message: Message) {
+        if self.closing {
+            return;
+        }
+        let now = Instant::now();
+        if now - self.minute.0 >= Duration::from_secs(60) {
+            self.minute = (now, 0);
+        }
+        self.minute.1 += 1;
+        if self.minute.1 > MAX_MESSAGES_PER_MINUTE {
+            return self.close(Code::RateLimited);
+        }
+        match message {
+            Message::Text(text) => match ClientFrame::parse(text.as_str()) {
+                Ok(frame) => self.obey(frame),
+                Err(fault) => self.tell(&fault.into(), None),
+            },
+            Message::Binary(_) => self.close(Code::UnsupportedMediaType),
+            Message::Close(_) => self.closing = true,
+            // tungstenite answers pings itself; a pong is only a sign of life.
+            Message::Ping(_) | Message::Frame(_) => self.is_flushed = false,
+            Message::Pong(_) => self.pinged = None,
+        }
+    }
+
+    fn obey(&mut self, frame: ClientFrame) {
+        match frame {
+            ClientFrame::Auth { token } => self.credential = Credential::Bearer(token),
+            ClientFrame::Turn { turn, reference } => {
+                if self.turns.len() >= MAX_TURNS {
+                    let fault = Fault::client(Code::Overloaded).saying("32 turns are open on this socket");
+                    return self.tell(&fault.into(), reference.as_deref());
+                }
+                let session = turn.session_id.clone().unwrap_or_else(SessionId::fresh);
+                let mut prompt = Prompt::new(TurnId::fresh(), session, Vec::new());
+                prompt.settings = turn.settings();
+                prompt.messages = turn.messages;
+                prompt.metadata = turn.metadata;
+                self.facts.stamp(&mut prompt);
+                // Turns of one socket are siblings below the handshake's span.
+                prompt.trace = self.facts.trace.child();
+                prompt.credential = self.credential.clone();
+                let Begun { turn, drive, reader, .. } = self.app.turns().begin(&self.route, prompt, Voice::chat());
+                self.turns.push(Open { turn, reference, drive, reader, credit: None });
+            }
+            ClientFrame::Stop { turn_id } => match self.turns.iter().find(|open| open.turn == turn_id) {
+                Some(open) => open.reader.stop(Gone::Stopped),
+                None => self.wish(turn_id, Wish::Stop),
+            },
+            ClientFrame::Resume { turn_id, after } => self.wish(turn_id, Wish::Resume(after)),
+            ClientFrame::Credit { turn_id, events } => {
+                if let Some(open) = self.turns.iter_mut().find(|open| open.turn == turn_id) {
+                    open.credit = Some(open.credit.unwrap_or(0).saturating_add(events as usize));
+                }
+            }
+            ClientFrame::Confirm { turn_id, .. } => {
+                let fault = Fault::client(Code::InvalidRequest).saying("this turn has asked nothing");
+                self.waiting.extend(error_frame(&fault.into(), Some(turn_id), None));
+            }
+        }
+    }
+
+    fn wish(&mut self, turn: TurnId, what: Wish) {
+        if self.lookups.len() >= MAX_TURNS {
+            return self.close(Code::RateLimited);
+        }
+        let (route, credential) = (self.route.clone(), self.credential.clone());
+        self.lookups.push(Lookup { turn, what, who: Box::pin(async move { identify(&route, credential).await }) });
+    }
+
+    fn look_up(&mut self, cx: &mut Context<'_>) {
+        let mut index = 0;
+        while index < self.lookups.len() {
+            let Poll::Ready(who) = self.lookups[index].who.as_mut().poll(cx) else {
+                index += 1;
+                continue;
+            };
+            let Lookup { turn, what, .. } = self.lookups.swap_remove(index);
+            let hook = who.and_then(|principal| self.app.turns().find(turn, &principal));
+            let reader = match (hook, what) {
+                (Ok(hook), Wish::Stop) => {
+                    hook.stop(Gone::Stopped);
+                    continue;
+                }
+                (Ok(hook), Wish::Resume(after)) if self.turns.len() < MAX_TURNS => {
+                    hook.read(after).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))
+                }
+                (Ok(_), Wish::Resume(_)) => Err(Fault::client(Code::Overloaded).into()),
+                (Err(stop), _) => Err(stop),
+            };
+            match reader {
+                Ok(reader) => self.turns.push(Open { turn, reference: None, drive: Drive::elsewhere(), reader, credit: None }),
+                Err(stop) => {
+                    self.waiting.extend(error_frame(&stop, Some(turn), None));
+                    self.refused(&stop);
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, stop: &Stop, reference: Option<&str>) {
+        self.waiting.extend(error_frame(stop, None, reference));
+        self.refused(stop);
+    }
+
+    /// A credential that does not do closes the socket, and so do refusals that keep coming.
+    fn refused(&mut self, stop: &Stop) {
+        match stop {
+            Stop::Refused(Refusal { code: code @ (Code::Unauthenticated | Code::TokenExpired | Code::PermissionDenied), .. }) => {
+                self.close(*code);
+            }
+            Stop::Refused(Refusal { code: Code::PolicyDenied, .. }) => {
+                let now = Instant::now();
+                self.refusals.push_back(now);
+                self.refusals.retain(|at| now - *at < REFUSAL_WINDOW);
+                if self.refusals.len() >= MAX_REFUSALS {
+                    self.close_with(CloseCode::Policy, "policy_denied");
+                }
+            }
+            Stop::Refused(_) | Stop::Failed(_) | Stop::Gone(_) => {}
+        }
+    }
+
+    fn close(&mut self, code: Code) {
+        self.close_with(code.close().unwrap_or(1011).into(), code.as_str());
+    }
+
+    fn close_with(&mut self, code: CloseCode, reason: &'static str) {
+        if !self.closing {
+            self.closing = true;
+            // Dropping the turns is the client's leaving, as far as they are concerned.
+            self.turns.clear();
+            self.waiting.push_back(Message::Close(Some(CloseFrame { code, reason: reason.into() })));
+        }
+    }
+
+    /// Pings after silence; gives up on a peer that does not answer, or does not finish the closing handshake.
+    fn watch(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        std::task::ready!(self.alarm.as_mut().poll(cx));
+        let (now, heartbeat) = (Instant::now(), self.route.flow.heartbeat);
+        let lost = self.pinged.is_some_and(|pinged| self.heard < pinged && now - pinged >= PONG_PATIENCE);
+        if lost {
+            self.close_with(CloseCode::Library(Code::RequestTimeout.close().unwrap_or(3008)), "no answer to a ping");
+        } else if now - self.spoke.max(self.heard) >= heartbeat && self.pinged.is_none() && !self.closing {
+            self.waiting.push_back(Message::Ping(Default::default()));
+            self.pinged = Some(now);
+        }
+        self.alarm.as_mut().reset(now + heartbeat.min(PONG_PATIENCE));
+        Poll::Ready(())
+    }
+}
+
+fn message(text: Vec<u8>) -> Option<Message> {
+    // Our own encoders write UTF-8; a payload that is not would be their fault, and is not sent.
+    String::from_utf8(text).ok().map(Message::text)
+}
+
+fn error_frame(stop: &Stop, turn: Option<TurnId>, reference: Option<&str>) -> Option<Message> {
+    let (mut payload, mut text) = (Vec::new(), Vec::new());
+    ErrorEvent::of(stop, turn, None).write(&mut payload);
+    frames::frame_with_ref(&mut text, ErrorEvent::NAME, reference, None, &payload);
+    message(text)
+}
