@@ -1,0 +1,348 @@
+//! An answer, read as it is asked for: no task and no channel between the upstream's socket and the caller.
+
+use std::{
+    error::Error,
+    fmt,
+    future::{Future, poll_fn},
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use headgate_contracts::{
+    Batch, Code, Dialect, Fault, Finish, Head, What,
+    wire::{self, Step, sse},
+};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::{
+    Shared,
+    balance::Lease,
+    cancel::Cancel,
+    connect::Io,
+    endpoint::Endpoint,
+    exchange::{Begun, poll_read},
+    http1::Framing,
+    settings::{Limits, Protocol, Timeouts},
+};
+
+/// An answer of an upstream: a head, then events in batches.
+///
+/// Dropping it closes the connection at once, which stops the model; where the upstream has a cancel call, that is made too.
+/// Memory: at most one unfinished event (`limits.event`) and what one read brought, 16 KiB; nothing while nothing is unfinished.
+pub struct Answer {
+    /// What the upstream said of the answer; filled as its events come.
+    pub head: Head,
+    shared: Arc<Shared>,
+    endpoint: Arc<Endpoint>,
+    /// Gone once the answer has ended or broken.
+    connection: Option<(Io, Lease)>,
+    /// Bytes of the body that came with the head.
+    early: Vec<u8>,
+    body: Body,
+    clock: Clock,
+    broken: Option<Fault>,
+    cancel: Cancel,
+}
+
+impl Answer {
+    pub(crate) fn new(shared: Arc<Shared>, connection: (Io, Lease), begun: Begun, form: Form, clock: Clock, cancel: Cancel) -> Answer {
+        let body = Body {
+            protocol: shared.settings.protocol,
+            limits: shared.settings.limits,
+            framing: begun.head.body,
+            keep: begun.head.keep,
+            form,
+            finish: Finish::default(),
+            ended: false,
+        };
+        let endpoint = Arc::clone(connection.1.endpoint());
+        let early = begun.early;
+        Answer { head: Head::default(), shared, endpoint, connection: Some(connection), early, body, clock, broken: None, cancel }
+    }
+
+    /// Waits for events.
+    ///
+    /// `batch`: replaced by every event that one read completed. `true`: there is at least one. `false`: the answer has ended
+    /// properly, and had done so with the batch before. Cancel safe: nothing is lost when the future is dropped. Backpressure
+    /// is not to call it: then nothing is read.
+    ///
+    /// Errors: `upstream_timeout_first_byte`, `upstream_stalled`, `stream_limit_exceeded` (total time), `upstream_reset` (ended
+    /// without a terminal event), `upstream_protocol_error`, `upstream_event_too_large`, or what the upstream itself says. An
+    /// error comes after the events before it, and again whenever it is asked for; the connection is closed by then.
+    pub async fn next(&mut self, batch: &mut Batch) -> Result<bool, Fault> {
+        poll_fn(|cx| self.poll_next(cx, batch)).await
+    }
+
+    /// As [`Answer::next`], for futures written by hand.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<Result<bool, Fault>> {
+        batch.clear();
+        batch.dialect = match self.body.protocol {
+            Protocol::OpenAi => Dialect::OpenAi,
+            Protocol::Orchestrator => Dialect::Headgate,
+        };
+        loop {
+            if let Some(fault) = &self.broken {
+                return Poll::Ready(Err(fault.clone()));
+            }
+            if self.body.ended {
+                return Poll::Ready(Ok(false));
+            }
+            let filled = ready!(self.poll_fill(cx, batch));
+            if self.body.ended {
+                self.settle(filled.is_ok());
+            }
+            if let Err(fault) = filled {
+                self.connection = None;
+                self.broken = Some(self.shared.placed(&self.endpoint, fault));
+            }
+            if !batch.is_empty() {
+                self.clock.begun = true;
+                return Poll::Ready(Ok(true));
+            }
+        }
+    }
+
+    /// Why the model stopped writing; known once `next` has given `false`.
+    pub fn finish(&self) -> Finish {
+        self.body.finish
+    }
+
+    /// Host and port of the endpoint that answers, for the log.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint.name
+    }
+
+    /// One read, decoded into `batch`.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<Result<(), Fault>> {
+        let Answer { head, shared, connection, early, body, clock, .. } = self;
+        if !early.is_empty() || body.framing.ended() {
+            let early = std::mem::take(early);
+            shared.stats.bytes.add(early.len() as u64);
+            return Poll::Ready(body.take(&early, head, batch));
+        }
+        let Some((io, _)) = connection else { return Poll::Ready(Err(reset(Cut::NoTerminal))) };
+        match poll_read(io, cx, |bytes| {
+            shared.stats.bytes.add(bytes.len() as u64);
+            body.take(bytes, head, batch)
+        }) {
+            Poll::Pending => clock.poll(cx).map(Err),
+            Poll::Ready(Ok(Some(taken))) => {
+                clock.last = Instant::now();
+                Poll::Ready(taken)
+            }
+            Poll::Ready(Ok(None)) => Poll::Ready(body.close(head, batch)),
+            Poll::Ready(Err(error)) => Poll::Ready(Err(reset(Cut::Connection(error)))),
+        }
+    }
+
+    /// The upstream has said its last: there is nothing left to cancel, and the connection may serve the next turn.
+    fn settle(&mut self, well: bool) {
+        self.cancel.disarm();
+        if let Some((io, lease)) = self.connection.take()
+            && well
+            && self.body.keep
+        {
+            lease.endpoint().keep(io, self.body.framing);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if !self.body.ended && self.broken.is_none() {
+            self.shared.stats.left.one();
+        }
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer").field("endpoint", &self.endpoint.name).field("ended", &self.body.ended).finish_non_exhaustive()
+    }
+}
+
+/// In which form the answer comes.
+pub(crate) enum Form {
+    /// As server-sent events.
+    Events(Box<sse::Decoder>),
+    /// As one JSON document, from a server that does not stream: gathered, then decoded.
+    Whole(Vec<u8>),
+}
+
+/// The body as it is taken apart: frame, form, vocabulary.
+struct Body {
+    protocol: Protocol,
+    limits: Limits,
+    framing: Framing,
+    keep: bool,
+    form: Form,
+    finish: Finish,
+    /// The terminal event has come.
+    ended: bool,
+}
+
+impl Body {
+    /// Decodes what was read; events before a fault stay in `batch`.
+    fn take(&mut self, bytes: &[u8], head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
+        let mut rest = bytes;
+        while !rest.is_empty() && !self.framing.ended() {
+            let (used, data) = match self.framing.strip(rest) {
+                Ok(stripped) => stripped,
+                // After the last event nobody is hurt but the connection.
+                Err(_) if self.ended => break,
+                Err(malformed) => return Err(protocol_error(malformed)),
+            };
+            rest = rest.get(used..).unwrap_or_default();
+            if !data.is_empty() && !self.ended {
+                self.decode(data, head, batch)?;
+            }
+        }
+        self.keep &= rest.is_empty();
+        if self.framing.ended() && !self.ended { self.end(head, batch) } else { Ok(()) }
+    }
+
+    /// The connection has ended.
+    fn close(&mut self, head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
+        self.keep = false;
+        if self.framing.may_close() { self.end(head, batch) } else { Err(reset(Cut::Frame)) }
+    }
+
+    fn decode(&mut self, data: &[u8], head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
+        match &mut self.form {
+            Form::Events(frames) => {
+                frames.push(data);
+                loop {
+                    let good = batch.events().len();
+                    let step = match frames.next() {
+                        Ok(Some(frame)) => match self.protocol {
+                            Protocol::OpenAi => wire::openai::decode(frame.data, head, batch),
+                            Protocol::Orchestrator => wire::chat::decode(frame.event, frame.data, head, batch),
+                        },
+                        Ok(None) => return Ok(()),
+                        Err(over) => return Err(over.into()),
+                    };
+                    match step {
+                        Ok(Step::More) => self.finish = finish_of(batch, good).unwrap_or(self.finish),
+                        Ok(Step::Done) => {
+                            self.finish = finish_of(batch, good).unwrap_or(self.finish);
+                            self.ended = true;
+                            return Ok(());
+                        }
+                        Ok(Step::Failed(fault)) => {
+                            self.ended = true;
+                            return Err(fault);
+                        }
+                        Err(malformed) => {
+                            batch.truncate(good);
+                            return Err(malformed.into());
+                        }
+                    }
+                }
+            }
+            Form::Whole(whole) => {
+                if whole.len() + data.len() > self.limits.whole {
+                    return Err(Fault::upstream(Code::UpstreamEventTooLarge).caused_by(Cut::TooLarge(self.limits.whole)));
+                }
+                whole.extend_from_slice(data);
+                Ok(())
+            }
+        }
+    }
+
+    /// The body is over: good only for an answer that came whole.
+    fn end(&mut self, head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
+        let Form::Whole(whole) = &mut self.form else { return Err(reset(Cut::NoTerminal)) };
+        let whole = std::mem::take(whole);
+
+        match wire::openai::decode_answer(&whole, head, batch)? {
+            Step::Failed(fault) => {
+                self.ended = true;
+                Err(fault)
+            }
+            Step::More | Step::Done => {
+                self.finish = finish_of(batch, 0).unwrap_or(self.finish);
+                self.ended = true;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// How the first choice finished, if one of the events from `from` says so.
+fn finish_of(batch: &Batch, from: usize) -> Option<Finish> {
+    batch.events().get(from..).unwrap_or_default().iter().rev().find_map(|event| match event.what {
+        What::Finish { choice: 0, finish } => Some(finish),
+        What::Finish { .. } | What::Text { .. } | What::Tool { .. } | What::Usage(_) | What::Note => None,
+    })
+}
+
+/// Why an answer broke, besides what the codecs say.
+#[derive(Debug, thiserror::Error)]
+enum Cut {
+    #[error("the connection broke within the answer")]
+    Connection(#[source] io::Error),
+    #[error("the connection ended within the answer's frame")]
+    Frame,
+    #[error("the answer ended without its terminal event")]
+    NoTerminal,
+    #[error("the answer is larger than {0} bytes")]
+    TooLarge(usize),
+}
+
+fn reset(cut: Cut) -> Fault {
+    Fault::upstream(Code::UpstreamReset).caused_by(cut)
+}
+
+fn protocol_error(cause: impl Error + Send + Sync + 'static) -> Fault {
+    Fault::upstream(Code::UpstreamProtocolError).caused_by(cause)
+}
+
+/// The deadlines of one turn. The timer is set once and moved only when it fires: an event costs a look at the clock.
+pub(crate) struct Clock {
+    timeouts: Timeouts,
+    opened: Instant,
+    last: Instant,
+    /// An event has come.
+    begun: bool,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Clock {
+    pub(crate) fn new(timeouts: Timeouts) -> Clock {
+        let opened = Instant::now();
+        let first = opened + timeouts.first_byte.min(timeouts.total);
+        Clock { timeouts, opened, last: opened, begun: false, timer: Box::pin(sleep_until(first)) }
+    }
+
+    /// When the answer must have begun.
+    pub(crate) fn first(&self) -> Instant {
+        self.due().0
+    }
+
+    fn due(&self) -> (Instant, Code) {
+        let total = self.opened + self.timeouts.total;
+        let (at, code) = if self.begun {
+            (self.last + self.timeouts.idle, Code::UpstreamStalled)
+        } else {
+            (self.opened + self.timeouts.first_byte, Code::UpstreamTimeoutFirstByte)
+        };
+        if at <= total { (at, code) } else { (total, Code::StreamLimitExceeded) }
+    }
+
+    /// Ready with the fault when a deadline has passed.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        loop {
+            let (at, code) = self.due();
+            if self.timer.deadline() > at {
+                self.timer.as_mut().reset(at);
+            }
+            ready!(self.timer.as_mut().poll(cx));
+            if Instant::now() >= at {
+                return Poll::Ready(Fault::upstream(code));
+            }
+            self.timer.as_mut().reset(at);
+        }
+    }
+}

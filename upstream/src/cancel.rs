@@ -1,0 +1,99 @@
+//! Tells an orchestrator that nobody waits for a turn any more; closing the connection alone is not heard by every server.
+
+use std::{sync::Arc, time::Duration};
+
+use headgate_contracts::TurnId;
+use tokio::{runtime::Handle, time::timeout};
+
+use crate::{
+    Shared,
+    balance::Lease,
+    endpoint::Endpoint,
+    exchange::{Begun, exchange},
+    request::cancel_bytes,
+    settings::Protocol,
+};
+
+/// How long a cancel call may take, and how many may be under way for one upstream: it is a courtesy, the closed connection is
+/// the message.
+const PATIENCE: Duration = Duration::from_secs(2);
+pub(crate) const MAX_UNDER_WAY: usize = 64;
+
+/// Makes the cancel call when dropped, unless the turn ended by itself.
+pub(crate) struct Cancel(Option<Armed>);
+
+struct Armed {
+    shared: Arc<Shared>,
+    endpoint: Arc<Endpoint>,
+    turn: TurnId,
+    traceparent: String,
+}
+
+impl Cancel {
+    /// From here on the endpoint may know of the turn. Protocols without a cancel call get none.
+    pub(crate) fn arm(shared: &Arc<Shared>, lease: &Lease, turn: TurnId, traceparent: impl FnOnce() -> String) -> Cancel {
+        Cancel(match shared.settings.protocol {
+            Protocol::OpenAi => None,
+            Protocol::Orchestrator => {
+                Some(Armed { shared: Arc::clone(shared), endpoint: Arc::clone(lease.endpoint()), turn, traceparent: traceparent() })
+            }
+        })
+    }
+
+    /// The turn has ended.
+    pub(crate) fn disarm(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        let Some(armed) = self.0.take() else { return };
+        let room = Arc::clone(&armed.shared.cancels).try_acquire_owned();
+        match (Handle::try_current(), room) {
+            (Ok(runtime), Ok(room)) => drop(runtime.spawn(async move {
+                let taken = timeout(PATIENCE, armed.call()).await.unwrap_or(false);
+                let stats = &armed.shared.stats;
+                if taken {
+                    stats.cancelled.one()
+                } else {
+                    stats.cancel_failed.one()
+                }
+                drop(room);
+            })),
+            _ => armed.shared.stats.cancel_failed.one(),
+        }
+    }
+}
+
+impl Armed {
+    /// Whether the endpoint took the call.
+    async fn call(&self) -> bool {
+        let endpoint = &self.endpoint;
+        let bytes = cancel_bytes(endpoint, self.turn, &self.traceparent, self.shared.authorization.as_ref());
+        let kept = endpoint.reuse();
+        let mut io = match kept {
+            Some(io) => io,
+            None => match endpoint.target.connect().await {
+                Ok(io) => io,
+                Err(_) => return false,
+            },
+        };
+        match exchange(&mut io, &bytes, &self.shared.settings.limits).await {
+            Ok(Begun { mut head, early }) => {
+                let mut rest = early.as_slice();
+                while !rest.is_empty() {
+                    match head.body.strip(rest) {
+                        Ok((used, _)) if used > 0 => rest = rest.get(used..).unwrap_or_default(),
+                        Ok(_) | Err(_) => return head.status.is_success(),
+                    }
+                }
+                if head.keep && head.body.ended() {
+                    endpoint.keep(io, head.body);
+                }
+                head.status.is_success()
+            }
+            Err(_) => false,
+        }
+    }
+}

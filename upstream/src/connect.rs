@@ -1,0 +1,114 @@
+//! Connections to one endpoint: name, TCP, TLS.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, lookup_host},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::settings::{Invalid, Tls};
+
+/// Where to connect, and how.
+pub(crate) struct Target {
+    pub(crate) host: Box<str>,
+    pub(crate) port: u16,
+    pub(crate) tls: Option<(TlsConnector, ServerName<'static>)>,
+}
+
+impl Target {
+    /// Connects to the first address that takes us. The caller sets the deadline; dropping the future closes what was opened.
+    pub(crate) async fn connect(&self) -> io::Result<Io> {
+        let mut last = None;
+        // Looked up for every connection: the system's resolver caches, and a name that moves is followed at once.
+        for address in lookup_host((&*self.host, self.port)).await? {
+            match TcpStream::connect(address).await {
+                Ok(tcp) => {
+                    tcp.set_nodelay(true)?;
+                    return match &self.tls {
+                        None => Ok(Io::Plain(tcp)),
+                        Some((tls, name)) => Ok(Io::Tls(Box::new(tls.connect(name.clone(), tcp).await?))),
+                    };
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the name has no address")))
+    }
+}
+
+/// TLS as upstreams need it: HTTP/1.1 only, one connection per open answer, so that slow answers cannot starve each other.
+pub(crate) fn tls(settings: &Tls) -> Result<TlsConnector, Invalid> {
+    let mut roots = RootCertStore::empty();
+    match &settings.ca {
+        Some(path) => {
+            let unreadable = |source: Box<dyn std::error::Error + Send + Sync>| Invalid::Ca { path: path.clone(), source };
+            let pem = std::fs::read(path).map_err(|error| unreadable(error.into()))?;
+            for certificate in rustls::pki_types::pem::PemObject::pem_slice_iter(&pem) {
+                let certificate = certificate.map_err(|error: rustls::pki_types::pem::Error| unreadable(error.to_string().into()))?;
+                roots.add(certificate).map_err(|error| unreadable(error.into()))?;
+            }
+            if roots.is_empty() {
+                return Err(unreadable("the file holds no certificate".into()));
+            }
+        }
+        None => {
+            // Some certificates of a system store are often unusable; what counts is that any are left.
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                return Err(Invalid::NoRoots);
+            }
+        }
+    }
+    // The provider is named, not the process's default: pingora would install another one.
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|_| Invalid::Setting { name: "tls", expected: "a provider with TLS 1.2 or 1.3" })?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// A connection to an endpoint.
+pub(crate) enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Io::Plain(tcp) => Pin::new(tcp).poll_read(cx, buffer),
+            Io::Tls(tls) => Pin::new(tls).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Io::Plain(tcp) => Pin::new(tcp).poll_write(cx, bytes),
+            Io::Tls(tls) => Pin::new(tls).poll_write(cx, bytes),
+        }
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Io::Plain(tcp) => Pin::new(tcp).poll_flush(cx),
+            Io::Tls(tls) => Pin::new(tls).poll_flush(cx),
+        }
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Io::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Io::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! HTTP/1.1 responses, read strictly: what two readers could understand differently is refused (RFC 9112, sections 2 to 7).
+//!
+//! Without I/O. Written for answers that come in thousands of small pieces: the head is parsed by `httparse`, the body's frame
+//! is stripped in place, and nothing is kept between two reads but a few numbers. `docs/decisions/0007-answers-are-read-by-hand.md`
+//! has the measurements.
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING},
+};
+use memchr::memchr;
+
+/// Why a response is not one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Malformed {
+    #[error("the response head is larger than {0} bytes")]
+    HeadTooLarge(usize),
+    #[error("the response head has more than {0} fields")]
+    TooManyFields(usize),
+    #[error("the response head is not HTTP/1: {0}")]
+    Head(httparse::Error),
+    #[error("a line of the response head ends without a carriage return")]
+    BareLineFeed,
+    #[error("the response has both a length and a transfer encoding")]
+    LengthAndEncoding,
+    #[error("the response's length is not one number")]
+    Length,
+    #[error("the response's transfer encoding is not `chunked` alone")]
+    Encoding,
+    #[error("the response has a transfer encoding in HTTP/1.0")]
+    EncodingInOld,
+    #[error("more than {MAX_INTERIM} interim responses")]
+    TooManyInterim,
+    #[error("the protocol was switched without being asked")]
+    Switched,
+    #[error("a chunk's size is not a hexadecimal number of at most 63 bits")]
+    ChunkSize,
+    #[error("a chunk does not end where it says")]
+    ChunkEnd,
+    #[error("chunk extensions or trailers are over the limit")]
+    ChunkExtras,
+}
+
+/// Responses 1xx before the one that counts.
+const MAX_INTERIM: u32 = 8;
+
+/// A response head, and how its body is framed.
+#[derive(Debug)]
+pub(crate) struct ResponseHead {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Framing,
+    /// Whether the connection may carry another request after the body.
+    pub(crate) keep: bool,
+}
+
+/// Gathers a response head from any cutting of it.
+pub(crate) struct HeadReader {
+    buffer: Vec<u8>,
+    /// Where the line being read begins, and how far it has been searched for its end.
+    line: usize,
+    searched: usize,
+    interim: u32,
+    max_bytes: usize,
+    max_fields: usize,
+}
+
+impl HeadReader {
+    pub(crate) fn new(max_bytes: usize, max_fields: usize) -> HeadReader {
+        HeadReader { buffer: Vec::new(), line: 0, searched: 0, interim: 0, max_bytes, max_fields }
+    }
+
+    /// Whether any byte of a response has come.
+    pub(crate) fn begun(&self) -> bool {
+        !self.buffer.is_empty() || self.interim > 0
+    }
+
+    /// Takes what was read. Once the head is whole: the head, and how many of these bytes belong to it; the rest is body.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<Option<(ResponseHead, usize)>, Malformed> {
+        let mut taken = 0;
+        loop {
+            let rest = bytes.get(taken..).unwrap_or_default();
+            let Some(end) = self.take_lines(rest)? else { return Ok(None) };
+            taken += end;
+            let head = parse(&self.buffer, self.max_fields)?;
+            if !head.status.is_informational() {
+                return Ok(Some((head, taken)));
+            }
+            if head.status == StatusCode::SWITCHING_PROTOCOLS {
+                return Err(Malformed::Switched);
+            }
+            self.interim += 1;
+            if self.interim > MAX_INTERIM {
+                return Err(Malformed::TooManyInterim);
+            }
+            self.buffer.clear();
+            (self.line, self.searched) = (0, 0);
+        }
+    }
+
+    /// Appends up to and including the empty line that ends a head; gives how many bytes that took.
+    fn take_lines(&mut self, bytes: &[u8]) -> Result<Option<usize>, Malformed> {
+        let before = self.buffer.len();
+        // One byte more than allowed is enough to know.
+        let room = self.max_bytes.saturating_add(1).saturating_sub(before);
+        self.buffer.extend_from_slice(bytes.get(..room).unwrap_or(bytes));
+        while let Some(at) = memchr(b'\n', self.buffer.get(self.searched..).unwrap_or_default()) {
+            let end = self.searched + at;
+            let line = self.buffer.get(self.line..end).unwrap_or_default();
+            if line.last() != Some(&b'\r') {
+                return Err(Malformed::BareLineFeed);
+            }
+            let empty = line.len() == 1;
+            (self.line, self.searched) = (end + 1, end + 1);
+            if empty && end < self.max_bytes {
+                self.buffer.truncate(end + 1);
+                return Ok(Some(end + 1 - before));
+            }
+        }
+        self.searched = self.buffer.len();
+        if self.buffer.len() > self.max_bytes { Err(Malformed::HeadTooLarge(self.max_bytes)) } else { Ok(None) }
+    }
+}
+
+fn parse(bytes: &[u8], max_fields: usize) -> Result<ResponseHead, Malformed> {
+    let mut fields = vec![httparse::EMPTY_HEADER; max_fields];
+    let mut response = httparse::Response::new(&mut fields);
+    match response.parse(bytes) {
+        Ok(httparse::Status::Complete(_)) => {}
+        Ok(httparse::Status::Partial) => return Err(Malformed::Head(httparse::Error::NewLine)),
+        Err(httparse::Error::TooManyHeaders) => return Err(Malformed::TooManyFields(max_fields)),
+        Err(error) => return Err(Malformed::Head(error)),
+    }
+    let status = response.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(Malformed::Head(httparse::Error::Status))?;
+    let mut headers = HeaderMap::with_capacity(response.headers.len());
+    for field in response.headers.iter() {
+        let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| Malformed::Head(httparse::Error::HeaderName))?;
+        let value = HeaderValue::from_bytes(field.value).map_err(|_| Malformed::Head(httparse::Error::HeaderValue))?;
+        headers.append(name, value);
+    }
+    let old = response.version == Some(0);
+    let body = framing(status, &headers, old)?;
+    let close = headers
+        .get_all(CONNECTION)
+        .iter()
+        .any(|value| value.to_str().map_or(true, |text| text.split(',').any(|option| option.trim().eq_ignore_ascii_case("close"))));
+    let keep = !old && !close && !matches!(body, Framing::UntilClose);
+    Ok(ResponseHead { status, headers, body, keep })
+}
+
+/// RFC 9112 section 6.3, without the leniencies.
+fn framing(status: StatusCode, headers: &HeaderMap, old: bool) -> Result<Framing, Malformed> {
+    let encoding = one(headers, &TRANSFER_ENCODING).map_err(|_| Malformed::Encoding)?;
+    let length = one(headers, &CONTENT_LENGTH).map_err(|_| Malformed::Length)?;
+    let length = length.map(|text| digits(text).ok_or(Malformed::Length)).transpose()?;
+    match (encoding, length) {
+        (Some(_), Some(_)) => Err(Malformed::LengthAndEncoding),
+        (Some(_), None) if old => Err(Malformed::EncodingInOld),
+        (Some(coding), None) if !coding.eq_ignore_ascii_case("chunked") => Err(Malformed::Encoding),
+        _ if status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED => Ok(Framing::Ended),
+        (Some(_), None) => Ok(Framing::Chunked(Chunk::Size { size: 0, digits: 0 })),
+        (None, Some(0)) => Ok(Framing::Ended),
+        (None, Some(length)) => Ok(Framing::Length(length)),
+        (None, None) => Ok(Framing::UntilClose),
+    }
+}
+
+/// The one value of a field that may stand once; an error where it stands twice or is not text.
+fn one<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, ()> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (None, _) => Ok(None),
+        (Some(value), None) => value.to_str().map(Some).map_err(drop),
+        (Some(_), Some(_)) => Err(()),
+    }
+}
+
+/// A length: digits alone (no sign, no list), below 2^63.
+fn digits(text: &str) -> Option<u64> {
+    let plain = !text.is_empty() && text.len() <= 18 && text.bytes().all(|byte| byte.is_ascii_digit());
+    plain.then(|| text.parse().ok()).flatten()
+}
+
+/// Where a body stands within its frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Framing {
+    /// So many bytes are left.
+    Length(u64),
+    /// In a chunked body.
+    Chunked(Chunk),
+    /// Until the connection ends.
+    UntilClose,
+    /// Nothing is left: what follows belongs to the next response.
+    Ended,
+}
+
+/// Where in a chunked body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chunk {
+    Size {
+        size: u64,
+        digits: u8,
+    },
+    Extension {
+        size: u64,
+        bytes: u16,
+    },
+    SizeEnd {
+        size: u64,
+    },
+    Data {
+        left: u64,
+    },
+    DataReturn,
+    DataEnd,
+    /// At the start of a trailer line, or of the empty one that ends it all.
+    Trailer {
+        bytes: u16,
+    },
+    TrailerLine {
+        bytes: u16,
+    },
+    TrailerLineEnd {
+        bytes: u16,
+    },
+    LastEnd,
+}
+
+/// The most bytes of one chunk's extensions, and of all trailers: both are skipped.
+const MAX_EXTRAS: u16 = 4096;
+
+impl Framing {
+    /// Strips the frame from `input`: how many bytes were used, and the body's bytes among them. Call again with the rest
+    /// until nothing is left or the body has ended.
+    pub(crate) fn strip<'a>(&mut self, input: &'a [u8]) -> Result<(usize, &'a [u8]), Malformed> {
+        match self {
+            Framing::Ended => Ok((0, &[])),
+            Framing::UntilClose => Ok((input.len(), input)),
+            Framing::Length(left) => {
+                let data = prefix(input, *left);
+                *left -= data.len() as u64;
+                if *left == 0 {
+                    *self = Framing::Ended;
+                }
+                Ok((data.len(), data))
+            }
+            Framing::Chunked(chunk) => {
+                let (used, data, ended) = chunk.strip(input)?;
+                if ended {
+                    *self = Framing::Ended;
+                }
+                Ok((used, data))
+            }
+        }
+    }
+
+    pub(crate) fn ended(&self) -> bool {
+        matches!(self, Framing::Ended)
+    }
+
+    /// Whether the connection's end is the body's proper end here.
+    pub(crate) fn may_close(&self) -> bool {
+        matches!(self, Framing::Ended | Framing::UntilClose)
+    }
+}
+
+impl Chunk {
+    /// As [`Framing::strip`], and whether the body has ended.
+    fn strip<'a>(&mut self, input: &'a [u8]) -> Result<(usize, &'a [u8], bool), Malformed> {
+        let mut used = 0;
+        while let Some(&byte) = input.get(used) {
+            if let Chunk::Data { left } = *self {
+                let data = prefix(input.get(used..).unwrap_or_default(), left);
+                let left = left - data.len() as u64;
+                *self = if left == 0 { Chunk::DataReturn } else { Chunk::Data { left } };
+                return Ok((used + data.len(), data, false));
+            }
+            used += 1;
+            *self = match (*self, byte) {
+                (Chunk::Size { size, digits }, digit) if digit.is_ascii_hexdigit() => {
+                    // 15 digits are 60 bits: no sum of ours can overflow, and no chunk is that large.
+                    if digits == 15 {
+                        return Err(Malformed::ChunkSize);
+                    }
+                    let digit = (digit as char).to_digit(16).unwrap_or(0);
+                    Chunk::Size { size: size << 4 | u64::from(digit), digits: digits + 1 }
+                }
+                (Chunk::Size { digits: 0, .. }, _) => return Err(Malformed::ChunkSize),
+                (Chunk::Size { size, .. }, b'\r') => Chunk::SizeEnd { size },
+                (Chunk::Size { size, .. }, b';' | b' ' | b'\t') => Chunk::Extension { size, bytes: 0 },
+                (Chunk::Size { .. }, _) => return Err(Malformed::ChunkSize),
+                (Chunk::Extension { size, .. }, b'\r') => Chunk::SizeEnd { size },
+                (Chunk::Extension { .. }, b'\n') => return Err(Malformed::BareLineFeed),
+                (Chunk::Extension { size, bytes }, _) => Chunk::Extension { size, bytes: extra(bytes)? },
+                (Chunk::SizeEnd { size: 0 }, b'\n') => Chunk::Trailer { bytes: 0 },
+                (Chunk::SizeEnd { size }, b'\n') => Chunk::Data { left: size },
+                (Chunk::DataReturn, b'\r') => Chunk::DataEnd,
+                (Chunk::DataEnd, b'\n') => Chunk::Size { size: 0, digits: 0 },
+                (Chunk::Trailer { .. }, b'\r') => Chunk::LastEnd,
+                (Chunk::Trailer { .. } | Chunk::TrailerLine { .. }, b'\n') => return Err(Malformed::BareLineFeed),
+                (Chunk::TrailerLine { bytes }, b'\r') => Chunk::TrailerLineEnd { bytes },
+                (Chunk::Trailer { bytes } | Chunk::TrailerLine { bytes }, _) => Chunk::TrailerLine { bytes: extra(bytes)? },
+                (Chunk::TrailerLineEnd { bytes }, b'\n') => Chunk::Trailer { bytes },
+                (Chunk::LastEnd, b'\n') => return Ok((used, &[], true)),
+                (Chunk::SizeEnd { .. } | Chunk::DataReturn | Chunk::DataEnd | Chunk::TrailerLineEnd { .. } | Chunk::LastEnd, _) => {
+                    return Err(Malformed::ChunkEnd);
+                }
+                (data @ Chunk::Data { .. }, _) => data,
+            };
+        }
+        Ok((used, &[], false))
+    }
+}
+
+fn extra(bytes: u16) -> Result<u16, Malformed> {
+    if bytes < MAX_EXTRAS { Ok(bytes + 1) } else { Err(Malformed::ChunkExtras) }
+}
+
+fn prefix(input: &[u8], most: u64) -> &[u8] {
+    let most = usize::try_from(most).unwrap_or(usize::MAX);
+    input.get(..most).unwrap_or(input)
+}
