@@ -1,1 +1,93 @@
-//! headgate-orchestrator
+//! Runs the turns that a gateway has judged: believes its signed verdict, remembers the session, asks a model, streams the answer.
+//!
+//! | word | where |
+//! |---|---|
+//! | **court**: judges the verdict of a dispatch | `verify` |
+//! | **history**: what was said in each session | `history` |
+//! | **runs**: the open turns, one per session | `runs` |
+//! | **run**: one open turn, from the dispatch to its end | `run` |
+//! | **models**: who answers | [`Models`] |
+//!
+//! A dispatch comes as `POST /v1/conversation/stream` (server-sent events), `POST /v1/conversation/step` (one JSON answer) or as a
+//! frame on a WebSocket at the first of these; `docs/wire.md` has the contract. The response's body reads the model itself, in the
+//! connection's own task: whoever stops reading, stops the model, before the first byte too.
+
+mod front;
+mod history;
+mod metrics;
+mod models;
+mod run;
+mod runs;
+mod serve;
+mod settings;
+mod socket;
+mod step;
+mod stream;
+mod verify;
+mod ws;
+
+use std::{fmt, sync::Arc};
+
+use headgate_policy::{Registry, Verifier};
+
+pub use history::Bounds;
+pub use models::Models;
+pub use serve::{serve, serve_admin};
+pub use settings::{Limits, Settings};
+pub use socket::Patience;
+
+/// Everything that all connections share.
+pub struct Orchestrator {
+    settings: Settings,
+    court: verify::Court,
+    models: Models,
+    history: history::History,
+    runs: Arc<runs::Runs>,
+    metrics: metrics::Metrics,
+}
+
+impl Orchestrator {
+    /// An orchestrator that believes verdicts signed with `keys` under policies that `registry` knows, and has `models` answer.
+    pub fn new(settings: Settings, models: Models, keys: Verifier, registry: Arc<dyn Registry>) -> Orchestrator {
+        Orchestrator {
+            court: verify::Court::new(settings.issuer.clone(), keys, registry, settings.limits.replays),
+            history: history::History::new(settings.history.clone()),
+            runs: Arc::new(runs::Runs::new(settings.limits.turns, settings.limits.session_grace)),
+            metrics: metrics::Metrics::new(),
+            models,
+            settings,
+        }
+    }
+
+    /// Adds the orchestrator's metrics to what is exported.
+    pub fn register(&self, registry: &mut prometheus_client::registry::Registry) {
+        self.metrics.register(registry);
+    }
+
+    /// Believes verdicts signed with these keys from now on: call it when the gateway's keys rotate.
+    pub fn trust(&self, keys: Verifier) {
+        self.court.trust(keys);
+    }
+
+    /// Whether turns are taken and some endpoint could answer them; else the reason, for people.
+    pub fn ready(&self) -> Result<(), &'static str> {
+        if !self.runs.is_open() {
+            Err("draining\n")
+        } else if !self.models.ready() {
+            Err("no model is ready\n")
+        } else {
+            Ok(())
+        }
+    }
+
+    /// How many turns are open now.
+    pub fn open_turns(&self) -> usize {
+        self.runs.count()
+    }
+}
+
+impl fmt::Debug for Orchestrator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Orchestrator").field("open_turns", &self.open_turns()).field("history", &self.history).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,35 @@
+//! Chooses who answers: an upstream by the name of its model, or the one for every other name.
+
+use std::collections::HashMap;
+
+use headgate_upstream::Upstream;
+
+/// The models that can answer.
+#[derive(Clone)]
+pub struct Models {
+    any: Upstream,
+    by_name: HashMap<String, Upstream>,
+}
+
+impl Models {
+    /// One upstream that answers whatever model is asked for.
+    pub fn new(any: Upstream) -> Models {
+        Models { any, by_name: HashMap::new() }
+    }
+
+    /// With an upstream of its own for the model `name`.
+    pub fn with(mut self, name: impl Into<String>, upstream: Upstream) -> Models {
+        self.by_name.insert(name.into(), upstream);
+        self
+    }
+
+    /// Who answers for `model`.
+    pub(crate) fn choose(&self, model: Option<&str>) -> &Upstream {
+        model.and_then(|name| self.by_name.get(name)).unwrap_or(&self.any)
+    }
+
+    /// Whether some endpoint of the upstream for every other name takes turns.
+    pub(crate) fn ready(&self) -> bool {
+        self.any.health().iter().any(|endpoint| endpoint.ready)
+    }
+}

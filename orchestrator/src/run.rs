@@ -1,0 +1,307 @@
+//! Runs one turn: from a dispatch that holds to the end of the model's answer, whoever reads it and however.
+
+use std::{panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+use headgate_contracts::{
+    Batch, Code, Content, End, Fault, Finish, Gone, Message, Prompt, Role, Stop, TurnId, Usage, What,
+    wire::openai::{Completion, ToolCall},
+};
+use headgate_upstream::{Answer, Upstream};
+use serde_json::{Value, json};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tracing::{Instrument, Span, field};
+
+use crate::{
+    Orchestrator,
+    history::Cut,
+    metrics::Route,
+    runs::{Lease, Refused},
+    socket::Request,
+};
+
+/// A turn that is open. Dropping it leaves the model, and is the caller's leaving unless it had ended.
+pub(crate) struct Run {
+    pub(crate) turn: TurnId,
+    /// The events read last.
+    pub(crate) batch: Batch,
+    /// What the model said so far; not all of its text, where that is more than anybody will ask for.
+    pub(crate) said: Completion,
+    /// The most text that is kept in `said`, in bytes.
+    keep: usize,
+    text_bytes: usize,
+    events: u64,
+    orchestrator: Arc<Orchestrator>,
+    route: Route,
+    prompt: Prompt,
+    /// What the request brought, before what is remembered was put in front of it.
+    brought: Vec<Message>,
+    /// Given back when the turn ends.
+    lease: Option<Lease>,
+    answer: Option<Answer>,
+    /// What reading the first batch gave, until it is asked for.
+    first: Option<bool>,
+    begun: Instant,
+    deadline: Pin<Box<Sleep>>,
+    first_text: Option<Duration>,
+    span: Span,
+}
+
+impl Run {
+    /// Takes the session's place for `prompt`.
+    ///
+    /// Errors: the session has an open turn, or there is no room.
+    pub(crate) async fn begin(orchestrator: &Arc<Orchestrator>, route: Route, mut prompt: Prompt) -> Result<Run, Fault> {
+        let begun = Instant::now();
+        let key = crate::history::Key::of(&prompt);
+        let lease = orchestrator.runs.begin(prompt.turn, &key).await.map_err(|refused| match refused {
+            Refused::Conflict => Fault::client(Code::TurnConflict),
+            Refused::Full => Fault::us(Code::Overloaded).after(Duration::from_secs(1)),
+            Refused::Draining => Fault::us(Code::Draining),
+        })?;
+        let brought = std::mem::take(&mut prompt.messages);
+        prompt.messages = orchestrator.history.recall(&key, &brought);
+        orchestrator.metrics.open.inc();
+        Ok(Run {
+            turn: prompt.turn,
+            batch: Batch::new(),
+            said: Completion::new(),
+            keep: match route {
+                Route::Step => orchestrator.settings.limits.text,
+                Route::Stream | Route::WebSocket => orchestrator.history.session_bytes(),
+            },
+            text_bytes: 0,
+            events: 0,
+            orchestrator: orchestrator.clone(),
+            route,
+            span: span(&prompt),
+            prompt,
+            brought,
+            lease: Some(lease),
+            answer: None,
+            first: None,
+            begun,
+            deadline: Box::pin(sleep_until(begun + orchestrator.settings.limits.turn)),
+            first_text: None,
+        })
+    }
+
+    /// Asks the model and waits for its first events: until then a fault is a status, and the model's name is not known.
+    /// `caller`: watched meanwhile, where there is one to watch.
+    ///
+    /// Errors: the turn has ended with this stop.
+    pub(crate) async fn open(&mut self, caller: Option<&Request>) -> Result<(), Stop> {
+        let upstream: Upstream = self.orchestrator.models.choose(self.prompt.settings.model.as_deref()).clone();
+        let opening = upstream.open(&self.prompt).instrument(self.span.clone());
+        match within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator, opening).await {
+            Ok(answer) => self.answer = Some(answer),
+            Err(stop) => return Err(self.end(stop)),
+        }
+        // What was sent is not needed twice: an answer may take minutes.
+        self.prompt.messages = Vec::new();
+        self.first = Some(self.read(caller).await?);
+        Ok(())
+    }
+
+    /// The model's name, as its server calls it.
+    pub(crate) fn model(&self) -> &str {
+        let named = self.answer.as_ref().map(|answer| answer.head.model.as_str()).filter(|name| !name.is_empty());
+        named.or(self.prompt.settings.model.as_deref()).unwrap_or_default()
+    }
+
+    /// Why the model stopped writing, as far as it has said.
+    pub(crate) fn finish(&self) -> Finish {
+        self.said.first().and_then(|choice| choice.finish).unwrap_or_default()
+    }
+
+    /// Gives the next batch in `self.batch`: `false` is the proper end of the answer, and of the turn.
+    ///
+    /// Errors: the turn has ended with this stop; what was read with it is not in the batch.
+    pub(crate) async fn advance(&mut self, caller: Option<&Request>) -> Result<bool, Stop> {
+        match self.first.take() {
+            Some(more) => Ok(more),
+            None => self.read(caller).await,
+        }
+    }
+
+    async fn read(&mut self, caller: Option<&Request>) -> Result<bool, Stop> {
+        self.batch.clear();
+        let Some(answer) = &mut self.answer else { return Ok(false) };
+        let reading = answer.next(&mut self.batch).instrument(self.span.clone());
+        let read = within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator, reading).await;
+        match read.and_then(|more| self.take_note().map(|()| more)) {
+            Ok(true) => Ok(true),
+            Ok(false) => {
+                self.settle(Ok(()));
+                Ok(false)
+            }
+            Err(stop) => Err(self.end(stop)),
+        }
+    }
+
+    /// Ends the turn early.
+    pub(crate) fn end(&mut self, stop: Stop) -> Stop {
+        self.batch.clear();
+        self.settle(Err(stop.clone()));
+        stop
+    }
+
+    /// Notes what the batch says, as far as history, limits and the record want to know.
+    fn take_note(&mut self) -> Result<(), Stop> {
+        let mut text_came = false;
+        for event in self.batch.events() {
+            self.events += 1;
+            if let What::Text { text, .. } = event.what {
+                text_came = true;
+                self.text_bytes += text.len();
+                if self.text_bytes > self.keep {
+                    continue;
+                }
+            }
+            self.said.add_event(&self.batch, event);
+        }
+        if text_came && self.first_text.is_none() {
+            let waited = self.begun.elapsed();
+            self.first_text = Some(waited);
+            self.orchestrator.metrics.first_text.observe(waited.as_secs_f64());
+        }
+        if self.text_bytes > self.orchestrator.settings.limits.text {
+            return Err(Fault::upstream(Code::StreamLimitExceeded).into());
+        }
+        Ok(())
+    }
+
+    /// Ends the turn, once: the model is left, the answer remembered, the place given back, the facts written down.
+    fn settle(&mut self, end: End) {
+        let Some(lease) = self.lease.take() else { return };
+        let model = self.model().to_owned();
+        let opened = self.answer.take().is_some();
+        self.orchestrator.metrics.open.dec();
+        if opened {
+            self.orchestrator.metrics.ended(self.route, &end);
+            let cut = if end.is_ok() { Cut::No } else { Cut::Yes };
+            // Remembered before the place is given back and before the last event is sent: whoever reads it may ask at once.
+            if let Some(answer) = self.message() {
+                self.orchestrator.history.remember(lease.key(), &self.brought, answer, cut);
+            }
+        }
+        self.write_down(&end, &model);
+        drop(lease);
+    }
+
+    /// What the model said, as the message it will be in the next turn. What is too long to be remembered is not: half of it
+    /// would say something that nobody said.
+    fn message(&self) -> Option<Message> {
+        if self.text_bytes > self.keep {
+            return None;
+        }
+        let said = self.said.first()?;
+        let call =
+            |call: &ToolCall| json!({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}});
+        let tool_calls = (!said.tools.is_empty()).then(|| said.tools.values().map(call).collect::<Value>());
+        let content = (!said.content.is_empty()).then(|| Content::Text(said.content.clone()));
+        Some(Message { content, tool_calls, ..Message::new(Role::Assistant, "") })
+    }
+
+    /// One log line per turn, and the same on its span. Never text.
+    fn write_down(&mut self, end: &End, model: &str) {
+        let (word, code, cause) = match end {
+            Ok(()) => ("complete", None, None),
+            Err(Stop::Failed(fault)) => ("failed", Some(fault.code.as_str()), Some(fault.chain())),
+            Err(stop) => (stop.word(), Some(stop.code().as_str()), None),
+        };
+        let span = std::mem::replace(&mut self.span, Span::none());
+        let Usage { input_tokens, output_tokens } = self.said.usage.unwrap_or_default();
+        span.record("end", word);
+        span.record("code", code);
+        span.record("gen_ai.response.model", model);
+        span.record("gen_ai.response.finish_reasons", self.finish().as_str());
+        span.record("gen_ai.usage.input_tokens", input_tokens);
+        span.record("gen_ai.usage.output_tokens", output_tokens);
+        let _entered = span.enter();
+        let ttft_ms = self.first_text.map(|waited| u64::try_from(waited.as_millis()).unwrap_or(u64::MAX));
+        tracing::info!(
+            end = word,
+            code,
+            cause,
+            route = self.route.as_str(),
+            ttft_ms,
+            took_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            events = self.events,
+            text_bytes = self.text_bytes,
+            input_tokens,
+            output_tokens,
+            trace_id = self.prompt.trace.trace_id_hex(),
+            turn_id = %self.turn,
+            session_id = %self.prompt.session,
+            tenant = %self.prompt.principal.tenant,
+            "turn ended"
+        );
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.settle(Err(Gone::Left.into()));
+    }
+}
+
+/// What `work` gives, unless somebody stops the turn, its caller leaves or its time is over first. A panic in it is caught: it
+/// costs this turn and no other.
+async fn within<T>(
+    lease: &mut Option<Lease>,
+    deadline: &mut Pin<Box<Sleep>>,
+    caller: Option<&Request>,
+    orchestrator: &Orchestrator,
+    work: impl Future<Output = Result<T, Fault>>,
+) -> Result<T, Stop> {
+    let stopped = async {
+        match lease {
+            Some(lease) => lease.gone().await,
+            None => std::future::pending().await,
+        }
+    };
+    let left = async {
+        match caller {
+            Some(caller) => caller.gone().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        gone = stopped => Err(gone.into()),
+        () = left => Err(Gone::Left.into()),
+        // What has come counts, even in the last moment.
+        done = AssertUnwindSafe(work).catch_unwind() => match done {
+            Ok(done) => Ok(done?),
+            Err(_) => {
+                orchestrator.metrics.panics.inc();
+                Err(Fault::us(Code::InternalError).caused_by("a panic while the model was asked").into())
+            }
+        },
+        () = deadline => Err(Fault::upstream(Code::StreamLimitExceeded).caused_by("the turn's time is over").into()),
+    }
+}
+
+/// The span of a turn. Its place in the distributed trace is written in fields: what exports spans reads them from there.
+fn span(prompt: &Prompt) -> Span {
+    let hex = |id: &[u8; 8]| format!("{:016x}", u64::from_be_bytes(*id));
+    tracing::info_span!(
+        "conversation",
+        otel.kind = "server",
+        trace_id = prompt.trace.trace_id_hex(),
+        span_id = hex(&prompt.trace.span_id),
+        parent_span_id = prompt.trace.parent_id.as_ref().map(hex),
+        turn_id = %prompt.turn,
+        session_id = %prompt.session,
+        tenant = %prompt.principal.tenant,
+        gen_ai.operation.name = "chat",
+        gen_ai.request.model = prompt.settings.model.as_deref(),
+        gen_ai.response.model = field::Empty,
+        gen_ai.response.finish_reasons = field::Empty,
+        gen_ai.usage.input_tokens = field::Empty,
+        gen_ai.usage.output_tokens = field::Empty,
+        end = field::Empty,
+        code = field::Empty,
+    )
+}

@@ -1,0 +1,75 @@
+//! What an orchestrator is told: whom to believe, how much to take, how long to wait.
+
+use std::time::Duration;
+
+use crate::{history::Bounds, socket::Patience};
+
+/// Everything an orchestrator is told, beside its models, keys and registry.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Whose verdicts count: the `iss` that gateways sign with.
+    pub issuer: String,
+    /// How much is taken.
+    pub limits: Limits,
+    /// How long a caller may take over what.
+    pub patience: Patience,
+    /// How much is remembered of sessions.
+    pub history: Bounds,
+    /// How long open turns may go on once we shut down.
+    pub drain: Duration,
+}
+
+impl Default for Settings {
+    /// The issuer `headgate`, the defaults of every part, and a minute to drain.
+    fn default() -> Settings {
+        Settings {
+            issuer: "headgate".to_owned(),
+            limits: Limits::default(),
+            patience: Patience::default(),
+            history: Bounds::default(),
+            drain: Duration::from_secs(60),
+        }
+    }
+}
+
+/// How much is taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at once; further ones wait in the system's queue.
+    pub connections: usize,
+    /// Turns open at once, over all connections.
+    pub turns: usize,
+    /// Turns open at once on one WebSocket.
+    pub socket_turns: usize,
+    /// How long a busy session is waited for before its next turn is refused: just enough for a turn that was stopped to end.
+    pub session_grace: Duration,
+    /// The largest body of a request, and payload of a WebSocket turn, in bytes.
+    pub body: usize,
+    /// The largest header block, in bytes, and at least 8 KiB.
+    pub head: usize,
+    /// The most header fields.
+    pub fields: usize,
+    /// The longest a turn may take in all.
+    pub turn: Duration,
+    /// The most text in one answer, in bytes.
+    pub text: usize,
+    /// Used verdicts that are remembered: enough for their life at the highest rate of turns.
+    pub replays: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 8192,
+            turns: 4096,
+            socket_turns: 8,
+            session_grace: Duration::from_millis(250),
+            body: 1 << 20,
+            head: 16 << 10,
+            fields: 100,
+            turn: Duration::from_secs(600),
+            text: 4 << 20,
+            replays: 1 << 18,
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Acts only on a verdict that a gateway signed for these bytes, this tenant, session and turn, under a policy in force, once.
+
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::SystemTime,
+};
+
+use headgate_contracts::{Code, Fault, Prompt};
+use headgate_policy::{Claims, Digest, Direction, Expect, LEEWAY, Mode, ORCHESTRATOR, Registry, Rejected, Replays, Verifier};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+/// The signed verdict.
+pub(crate) const VERDICT: HeaderName = HeaderName::from_static("policy-verdict");
+/// The policy's version: a copy of the claim, for people and proxies.
+pub(crate) const VERSION: HeaderName = HeaderName::from_static("policy-version");
+/// The constitution's hash: a copy of the claim.
+pub(crate) const CONSTITUTION: HeaderName = HeaderName::from_static("constitution-hash");
+/// RFC 9530: the digest of the body.
+const CONTENT_DIGEST: HeaderName = HeaderName::from_static("content-digest");
+
+/// What is needed to judge verdicts.
+pub(crate) struct Court {
+    issuer: String,
+    // Replaced as a whole when keys rotate; a verification keeps the set it began with.
+    keys: RwLock<Arc<Verifier>>,
+    registry: Arc<dyn Registry>,
+    spent: Replays,
+}
+
+/// The dispatch that a verdict must be about: the method, the path and the exact bytes.
+pub(crate) struct Dispatched<'a> {
+    pub(crate) method: &'a str,
+    pub(crate) path: &'a str,
+    pub(crate) body: &'a [u8],
+}
+
+impl Court {
+    pub(crate) fn new(issuer: String, keys: Verifier, registry: Arc<dyn Registry>, replays: usize) -> Court {
+        Court { issuer, keys: RwLock::new(Arc::new(keys)), registry, spent: Replays::new(replays) }
+    }
+
+    /// Judges by these keys from now on.
+    pub(crate) fn trust(&self, keys: Verifier) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+    }
+
+    /// The claims of the verdict in `headers`, if it holds for this dispatch of `prompt`. A verdict that holds is used up.
+    ///
+    /// Errors: [`Code::InvalidRequest`] where a header comes twice; [`Code::VersionConflict`] where the policy is not in force;
+    /// [`Code::VerdictReplayed`]; [`Code::VerdictInvalid`] for everything else, each with the reason's word as its message; a
+    /// 503 where the question cannot be answered.
+    pub(crate) fn judge(&self, headers: &HeaderMap, dispatched: &Dispatched<'_>, prompt: &Prompt) -> Result<Claims, Fault> {
+        let token = only(headers, &VERDICT)?.ok_or_else(|| invalid("missing"))?;
+        let token = token.to_str().map_err(|_| invalid("shape"))?;
+        let digest = Digest::of(dispatched.body);
+        if let Some(sent) = only(headers, &CONTENT_DIGEST)? {
+            agrees(Some(sent), &digest.to_string(), "digest_header")?;
+        }
+        let (version, constitution) = (only(headers, &VERSION)?, only(headers, &CONSTITUTION)?);
+        let (turn, now) = (prompt.turn.to_string(), now());
+        let expect = Expect {
+            iss: &self.issuer,
+            aud: ORCHESTRATOR,
+            dir: Direction::Input,
+            tid: prompt.principal.tenant.as_str(),
+            sid: prompt.session.as_str(),
+            turn: &turn,
+            htm: Some(dispatched.method),
+            htu: Some(dispatched.path),
+            body: digest,
+            now,
+            leeway: LEEWAY,
+        };
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
+        // What costs the verdict its one use comes last, so that a dispatch refused for its headers may be sent again.
+        let unspent = keys.check(token, &expect, &*self.registry).map_err(refused)?;
+        let claims = unspent.claims();
+        agrees(version, &claims.pol.ver, "version_header")?;
+        agrees(constitution, &claims.con.to_string(), "constitution_header")?;
+        if claims.sub != prompt.principal.subject.as_str() {
+            return Err(invalid("subject"));
+        }
+        // Training mode needs the lock that its fence names; without one to ask, nothing is done under it.
+        if claims.mode == Mode::Training {
+            return Err(invalid("mode"));
+        }
+        unspent.spend(&self.spent, now).map_err(refused)
+    }
+}
+
+/// The fault that a rejection is, to whoever sent the dispatch.
+fn refused(rejected: Rejected) -> Fault {
+    let code = match rejected {
+        Rejected::Version | Rejected::Constitution => Code::VersionConflict,
+        Rejected::Replayed => Code::VerdictReplayed,
+        // Not the verdict's fault: nothing passes until the question can be answered again.
+        Rejected::Registry => return Fault::us(Code::PolicyRegistryUnavailable).caused_by(rejected),
+        Rejected::Unguarded => return Fault::us(Code::Overloaded).caused_by(rejected),
+        Rejected::Size
+        | Rejected::Shape
+        | Rejected::Typ
+        | Rejected::Alg
+        | Rejected::Kid
+        | Rejected::KeyState
+        | Rejected::Signature
+        | Rejected::Issuer
+        | Rejected::Audience
+        | Rejected::Lifetime
+        | Rejected::NotYet
+        | Rejected::Expired
+        | Rejected::Direction
+        | Rejected::Tenant
+        | Rejected::Session
+        | Rejected::Turn
+        | Rejected::Method
+        | Rejected::Path
+        | Rejected::Digest
+        | Rejected::Denied => Code::VerdictInvalid,
+    };
+    Fault::client(code).saying(rejected.as_str())
+}
+
+/// The one value of a header; an error where there are several, because then two readers may see two requests.
+pub(crate) fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a HeaderValue>, Fault> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next();
+    match values.next() {
+        None => Ok(first),
+        Some(_) => Err(Fault::client(Code::InvalidRequest).saying(format!("the header {name} must come once"))),
+    }
+}
+
+fn agrees(header: Option<&HeaderValue>, claim: &str, word: &'static str) -> Result<(), Fault> {
+    if header.is_some_and(|header| header.as_bytes() == claim.as_bytes()) { Ok(()) } else { Err(invalid(word)) }
+}
+
+fn invalid(word: &'static str) -> Fault {
+    Fault::client(Code::VerdictInvalid).saying(word)
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
