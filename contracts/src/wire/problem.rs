@@ -162,7 +162,7 @@ pub struct Said {
     pub code: Option<String>,
     /// Its `error.type`.
     pub kind: Option<String>,
-    /// Its detail, where that is a single word.
+    /// Why it rejected the gateway's verdict, where it did: a single word.
     pub reason: Option<String>,
 }
 
@@ -179,7 +179,6 @@ impl<T: std::fmt::Display> std::fmt::Display for Shown<'_, T> {
 struct Heard {
     code: serde_json::Value,
     detail: serde_json::Value,
-    message: serde_json::Value,
     retry_after_ms: serde_json::Value,
     error: serde_json::Value,
     #[serde(rename = "type")]
@@ -206,8 +205,9 @@ fn fault(status: Option<u16>, heard: Heard) -> Fault {
     let inner = |name: &str| heard.error.get(name).unwrap_or(&serde_json::Value::Null);
     let code = word(&heard.code).or_else(|| word(inner("code")));
     let kind = word(inner("type")).or_else(|| word(&heard.kind));
-    let reason = word(&heard.detail).or_else(|| word(&heard.message)).or_else(|| word(inner("message")));
     let known = code.as_deref().and_then(Code::from_name);
+    // Only where the contract says that the detail is a word of its own: elsewhere it may be a word of the prompt.
+    let reason = known.filter(|code| as_upstream(*code) == Code::VerdictRejected).and_then(|_| word(&heard.detail));
     let status_word = code.as_deref().and_then(|code| code.parse().ok()).filter(|code| (100..600).contains(code));
     let code_here = match known {
         Some(code) => as_upstream(code),

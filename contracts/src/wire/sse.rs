@@ -9,7 +9,7 @@ use memchr::{memchr, memchr2};
 
 use crate::{Code, Fault, TurnId};
 
-/// How much one line and one frame may hold, in bytes, without line ends.
+/// How much one line and one frame may hold, in bytes; the last line end does not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// The longest line.
@@ -222,7 +222,7 @@ impl Decoder {
             if end - self.line > self.limits.max_line {
                 return Err(SseError::LineTooLong(self.limits.max_line));
             }
-            if end - self.frame > self.limits.max_event {
+            if end > self.line && end - self.frame > self.limits.max_event {
                 return Err(SseError::EventTooLarge(self.limits.max_event));
             }
             if found.is_none() {
@@ -382,28 +382,203 @@ pub fn comment(out: &mut Vec<u8>) {
 mod tests {
     use super::*;
 
-    /// All frames of a stream that comes in these pieces, as `event|data|id`.
-    fn frames<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<String> {
-        let mut decoder = Decoder::new(Limits::default());
+    fn read(limits: Limits, pieces: &mut dyn Iterator<Item = &[u8]>) -> (Vec<String>, Option<SseError>) {
+        let mut decoder = Decoder::new(limits);
         let mut frames = Vec::new();
         for piece in pieces {
             decoder.push(piece);
-            while let Some(frame) = decoder.next().unwrap() {
-                frames.push(format!("{}|{}|{}", frame.event, frame.data, frame.id.unwrap_or("-")));
+            loop {
+                match decoder.next() {
+                    Ok(Some(frame)) => frames.push(format!("{}|{}|{}", frame.event, frame.data, frame.id.unwrap_or("-"))),
+                    Ok(None) => break,
+                    Err(error) => return (frames, Some(error)),
+                }
             }
         }
-        frames
+        (frames, None)
+    }
+
+    /// All frames of a stream, as `event|data|id`, which are the same however it is cut.
+    #[track_caller]
+    fn check(stream: &[u8], expected: &[&str]) {
+        let whole = read(Limits::default(), &mut [stream].into_iter());
+        assert_eq!(whole, (expected.iter().map(|frame| (*frame).to_owned()).collect(), None), "{:?}", String::from_utf8_lossy(stream));
+        assert_eq!(read(Limits::default(), &mut stream.chunks(1)), whole, "byte by byte");
+        for i in 0..=stream.len() {
+            assert_eq!(read(Limits::default(), &mut [&stream[..i], &stream[i..]].into_iter()), whole, "cut at {i}");
+        }
     }
 
     #[test]
-    fn every_way_of_cutting_gives_the_same_frames() {
+    fn every_way_of_cutting_a_stream_in_three_gives_the_same_frames() {
         let stream = "\u{feff}: hi\r\nid: 1\r\nevent: text\r\ndata: a\u{20ac}\r\ndata:b\r\r\ndata\n\ndata: last\n\n".as_bytes();
         let expected = ["text|a\u{20ac}\nb|1", "message||-", "message|last|-"];
         for i in 0..=stream.len() {
             for j in i..=stream.len() {
-                assert_eq!(frames([&stream[..i], &stream[i..j], &stream[j..]]), expected, "cut at {i} and {j}");
+                let (frames, _) = read(Limits::default(), &mut [&stream[..i], &stream[i..j], &stream[j..]].into_iter());
+                assert_eq!(frames, expected, "cut at {i} and {j}");
             }
         }
-        assert_eq!(frames(stream.chunks(1)), expected);
+    }
+
+    #[test]
+    fn lines_end_with_any_of_three_ends() {
+        check(b"data: a\n\ndata: b\n\n", &["message|a|-", "message|b|-"]);
+        check(b"data: a\r\rdata: b\r\r", &["message|a|-", "message|b|-"]);
+        check(b"data: a\r\n\r\ndata: b\r\n\r\n", &["message|a|-", "message|b|-"]);
+        check(b"data: a\r\n\rdata: b\n\r\n", &["message|a|-", "message|b|-"]);
+        check(b"\r\n\r\n\n\r\rdata: a\n\n\n\n", &["message|a|-"]);
+    }
+
+    #[test]
+    fn fields_are_read_as_the_standard_says() {
+        check(b"data:x\n\n", &["message|x|-"]);
+        check(b"data:  x\n\n", &["message| x|-"]);
+        check(b"data:\n\n", &["message||-"]);
+        check(b"data\n\n", &["message||-"]);
+        check(b"data\ndata\n\n", &["message|\n|-"]);
+        check(b"data: a\ndata: b\ndata: c\n\ndata: d\n\n", &["message|a\nb\nc|-", "message|d|-"]);
+        check(b"data: a: b\n\n", &["message|a: b|-"]);
+        check(b"Data: x\ndata : x\n data: x\n\n", &[]);
+        check(b"retry: 10\nfoo: bar\nfoo\ndata: x\n\n", &["message|x|-"]);
+        check(b"event: a\nevent: b\ndata: x\n\ndata: y\n\n", &["b|x|-", "message|y|-"]);
+        check(b"event:\ndata: x\n\n", &["message|x|-"]);
+        check(b"event: lost\nid: 3\n\ndata: x\n\n", &["message|x|-"]);
+        check(b"id: 7\ndata: x\n\ndata: y\n\n", &["message|x|7", "message|y|-"]);
+        check(b"id: 7\nid: a\0b\nid\ndata: x\n\n", &["message|x|"]);
+        check(b"id: 7\nid: a\0b\ndata: x\n\n", &["message|x|7"]);
+    }
+
+    #[test]
+    fn a_mark_of_byte_order_is_dropped_once_and_only_at_the_start() {
+        check(b"\xef\xbb\xbfdata: x\n\n", &["message|x|-"]);
+        check(b"\xef\xbb\xbf\xef\xbb\xbfdata: x\n\n", &[]);
+        check(b"data: x\n\n\xef\xbb\xbfdata: y\n\n", &["message|x|-"]);
+        check(b"\xef\xbb\n\ndata: x\n\n", &["message|x|-"]);
+    }
+
+    #[test]
+    fn only_truly_invalid_bytes_are_replaced() {
+        check("data: \u{65e5}\u{1f600}\n\n".as_bytes(), &["message|\u{65e5}\u{1f600}|-"]);
+        check(b"data: a\xffb\xe6\x97\n\n", &["message|a\u{fffd}b\u{fffd}|-"]);
+        check(b"data: \xe6\x97\ndata: \xa5\n\n", &["message|\u{fffd}\n\u{fffd}|-"]);
+        check(b"event: \xff\nid: \xfe\ndata: x\n\n", &["\u{fffd}|x|\u{fffd}"]);
+        check(b"data: \xed\xa0\x80\n\n", &["message|\u{fffd}\u{fffd}\u{fffd}|-"]);
+        let mut decoder = Decoder::new(Limits::default());
+        decoder.push(b"event: \xff\ndata: \xff\n\ndata: x\n\n");
+        while decoder.next().unwrap().is_some() {}
+        assert_eq!(decoder.replaced(), 1);
+    }
+
+    #[test]
+    fn comments_are_counted_and_never_a_frame() {
+        check(b": ping\n\n:\n\n:x\ndata: a\n: in between\ndata: b\n\n", &["message|a\nb|-"]);
+        let mut decoder = Decoder::new(Limits::default());
+        decoder.push(b": ping\n\ndata: a\n:\n\n");
+        assert_eq!(decoder.next().unwrap().map(|frame| frame.data.to_owned()).as_deref(), Some("a"));
+        assert_eq!(decoder.comments(), 2);
+    }
+
+    #[test]
+    fn a_line_over_the_limit_ends_the_stream_however_it_is_cut() {
+        let limits = Limits { max_line: 16, max_event: 40 };
+        for (stream, error) in [
+            (&b"data: ok\n\ndata: 0123456789\n\ndata: never\n\n"[..], None),
+            (b"data: ok\n\ndata: 01234567890\n\ndata: never\n\n", Some(SseError::LineTooLong(16))),
+            (b"data: ok\n\n: 01234567890123456\n\ndata: never\n\n", Some(SseError::LineTooLong(16))),
+            (b"data: ok\n\ndata: 01234567890", Some(SseError::LineTooLong(16))),
+            (b"data: ok\n\ndata: 0\ndata: 1\ndata: 2\ndata: 3\ndata: 45\n\n", None),
+            (b"data: ok\n\ndata: 0\ndata: 1\ndata: 2\ndata: 3\ndata: 456\n\n", Some(SseError::EventTooLarge(40))),
+            (b"data: ok\n\ndata: 0\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n\n", Some(SseError::EventTooLarge(40))),
+            (b"data: ok\n\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n\n", None),
+        ] {
+            let whole = read(limits, &mut [stream].into_iter());
+            assert_eq!((whole.0[0].as_str(), whole.1), ("message|ok|-", error), "{:?}", String::from_utf8_lossy(stream));
+            for i in 0..=stream.len() {
+                assert_eq!(read(limits, &mut [&stream[..i], &stream[i..]].into_iter()), whole, "cut at {i}");
+            }
+            assert_eq!(read(limits, &mut stream.chunks(1)), whole);
+        }
+    }
+
+    #[test]
+    fn after_an_error_nothing_is_read_or_kept() {
+        let mut decoder = Decoder::new(Limits { max_line: 8, max_event: 8 });
+        decoder.push(b"data: too long");
+        assert_eq!(decoder.next(), Err(SseError::LineTooLong(8)));
+        decoder.push(b"\n\ndata: x\n\n");
+        assert_eq!(decoder.next(), Err(SseError::LineTooLong(8)));
+        assert_eq!(decoder.buffer.capacity(), 0);
+    }
+
+    #[test]
+    fn a_line_that_comes_byte_by_byte_is_searched_once() {
+        let mut decoder = Decoder::new(Limits::default());
+        decoder.push(b"data: ");
+        for _ in 0..100_000 {
+            decoder.push(b"x");
+            assert_eq!(decoder.next(), Ok(None));
+            assert_eq!(decoder.searched, decoder.buffer.len());
+        }
+        decoder.push(b"\n\n");
+        assert_eq!(decoder.next().unwrap().map(|frame| frame.data.len()), Some(100_000));
+    }
+
+    #[test]
+    fn heartbeats_and_frames_without_end_take_no_more_room() {
+        let mut decoder = Decoder::new(Limits::default());
+        let mut room = 0;
+        for round in 0..1000 {
+            for piece in [": ping\n", "data: a\ndata: b\n\nev", "ent: x\ndata: c\n\n", ":\r", "\n"] {
+                decoder.push(piece.as_bytes());
+                while decoder.next().unwrap().is_some() {}
+            }
+            let now = decoder.buffer.capacity() + decoder.joined.capacity();
+            assert!(round == 0 || now == room, "round {round}: {now} bytes, before it {room}");
+            room = now;
+        }
+    }
+
+    #[test]
+    fn a_cut_stream_has_unfinished_bytes_and_a_whole_one_has_none() {
+        for (stream, unfinished) in [
+            (&b""[..], false),
+            (b"data: x\n\n", false),
+            (b"data: x\r\n\r\n", false),
+            (b"data: x\r\r", false),
+            (b"data: x\n\n: ping", false),
+            (b"data: x\n\n\r", false),
+            (b"data: x\n", true),
+            (b"data: x", true),
+            (b"event: x\n", true),
+            (b"id", true),
+            (b"data: x\n\nd", true),
+        ] {
+            let mut decoder = Decoder::new(Limits::default());
+            decoder.push(stream);
+            while decoder.next().unwrap().is_some() {}
+            assert_eq!(decoder.unfinished(), unfinished, "{:?}", String::from_utf8_lossy(stream));
+        }
+    }
+
+    #[test]
+    fn what_is_written_cannot_begin_a_field_or_end_its_frame() {
+        let turn: TurnId = "0193a5f0-7e1c-7000-8000-000000000000".parse().unwrap();
+        let mut out = Vec::new();
+        encode(&mut out, Some((&turn, 3)), Some("text\ndata: no"), b"a\nid: no\rb\r\n\r\nevent: no");
+        assert_eq!(
+            String::from_utf8(out.clone()).unwrap(),
+            "id: 0193a5f0-7e1c-7000-8000-000000000000:3\nevent: text\ndata: a\ndata: id: no\ndata: b\ndata: \ndata: event: no\n\n"
+        );
+        check(&out, &["text|a\nid: no\nb\n\nevent: no|0193a5f0-7e1c-7000-8000-000000000000:3"]);
+    }
+
+    #[test]
+    fn an_empty_payload_is_a_frame_and_a_heartbeat_is_none() {
+        let mut out = Vec::new();
+        encode(&mut out, None, None, b"");
+        comment(&mut out);
+        encode(&mut out, None, None, b"\n");
+        check(&out, &["message||-", "message|\n|-"]);
     }
 }

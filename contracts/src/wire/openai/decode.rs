@@ -5,7 +5,7 @@
 
 use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess};
 
-use super::request::Form;
+use super::{known::decode_known, request::Form};
 use crate::wire::members::{is_call_id, is_tool_name};
 use crate::wire::walk::{Blank, Entries, Figures, Kept, List, Number, Object, Shape, is_label, is_one_line, walk};
 use crate::wire::{MAX_INDEX, Malformed, Step, problem};
@@ -21,6 +21,10 @@ use crate::{Batch, Channel, Dialect, Event, Finish, Head, Lane, Span, Usage, Wha
 pub fn decode(data: &str, head: &mut Head, batch: &mut Batch) -> Result<Step, Malformed> {
     if data.trim_ascii() == "[DONE]" {
         return Ok(Step::Done);
+    }
+    batch.dialect = Dialect::OpenAi;
+    if decode_known(data, head, batch) {
+        return Ok(Step::More);
     }
     decode_any(data, Form::Streamed, head, batch)
 }
@@ -142,7 +146,7 @@ impl From<bool> for Plain {
 }
 
 /// A short name, as servers call their builds and tiers.
-fn is_name(text: &str) -> bool {
+pub(super) fn is_name(text: &str) -> bool {
     text.len() <= 64 && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b':'))
 }
 
@@ -416,13 +420,9 @@ impl<'de> Shape<'de> for Function<'_, '_, '_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use proptest::prelude::*;
 
-    fn read(data: &str) -> (Head, Batch, Step) {
-        let (mut head, mut batch) = (Head::default(), Batch::new());
-        let step = decode(data, &mut head, &mut batch).unwrap();
-        (head, batch, step)
-    }
+    use super::*;
 
     /// What a batch says, one line per event.
     fn describe(batch: &Batch) -> Vec<String> {
@@ -441,12 +441,313 @@ mod tests {
         batch.events().iter().map(line).collect()
     }
 
+    fn head() -> Head {
+        Head { id: "c1".into(), model: "m".into(), created: 7, ..Head::default() }
+    }
+
+    #[track_caller]
+    fn check(data: &str, expected: &[&str]) {
+        let mut batch = Batch::new();
+        let step = decode(data, &mut head(), &mut batch).unwrap();
+        assert!(matches!(step, Step::More));
+        assert_eq!(describe(&batch), expected, "{data}");
+        for raw in batch.events().iter().filter_map(|event| event.raw) {
+            assert_eq!(batch.wire(raw), data.as_bytes());
+        }
+        // The parser alone, without the reader of the usual shape, says the same.
+        let mut parsed = Batch::new();
+        decode_any(data, Form::Streamed, &mut head(), &mut parsed).unwrap();
+        assert_eq!(describe(&parsed), expected, "{data}");
+    }
+
+    fn chunk(choice: &str) -> String {
+        format!(r#"{{"id":"c1","object":"chat.completion.chunk","created":7,"model":"m","choices":[{choice}]}}"#)
+    }
+
+    fn delta(delta: &str) -> String {
+        chunk(&format!(r#"{{"index":0,"delta":{delta},"finish_reason":null}}"#))
+    }
+
     #[test]
-    fn a_plain_chunk_keeps_its_payload() {
-        let data = r#"{"id":"c1","object":"chat.completion.chunk","created":7,"model":"m","system_fingerprint":"fp_1","choices":[{"index":0,"delta":{"content":"h\u00e9"},"logprobs":null,"finish_reason":null}],"usage":null}"#;
-        let (head, batch, _) = read(data);
-        assert_eq!(describe(&batch), ["0 Content \"hé\" raw"]);
-        assert_eq!(batch.wire(batch.events()[0].raw.unwrap()), data.as_bytes());
+    fn the_first_chunk_names_the_answer() {
+        let mut head = Head::default();
+        let data = delta(r#"{"content":"a"}"#);
+        decode(&data, &mut head, &mut Batch::new()).unwrap();
         assert_eq!((head.id.as_str(), head.model.as_str(), head.created), ("c1", "m", 7));
+    }
+
+    #[test]
+    fn a_chunk_of_one_text_keeps_its_payload() {
+        check(&delta(r#"{"content":"hé"}"#), &["0 Content \"hé\" raw"]);
+        check(&delta(r#"{"role":"assistant","content":"a","refusal":null,"tool_calls":null}"#), &["0 Content \"a\" raw"]);
+        check(&delta(r#"{"reasoning_content":"a","content":null}"#), &["0 Reasoning \"a\" raw"]);
+        check(&delta(r#"{"reasoning":"a"}"#), &["0 Reasoning \"a\" raw"]);
+        check(&delta(r#"{"refusal":"a"}"#), &["0 Refusal \"a\" raw"]);
+        check(&chunk(r#"{"delta":{"content":"a"},"logprobs":null,"finish_reason":null,"index":3}"#), &["3 Content \"a\" raw"]);
+        check(r#"{"choices": [{"index": 0, "delta": {"content": "a"}}]}"#, &["0 Content \"a\" raw"]);
+        check(r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"usage":null,"system_fingerprint":"b-1.2"}"#, &["0 Content \"a\" raw"]);
+    }
+
+    #[test]
+    fn escapes_are_read_and_halves_of_characters_are_not_passed_on() {
+        check(&delta(r#"{"content":"\"\\\/\b\f\n\r\t\u00e9\ud83d\ude00"}"#), &["0 Content \"\\\"\\\\/\\u{8}\\u{c}\\n\\r\\té😀\" raw"]);
+        check(&delta(r#"{"c\u006fntent":"a"}"#), &["0 Content \"a\" raw"]);
+        check(&delta(r#"{"content":"\ud83d"}"#), &["0 Content \"\u{fffd}\""]);
+        check(&delta(r#"{"content":"a\ude00\ud83db"}"#), &["0 Content \"a\u{fffd}\u{fffd}b\""]);
+        check(&delta(r#"{"content":"\ud83d\ud83d\ude00"}"#), &["0 Content \"\u{fffd}😀\""]);
+    }
+
+    #[test]
+    fn a_chunk_that_says_two_things_is_taken_apart() {
+        check(&delta(r#"{"content":"a","reasoning":"b"}"#), &["0 Content \"a\"", "0 Reasoning \"b\""]);
+        check(&delta(r#"{"content":"a","content":"b"}"#), &["0 Content \"a\"", "0 Content \"b\""]);
+        check(
+            &chunk(r#"{"index":0,"delta":{"content":"a"}},{"index":1,"delta":{"content":"b"}}"#),
+            &["0 Content \"a\"", "1 Content \"b\""],
+        );
+        check(&chunk(r#"{"finish_reason":"length","index":1,"delta":{"content":"a"}}"#), &["1 Content \"a\"", "1 finish length"]);
+        check(
+            r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}"#,
+            &["0 Content \"a\"", "usage 1 2"],
+        );
+    }
+
+    #[test]
+    fn text_cannot_hide_in_members_nobody_knows() {
+        for hiding in [
+            delta(r#"{"content":"a","thoughts":"secret"}"#),
+            delta(r#"{"content":"a","thoughts":null}"#),
+            delta(r#"{"content":"a","role":"secret"}"#),
+            delta(r#"{"content":"a","function_call":{"arguments":"secret"}}"#),
+            delta(r#"{"content":"a","audio":["secret"]}"#),
+            delta(r#"{"content":"a","role":"\ud800"}"#),
+            delta(r#"{"content":null,"content":"a"}"#),
+            chunk(r#"{"index":0,"delta":{"content":"a"},"finish_reason":null,"logprobs":{"content":[{"token":"secret"}]}}"#),
+            chunk(r#"{"index":0,"index":0,"delta":{"content":"a"}}"#),
+            chunk(r#"{"index":0,"delta":{"content":"a"},"message":{"content":"secret"}}"#),
+            chunk(r#"{"index":0,"delta":{"content":"a"},"text":"secret"}"#),
+            r#"{"id":"secret","choices":[{"index":0,"delta":{"content":"a"}}]}"#.into(),
+            r#"{"model":"secret","choices":[{"index":0,"delta":{"content":"a"}}]}"#.into(),
+            r#"{"object":"secret","choices":[{"index":0,"delta":{"content":"a"}}]}"#.into(),
+            r#"{"system_fingerprint":"a secret","choices":[{"index":0,"delta":{"content":"a"}}]}"#.into(),
+            r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"timings":{"secret":1}}"#.into(),
+            r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"timings":{"prompt_n":"secret"}}"#.into(),
+            r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"secret":1}}"#.into(),
+            r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"x":{"y":[]}}"#.into(),
+            "{\"choices\":[{\"index\":0,\n\"delta\":{\"content\":\"a\"}}]}".into(),
+        ] {
+            check(&hiding, &["0 Content \"a\""]);
+        }
+    }
+
+    #[test]
+    fn what_servers_add_without_text_does_no_harm() {
+        check(
+            r#"{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"a"},"stop_reason":null,"token_ids":null}],"timings":{"prompt_n":1,"prompt_ms":1.5},"prompt_token_ids":null}"#,
+            &["0 Content \"a\" raw"],
+        );
+        check(
+            r#"{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3,"prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":null}}"#,
+            &["usage 1 2 raw"],
+        );
+    }
+
+    #[test]
+    fn chunks_without_text_are_notes_finishes_and_nothing() {
+        check(&delta(r#"{"role":"assistant","content":""}"#), &["note raw"]);
+        check(&delta(r#"{"role":"assistant","content":null}"#), &["note raw"]);
+        check(&chunk(r#"{"index":2,"delta":{},"finish_reason":"stop"}"#), &["2 finish stop raw"]);
+        check(&chunk(r#"{"index":0,"delta":{"content":""},"finish_reason":"tool_calls"}"#), &["0 finish tool_calls raw"]);
+        check(&chunk(r#"{"index":0,"delta":{},"finish_reason":"eos"}"#), &["0 finish stop"]);
+        check(r#"{}"#, &[]);
+        check(r#"{"id":"c1","choices":[],"prompt_filter_results":[{"x":"y"}]}"#, &[]);
+    }
+
+    #[test]
+    fn a_tool_call_begins_and_its_arguments_follow() {
+        check(
+            &delta(r#"{"tool_calls":[{"index":1,"id":"call_1","type":"function","function":{"name":"get_weather","arguments":""}}]}"#),
+            &["0 tool 1 call_1 get_weather raw"],
+        );
+        check(&delta(r#"{"tool_calls":[{"index":1,"function":{"arguments":"{\"a\""}}]}"#), &["0 ToolArguments(1) \"{\\\"a\\\"\" raw"]);
+        check(
+            &chunk(
+                r#"{"delta":{"tool_calls":[{"function":{"arguments":"{","name":"f"},"id":"a.b:1"},{"function":{"name":"g"}}]},"index":1}"#,
+            ),
+            &["1 tool 0 a.b:1 f", "1 ToolArguments(0) \"{\"", "1 tool 1 call_1 g"],
+        );
+    }
+
+    #[track_caller]
+    fn check_malformed(data: &str) {
+        let mut batch = Batch::new();
+        batch.push_text(Lane::DEFAULT, "before");
+        let malformed = decode(data, &mut head(), &mut batch).unwrap_err();
+        assert_eq!((describe(&batch), batch.bytes()), (vec!["0 Content \"before\"".to_owned()], 6), "{data}");
+        assert!(!malformed.to_string().contains("secret"), "{malformed}");
+        assert!(!Fault::from(malformed).chain().contains("secret"));
+    }
+
+    use crate::Fault;
+
+    #[test]
+    fn what_is_no_chunk_is_malformed_and_leaves_nothing() {
+        for data in [
+            "",
+            "null",
+            "[]",
+            "\"secret\"",
+            "secret",
+            "{",
+            "[DONE",
+            "data: x",
+            r#"{"choices":[}"#,
+            r#"{"choices":"secret"}"#,
+            r#"{"choices":[{"index":0,"delta":{"content":"secret"}}"#,
+            r#"{"choices":[{"index":0,"delta":{"content":"secret"}}]}x"#,
+            r#"{"choices":[{"index":0,"delta":{"content":"\x"}}]}"#,
+            r#"{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":secret}]}"#,
+        ] {
+            check_malformed(data);
+        }
+        check_malformed(&delta(r#"{"content":1}"#));
+        check_malformed(&delta(r#"{"content":["secret"]}"#));
+        check_malformed(&chunk(r#"{"index":128,"delta":{"content":"secret"}}"#));
+        check_malformed(&chunk(r#"{"index":-1,"delta":{"content":"secret"}}"#));
+        check_malformed(&delta(r#"{"tool_calls":[{"index":128,"function":{"arguments":"secret"}}]}"#));
+        check_malformed(&delta(r#"{"tool_calls":[{"index":0,"id":"a","function":{"name":"my secret"}}]}"#));
+        check_malformed(&delta(r#"{"tool_calls":[{"index":0,"id":"se cret","function":{"name":"f"}}]}"#));
+        check_malformed(&chunk(&vec!["{}"; 200].join(",")));
+        check_malformed(&format!(r#"{{"x":{}}}"#, "[".repeat(100_000)));
+    }
+
+    #[test]
+    fn the_end_is_a_payload_of_its_own_and_never_text() {
+        assert!(matches!(decode("[DONE]", &mut head(), &mut Batch::new()), Ok(Step::Done)));
+        assert!(matches!(decode(" [DONE] ", &mut head(), &mut Batch::new()), Ok(Step::Done)));
+        check(&delta(r#"{"content":"[DONE]"}"#), &["0 Content \"[DONE]\" raw"]);
+    }
+
+    #[test]
+    fn an_error_in_a_stream_fails_the_answer_and_its_words_stay_here() {
+        for (data, code, said) in [
+            (r#"{"error":{"message":"secret","type":"server_error","code":500}}"#, "upstream_reset", "code=500 type=server_error"),
+            (
+                r#"{"error":{"message":"secret","code":"context_length_exceeded","status":400}}"#,
+                "upstream_reset",
+                "code=context_length_exceeded",
+            ),
+            (r#"{"error":{"code":400,"message":"the secret is too long"}}"#, "upstream_refused", "code=400"),
+            (r#"{"error":{"code":429}}"#, "overloaded", "code=429"),
+            (r#"{"error":"a secret"}"#, "upstream_reset", "answered"),
+            (r#"{"error":{"code":"policy_denied"}}"#, "policy_denied", "code=policy_denied"),
+            (r#"{"error":{"code":"unauthenticated"}}"#, "upstream_refused", "code=unauthenticated"),
+        ] {
+            let Ok(Step::Failed(fault)) = decode(data, &mut head(), &mut Batch::new()) else { panic!("{data}") };
+            assert_eq!(fault.code.as_str(), code, "{data}");
+            assert!(fault.chain().contains(said) && !fault.chain().contains("secret"), "{}", fault.chain());
+        }
+        check(r#"{"error":null,"choices":[{"index":0,"delta":{"content":"a"}}]}"#, &["0 Content \"a\" raw"]);
+    }
+
+    #[test]
+    fn a_whole_answer_gives_the_same_events_without_payload() {
+        let body = br#"{"id":"c9","object":"chat.completion","created":9,"model":"m9","choices":[{"index":0,"message":{"role":"assistant","content":"hi","reasoning_content":"hm","tool_calls":[{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}]},"finish_reason":"tool_calls"}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}"#;
+        let (mut head, mut batch) = (Head::default(), Batch::new());
+        assert!(matches!(decode_answer(body, &mut head, &mut batch), Ok(Step::Done)));
+        assert_eq!(
+            describe(&batch),
+            ["0 Content \"hi\"", "0 Reasoning \"hm\"", "0 tool 0 a f", "0 ToolArguments(0) \"{}\"", "0 finish tool_calls", "usage 3 1"]
+        );
+        assert_eq!((head.id.as_str(), head.model.as_str(), head.created), ("c9", "m9", 9));
+        assert!(decode_answer(b"\xff", &mut head, &mut batch).is_err());
+        assert!(matches!(decode_answer(br#"{"error":{"code":503}}"#, &mut head, &mut batch), Ok(Step::Failed(_))));
+    }
+
+    /// Payloads near the usual shape: every member may be there, doubled, out of place, escaped or of the wrong kind.
+    fn nearly_a_chunk() -> impl Strategy<Value = String> {
+        let word = prop_oneof![
+            3 => "[a-z\u{e9}\u{65e5} ]{0,6}".prop_map(|text| serde_json::to_string(&text).unwrap()),
+            3 => proptest::sample::select(vec![
+                r#""c1""#, r#""m""#, r#""chat.completion.chunk""#, r#""assistant""#, r#""fp_1""#, "null", "0", "7", "1", "01", "1.5", "-1",
+                "128", "127", "true", r#""\n\u00e9""#, r#""\ud83d\ude00""#, r#""\ud83d""#, r#""\u+123""#, "\"a\tb\"", "{}", "[]", "",
+            ]).prop_map(str::to_owned),
+        ];
+        let space = proptest::sample::select(vec!["", "", "", " ", "  "]);
+        fn members(
+            names: &'static [&'static str],
+            value: impl Strategy<Value = String> + Clone + 'static,
+            space: impl Strategy<Value = &'static str> + Clone + 'static,
+        ) -> impl Strategy<Value = String> + Clone {
+            proptest::collection::vec((proptest::sample::select(names), value, space), 0..6)
+                .prop_map(|members| {
+                    let members: Vec<String> = members.iter().map(|(name, value, space)| format!("\"{name}\":{space}{value}")).collect();
+                    format!("{{{}}}", members.join(","))
+                })
+                .boxed()
+        }
+        let delta = members(
+            &["content", "content", "reasoning_content", "reasoning", "role", "refusal", "tool_calls", "other"],
+            word.clone().boxed(),
+            space.clone().boxed(),
+        );
+        let choice = members(
+            &["index", "delta", "delta", "delta", "finish_reason", "logprobs"],
+            prop_oneof![3 => delta, 2 => word.clone()].boxed(),
+            space.clone().boxed(),
+        );
+        let choices = proptest::collection::vec(choice, 0..3).prop_map(|choices| format!("[{}]", choices.join(",")));
+        members(
+            &["id", "object", "created", "model", "choices", "choices", "choices", "usage", "system_fingerprint", "service_tier", "error"],
+            prop_oneof![3 => choices, 2 => word].boxed(),
+            space.boxed(),
+        )
+    }
+
+    /// Chunks of the usual shape, as several servers write them.
+    fn usual_chunk() -> impl Strategy<Value = (String, String)> {
+        let lane = proptest::sample::select(vec!["content", "reasoning_content"]);
+        (".{1,20}", lane, any::<bool>(), any::<bool>(), Just(vec![0, 1, 2, 3, 4]).prop_shuffle()).prop_map(|(text, lane, ascii, space, order)| {
+            let mut quoted = serde_json::to_string(&text).unwrap();
+            if ascii {
+                quoted = quoted.encode_utf16().map(|unit| if unit < 0x80 { char::from(unit as u8).to_string() } else { format!("\\u{unit:04X}") }).collect();
+            }
+            let space = if space { " " } else { "" };
+            let choice = format!(
+                "{{\"index\":{space}5,{space}\"delta\":{space}{{\"{lane}\":{space}{quoted}}},{space}\"logprobs\":{space}null,{space}\"finish_reason\":{space}null}}"
+            );
+            let members =
+                [r#""id":"c1""#.to_owned(), r#""object":"chat.completion.chunk""#.to_owned(), r#""created":7"#.to_owned(), r#""model":"m""#.to_owned(), format!("\"choices\":{space}[{choice}]")];
+            let members: Vec<&str> = order.iter().map(|at: &usize| members[*at].as_str()).collect();
+            (text, format!("{{{}}}", members.join(&format!(",{space}"))))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4096))]
+        #[test]
+        fn chunks_of_the_usual_shape_take_the_short_way((text, data) in usual_chunk()) {
+            let (mut known, mut parsed) = (Batch::new(), Batch::new());
+            // `.` matches no line end, but it does match the control characters that only an escape can say.
+            prop_assert!(decode_known(&data, &head(), &mut known), "{}", data);
+            decode_any(&data, Form::Streamed, &mut head(), &mut parsed).unwrap();
+            prop_assert_eq!(describe(&known), describe(&parsed));
+            let What::Text { text: said, .. } = known.events()[0].what else { panic!("text") };
+            prop_assert_eq!(known.text(said), text);
+        }
+
+        #[test]
+        fn the_reader_of_the_usual_shape_agrees_with_the_parser(data in nearly_a_chunk(), known_head: bool) {
+            let given = if known_head { head() } else { Head::default() };
+            let (mut head, mut parsed, mut known) = (given.clone(), Batch::new(), Batch::new());
+            let step = decode_any(&data, Form::Streamed, &mut head, &mut parsed);
+            if decode_known(&data, &given, &mut known) {
+                prop_assert!(step.is_ok());
+                prop_assert_eq!(describe(&known), describe(&parsed));
+                prop_assert_eq!((head.id, head.model, head.created), (given.id, given.model, given.created));
+            } else {
+                prop_assert!(known.is_empty() && known.bytes() == 0);
+            }
+        }
     }
 }

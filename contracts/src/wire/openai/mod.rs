@@ -3,6 +3,7 @@
 mod completion;
 mod decode;
 mod encode;
+mod known;
 mod request;
 
 pub use completion::{Choice, Completion, ToolCall};

@@ -1,0 +1,203 @@
+//! The one shape nearly every chunk of a stream has, read without a parser.
+//!
+//! It takes a chunk whose one choice says one piece of content or reasoning and whose other members are plain, in any order;
+//! for anything else it gives up, and [`super::decode`] reads the payload again with a real parser. So it need not be
+//! complete, but it must agree: a property test holds the two against each other. It is here because it costs a third.
+
+use memchr::memchr2;
+
+use crate::wire::walk::is_one_line;
+use crate::{Batch, Channel, Event, Head, Lane, What};
+
+/// Reads a chunk of the usual shape; whether it was one. If not, nothing has changed.
+pub(super) fn decode_known(data: &str, head: &Head, batch: &mut Batch) -> bool {
+    if !is_one_line(data) {
+        return false;
+    }
+    let mark = batch.mark();
+    let mut cursor = Cursor { data, at: 0 };
+    let said = chunk(&mut cursor, head, batch);
+    match said.filter(|said| cursor.at == data.len() && !batch.text(said.text).is_empty()) {
+        Some(Said { choice, channel, text }) => {
+            batch.push(Event { what: What::Text { lane: Lane { choice, channel }, text }, raw: None });
+            batch.keep_raw_since(mark, data);
+            true
+        }
+        None => {
+            batch.rewind(mark);
+            false
+        }
+    }
+}
+
+struct Said {
+    choice: u16,
+    channel: Channel,
+    text: crate::Span,
+}
+
+/// Walks an object: `member` is called after each `"name":` and must consume the value. A name may come once.
+fn object<'a>(cursor: &mut Cursor<'a>, names: &[&str], mut member: impl FnMut(&mut Cursor<'a>, usize) -> Option<()>) -> Option<()> {
+    let mut seen = 0u32;
+    cursor.eat("{")?;
+    loop {
+        let name = cursor.bare_string()?;
+        let at = names.iter().position(|known| *known == name)?;
+        if seen & (1 << at) != 0 {
+            return None;
+        }
+        seen |= 1 << at;
+        cursor.eat(":")?;
+        cursor.space();
+        member(cursor, at)?;
+        if cursor.eat("}").is_some() {
+            return Some(());
+        }
+        cursor.eat(",")?;
+        cursor.space();
+    }
+}
+
+fn chunk(cursor: &mut Cursor<'_>, head: &Head, batch: &mut Batch) -> Option<Said> {
+    const NAMES: &[&str] = &["id", "object", "created", "model", "choices", "system_fingerprint", "usage", "service_tier"];
+    let mut said = None;
+    object(cursor, NAMES, |cursor, name| match name {
+        0 => (cursor.bare_string()? == head.id).then_some(()),
+        1 => cursor.eat("\"chat.completion.chunk\""),
+        // The parser fills an empty head.
+        2 => (head.created != 0).then(|| cursor.digits())?,
+        3 => (cursor.bare_string()? == head.model).then_some(()),
+        4 => {
+            cursor.eat("[")?;
+            said = Some(choice(cursor, batch)?);
+            cursor.eat("]")
+        }
+        5 => cursor.eat("null").or_else(|| super::decode::is_name(cursor.bare_string()?).then_some(())),
+        _ => cursor.eat("null"),
+    })?;
+    said
+}
+
+fn choice(cursor: &mut Cursor<'_>, batch: &mut Batch) -> Option<Said> {
+    let (mut choice, mut said) = (0, None);
+    object(cursor, &["index", "delta", "finish_reason", "logprobs", "stop_reason", "token_ids"], |cursor, name| match name {
+        0 => {
+            let start = cursor.at;
+            cursor.digits()?;
+            choice = cursor.data.get(start..cursor.at)?.parse().ok().filter(|index| *index <= crate::wire::MAX_INDEX)?;
+            Some(())
+        }
+        1 => {
+            object(cursor, &["content", "reasoning_content", "role", "refusal", "tool_calls", "function_call"], |cursor, name| match name {
+                0 | 1 if cursor.eat("null").is_some() => Some(()),
+                0 | 1 if said.is_some() => None,
+                0 => {
+                    said = Some((Channel::Content, cursor.text(batch)?));
+                    Some(())
+                }
+                1 => {
+                    said = Some((Channel::Reasoning, cursor.text(batch)?));
+                    Some(())
+                }
+                2 => cursor.eat("\"assistant\""),
+                _ => cursor.eat("null"),
+            })
+        }
+        _ => cursor.eat("null"),
+    })?;
+    let (channel, text) = said?;
+    Some(Said { choice, channel, text })
+}
+
+struct Cursor<'a> {
+    data: &'a str,
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn rest(&self) -> &'a [u8] {
+        self.data.as_bytes().get(self.at..).unwrap_or_default()
+    }
+
+    fn eat(&mut self, token: &str) -> Option<()> {
+        self.rest().starts_with(token.as_bytes()).then(|| self.at += token.len())
+    }
+
+    /// One space, as Python's `json.dumps` puts after `:` and `,`.
+    fn space(&mut self) {
+        if self.rest().first() == Some(&b' ') {
+            self.at += 1;
+        }
+    }
+
+    /// A number without sign, fraction or exponent, and small enough for anybody.
+    fn digits(&mut self) -> Option<()> {
+        let rest = self.rest();
+        let many = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let plain = matches!((many, rest.first()), (1, _) | (2..=15, Some(b'1'..=b'9')));
+        let ends = matches!(rest.get(many), Some(b',' | b'}'));
+        (plain && ends).then(|| self.at += many)
+    }
+
+    /// A string without escapes.
+    fn bare_string(&mut self) -> Option<&'a str> {
+        let inner = self.rest().strip_prefix(b"\"")?;
+        let end = memchr2(b'"', b'\\', inner)?;
+        if inner.get(end) != Some(&b'"') {
+            return None;
+        }
+        let start = self.at + 1;
+        self.at = start + end + 1;
+        self.data.get(start..start + end)
+    }
+
+    /// A string, into the batch.
+    fn text(&mut self, batch: &mut Batch) -> Option<crate::Span> {
+        self.eat("\"")?;
+        let mut ok = None;
+        let span = batch.keep_text_with(|out| ok = self.unescape(out));
+        ok.map(|()| span)
+    }
+
+    fn unescape(&mut self, out: &mut String) -> Option<()> {
+        loop {
+            let end = self.at + memchr2(b'"', b'\\', self.rest())?;
+            out.push_str(self.data.get(self.at..end)?);
+            self.at = end + 1;
+            if self.data.as_bytes().get(end) == Some(&b'"') {
+                return Some(());
+            }
+            let escape = *self.rest().first()?;
+            self.at += 1;
+            out.push(match escape {
+                b'"' | b'\\' | b'/' => char::from(escape),
+                b'n' => '\n',
+                b't' => '\t',
+                b'r' => '\r',
+                b'b' => '\u{8}',
+                b'f' => '\u{c}',
+                b'u' => self.escaped_char()?,
+                _ => return None,
+            });
+        }
+    }
+
+    /// What `\u` stands for; a half of a surrogate pair alone is left to the parser.
+    fn escaped_char(&mut self) -> Option<char> {
+        let first = self.hex4()?;
+        if !(0xd800..0xdc00).contains(&first) {
+            return char::from_u32(first);
+        }
+        self.eat("\\u")?;
+        let second = self.hex4()?;
+        let low = second.checked_sub(0xdc00).filter(|low| *low < 0x400)?;
+        char::from_u32(0x10000 + ((first - 0xd800) << 10) + low)
+    }
+
+    fn hex4(&mut self) -> Option<u32> {
+        let digits = self.data.get(self.at..self.at + 4)?;
+        self.at += 4;
+        // `from_str_radix` would take a sign.
+        digits.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| u32::from_str_radix(digits, 16).ok())?
+    }
+}
