@@ -1,0 +1,156 @@
+//! A turn is tried again on another endpoint, within a budget, and only while nothing has been answered.
+
+use headgate_contracts::Code;
+use headgate_testkit::{
+    dialect::Answer,
+    upstream::{Framing, Refusing, Script, Upstream},
+};
+use headgate_upstream::settings::Balance;
+
+use crate::{SECOND, code, prompt, turn, upstream};
+
+async fn good() -> Upstream {
+    Upstream::always(Script::stream([Answer::openai("m", &["good"]).bytes()])).await
+}
+
+#[tokio::test]
+async fn a_refused_connection_is_tried_elsewhere() {
+    let (nobody, model) = (Refusing::start(), good().await);
+    let upstream = upstream(&[format!("http://{}", nobody.addr()), model.url()], |_| {});
+    for _ in 0..8 {
+        assert_eq!(turn(&upstream).await.0, "good");
+    }
+    // Having refused once, it rests: the others were not sent there first.
+    assert_eq!(upstream.stats().connect_failed.get().max(1), 1);
+    assert!(!upstream.health()[0].ready || upstream.stats().connect_failed.get() == 0);
+}
+
+#[tokio::test]
+async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
+    let status = |status| Script::new().read().head(status, Framing::Length(0), &[]);
+    for (what, script) in [
+        ("closed", Script::new().read().close()),
+        ("reset", Script::new().read().reset()),
+        ("502", status(502)),
+        ("503", status(503)),
+        ("504", status(504)),
+    ] {
+        let (bad, model) = (Upstream::always(script).await, good().await);
+        let upstream = upstream(&[bad.url(), model.url()], |settings| settings.balance = Balance::RoundRobin);
+        for _ in 0..2 {
+            assert_eq!(turn(&upstream).await.0, "good", "{what}");
+        }
+        assert!(upstream.stats().retried.get() >= 1, "{what}");
+        assert_eq!(bad.requests().len() as u64, upstream.stats().retried.get(), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn what_has_begun_is_never_tried_again() {
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+    for (what, script, expected) in [
+        ("one byte of a head", Script::new().read().raw("H").close(), Code::UpstreamReset),
+        ("a head", Script::new().read().raw(head).close(), Code::UpstreamReset),
+        ("a refusal", Script::reply(400, "application/json", "{}"), Code::UpstreamRefused),
+        ("too many requests", Script::reply(429, "application/json", "{}"), Code::Overloaded),
+    ] {
+        let (bad, also) = (Upstream::always(script.clone()).await, Upstream::always(script).await);
+        let upstream = upstream(&[bad.url(), also.url()], |_| {});
+        assert_eq!(code(turn(&upstream).await.1), expected, "{what}");
+        assert_eq!(bad.requests().len() + also.requests().len(), 1, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn one_turn_is_tried_no_more_often_than_allowed() {
+    let mut models = Vec::new();
+    for _ in 0..4 {
+        models.push(Upstream::always(Script::new().read().close()).await);
+    }
+    let urls: Vec<_> = models.iter().map(Upstream::url).collect();
+    let upstream = upstream(&urls, |settings| settings.retry.attempts = 2);
+    assert_eq!(code(turn(&upstream).await.1), Code::UpstreamReset);
+    assert_eq!(models.iter().map(|model| model.requests().len()).sum::<usize>(), 3);
+}
+
+#[tokio::test]
+async fn retries_end_with_their_budget() {
+    let (a, b) = (Upstream::always(Script::new().read().close()).await, Upstream::always(Script::new().read().close()).await);
+    let upstream = upstream(&[a.url(), b.url()], |settings| (settings.retry.share, settings.retry.floor) = (0.1, 0));
+    for _ in 0..100 {
+        assert_eq!(code(turn(&upstream).await.1), Code::UpstreamReset);
+    }
+    let stats = upstream.stats();
+    assert!((9..=11).contains(&stats.retried.get()), "{stats:?}");
+    assert_eq!(stats.retried.get() + stats.retry_denied.get(), 100);
+}
+
+#[tokio::test]
+async fn a_lone_endpoint_is_asked_once() {
+    let bad = Upstream::always(Script::new().read().close()).await;
+    let upstream = upstream(&[bad.url()], |_| {});
+    assert_eq!(code(turn(&upstream).await.1), Code::UpstreamReset);
+    assert_eq!(bad.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn open_answers_are_spread_over_the_less_busy() {
+    let mut models = Vec::new();
+    for _ in 0..4 {
+        models.push(Upstream::always(Script::new().read().sse().stall()).await);
+    }
+    let urls: Vec<_> = models.iter().map(Upstream::url).collect();
+    let upstream = upstream(&urls, |_| {});
+    let mut answers = Vec::new();
+    for _ in 0..80 {
+        answers.push(upstream.open(&prompt()).await.unwrap());
+    }
+    let busy: Vec<_> = upstream.health().iter().map(|endpoint| endpoint.in_flight).collect();
+    assert_eq!(busy.iter().sum::<usize>(), 80);
+    assert!(busy.iter().all(|n| (14..=26).contains(n)), "{busy:?}");
+    drop(answers);
+    assert!(upstream.health().iter().all(|endpoint| endpoint.in_flight == 0));
+}
+
+#[tokio::test]
+async fn a_session_stays_with_its_endpoint_and_moves_when_that_is_gone() {
+    let mut models = Vec::new();
+    for _ in 0..4 {
+        models.push(good().await);
+    }
+    let urls: Vec<_> = models.iter().map(Upstream::url).collect();
+    let upstream = upstream(&urls, |settings| settings.balance = Balance::Session);
+    let prompt = prompt();
+    for _ in 0..10 {
+        let mut answer = upstream.open(&prompt).await.unwrap();
+        assert_eq!(crate::read(&mut answer).await.0, "good");
+    }
+    let home = models.iter().position(|model| !model.requests().is_empty()).unwrap();
+    assert_eq!(models[home].requests().len(), 10);
+    drop(models.remove(home));
+    let mut answer = upstream.open(&prompt).await.unwrap();
+    assert_eq!(crate::read(&mut answer).await.0, "good");
+}
+
+#[tokio::test]
+async fn health_checks_find_an_endpoint_that_is_gone_and_one_that_is_back() {
+    let (model, other) = (good().await, good().await);
+    let upstream = upstream(&[model.url(), other.url()], |settings| {
+        settings.health.interval = Some(std::time::Duration::from_millis(10));
+    });
+    let until = async |ready: bool| {
+        while upstream.health()[1].ready != ready {
+            tokio::task::yield_now().await;
+        }
+    };
+    let address = other.addr();
+    drop(other);
+    headgate_testkit::within(5 * SECOND, until(false), "the loss to be seen").await;
+    for _ in 0..10 {
+        assert_eq!(turn(&upstream).await.0, "good");
+    }
+    assert_eq!(upstream.stats().connect_failed.get(), 0, "no turn was sent to it");
+    let back = tokio::net::TcpListener::bind(address).await.unwrap();
+    headgate_testkit::within(5 * SECOND, until(true), "the return to be seen").await;
+    drop(back);
+}
