@@ -17,7 +17,8 @@ pub(super) fn walk<'de, T: Shape<'de>>(data: &'de str, shape: T) -> Result<T, Ma
 /// Whether a payload can stand in one line as it is. A control character in JSON is white space between members, or in a
 /// string where it must not be.
 pub(super) fn is_one_line(data: &str) -> bool {
-    !data.bytes().any(|byte| byte < b' ')
+    // A fold without a way out early: so it is eight instructions per 32 bytes, where `any` looks at each byte alone.
+    !data.bytes().fold(false, |control, byte| control | (byte < b' '))
 }
 
 /// An id or a model's name: at most 256 printable characters that need no escape.
