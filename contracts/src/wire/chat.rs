@@ -534,3 +534,231 @@ fn small(number: Option<u64>, data: &str) -> Result<u16, Malformed> {
         Some(_) => Err(Malformed::new("an index is over the limit", data)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn describe(batch: &Batch) -> Vec<String> {
+        let line = |event: &Event| {
+            let raw = if event.raw.is_some() { " raw" } else { "" };
+            match event.what {
+                What::Text { lane, text } => format!("{} {:?} {:?}{raw}", lane.choice, lane.channel, batch.text(text)),
+                What::Tool { choice, index, id, name } => format!("{choice} tool {index} {} {}{raw}", batch.text(id), batch.text(name)),
+                What::Finish { choice, finish } => format!("{choice} finish {}{raw}", finish.as_str()),
+                What::Usage(usage) => format!("usage {} {}{raw}", usage.input_tokens, usage.output_tokens),
+                What::Note => format!("note{raw}"),
+            }
+        };
+        batch.events().iter().map(line).collect()
+    }
+
+    #[track_caller]
+    fn check(name: &str, data: &str, expected: &[&str]) {
+        let mut batch = Batch::new();
+        decode(name, data, &mut Head::default(), &mut batch).unwrap();
+        assert_eq!(describe(&batch), expected, "{name} {data}");
+        for event in batch.events().iter().filter(|event| event.raw.is_some()) {
+            let mut out = Vec::new();
+            assert_eq!(encode(&batch, event, &mut out), Some(name));
+            assert_eq!(out, data.as_bytes());
+        }
+    }
+
+    #[test]
+    fn an_event_of_known_members_keeps_its_object() {
+        check("text", r#"{"text":"h\u00e9"}"#, &["0 Content \"hé\" raw"]);
+        check("text", r#"{ "choice": 2, "lane": "reasoning", "text": "a" }"#, &["2 Reasoning \"a\" raw"]);
+        check("text", r#"{"text":"a","lane":"tool_arguments","tool":3}"#, &["0 ToolArguments(3) \"a\" raw"]);
+        check("text", r#"{"text":"a","lane":"refusal"}"#, &["0 Refusal \"a\" raw"]);
+        check("tool", r#"{"id":"call_1","name":"f","index":1,"choice":2}"#, &["2 tool 1 call_1 f raw"]);
+        check("usage", r#"{"input_tokens":1,"output_tokens":2}"#, &["usage 1 2 raw"]);
+    }
+
+    #[test]
+    fn an_event_with_anything_else_is_written_anew() {
+        check("text", r#"{"text":"a","more":"secret"}"#, &["0 Content \"a\""]);
+        check("text", r#"{"text":"b","text":"a"}"#, &["0 Content \"a\""]);
+        check("text", r#"{"text":"\ud83d"}"#, &["0 Content \"\u{fffd}\""]);
+        check("text", "{\"text\":\n\"a\"}", &["0 Content \"a\""]);
+        check("tool", r#"{"id":"a","name":"f","arguments":"secret"}"#, &["0 tool 0 a f"]);
+        check("usage", r#"{"input_tokens":1,"output_tokens":2,"note":"secret"}"#, &["usage 1 2"]);
+        check("text", r#"{"text":""}"#, &[]);
+    }
+
+    #[test]
+    fn open_names_the_model_and_names_nobody_knows_are_passed_over() {
+        let (mut head, mut batch) = (Head::default(), Batch::new());
+        for (name, data) in [("open", r#"{"turn_id":"x","model":"demo"}"#), ("ping", "no JSON at all"), ("message", "{}")] {
+            assert!(matches!(decode(name, data, &mut head, &mut batch), Ok(Step::More)));
+        }
+        assert_eq!((head.model.as_str(), batch.is_empty(), batch.bytes()), ("demo", true, 0));
+    }
+
+    #[test]
+    fn done_says_why_and_how_much_and_ends_the_answer() {
+        let mut batch = Batch::new();
+        let data = r#"{"finish":"length","outcome":"allowed","usage":{"input_tokens":4,"output_tokens":5},"verdict":"x.y.z"}"#;
+        assert!(matches!(decode("done", data, &mut Head::default(), &mut batch), Ok(Step::Done)));
+        assert_eq!(describe(&batch), ["0 finish length", "usage 4 5"]);
+    }
+
+    #[test]
+    fn an_error_keeps_its_code_and_loses_its_words() {
+        let data = r#"{"code":"session_not_found","message":"secret","retryable":false,"retry_after_ms":250}"#;
+        let Ok(Step::Failed(fault)) = decode("error", data, &mut Head::default(), &mut Batch::new()) else { panic!("failed") };
+        assert_eq!((fault.code, fault.retry_after), (Code::SessionNotFound, Some(std::time::Duration::from_millis(250))));
+        assert!(!fault.chain().contains("secret"));
+    }
+
+    #[test]
+    fn what_is_no_event_is_malformed_and_leaves_nothing() {
+        for (name, data) in [
+            ("text", ""),
+            ("text", "null"),
+            ("text", "{}"),
+            ("text", r#"{"text":null}"#),
+            ("text", r#"{"text":1}"#),
+            ("text", r#"{"text":"secret","lane":"secret"}"#),
+            ("text", r#"{"text":"secret","choice":128}"#),
+            ("text", r#"{"text":"secret","lane":"tool_arguments","tool":70000}"#),
+            ("text", r#"{"text":"secret"}{"text":"secret"}"#),
+            ("tool", r#"{"id":"a"}"#),
+            ("tool", r#"{"id":"a","name":"my secret"}"#),
+            ("usage", r#"{"input_tokens":1}"#),
+            ("done", r#"{"finish":1}"#),
+            ("open", r#"{"model":1}"#),
+        ] {
+            let mut batch = Batch::new();
+            let malformed = decode(name, data, &mut Head::default(), &mut batch).unwrap_err();
+            assert!(batch.is_empty() && batch.bytes() == 0, "{name} {data}");
+            assert!(!Fault::from(malformed).chain().contains("secret"));
+        }
+    }
+
+    fn lanes() -> impl Strategy<Value = Lane> {
+        let channel = prop_oneof![
+            Just(Channel::Content),
+            Just(Channel::Reasoning),
+            Just(Channel::Refusal),
+            (0..=MAX_INDEX).prop_map(Channel::ToolArguments)
+        ];
+        (0..=MAX_INDEX, channel).prop_map(|(choice, channel)| Lane { choice, channel })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_again(lane in lanes(), words in "\\PC{1,40}|[\\x00-\\x1f\"\\\\a]{1,20}", usage: (u64, u64)) {
+            let mut batch = Batch::new();
+            batch.push_text(lane, &words);
+            let (id, name) = (batch.keep_text("call_1"), batch.keep_text("f"));
+            batch.push(Event { what: What::Tool { choice: lane.choice, index: 5, id, name }, raw: None });
+            batch.push(Event { what: What::Usage(Usage { input_tokens: usage.0, output_tokens: usage.1 }), raw: None });
+            let mut again = Batch::new();
+            for event in batch.events() {
+                let mut out = Vec::new();
+                let name = encode(&batch, event, &mut out).unwrap();
+                let data = String::from_utf8(out).unwrap();
+                prop_assert!(serde_json::from_str::<Value>(&data).is_ok());
+                decode(name, &data, &mut Head::default(), &mut again).unwrap();
+            }
+            let raw: Vec<String> = describe(&batch).into_iter().map(|line| line + " raw").collect();
+            prop_assert_eq!(describe(&again), raw);
+        }
+    }
+
+    #[test]
+    fn a_turn_is_read_whole() {
+        let body = br#"{"session_id":"s1","messages":[{"role":"developer","content":"be kind"},{"role":"user","content":[{"type":"text","text":"hi"}]}],
+            "model":"demo","max_output_tokens":200,"temperature":0.7,"stop":"\n\n","metadata":{"app":"web"}}"#;
+        let turn = TurnRequest::parse(body).unwrap();
+        assert_eq!(turn.session_id.as_ref().map(SessionId::as_str), Some("s1"));
+        assert_eq!(turn.messages[0], Message::new(crate::Role::System, "be kind"));
+        assert_eq!(turn.messages[1].content.as_ref().unwrap().texts().collect::<Vec<_>>(), ["hi"]);
+        let settings = turn.settings();
+        assert_eq!((settings.max_output_tokens, settings.temperature, settings.stop), (Some(200), Some(0.7), vec!["\n\n".to_owned()]));
+        assert_eq!(turn.metadata["app"], "web");
+        // And what we would write is what we read.
+        assert_eq!(TurnRequest::parse(&to_vec(&turn)).unwrap(), turn);
+        assert!(!format!("{turn:?}").contains("kind"));
+    }
+
+    #[test]
+    fn a_fault_in_a_turn_names_its_member_and_never_quotes_it() {
+        let user = r#""messages":[{"role":"user","content":"secret"}]"#;
+        let many = |n: usize| vec![r#"{"role":"user","content":"secret"}"#; n].join(",");
+        for (body, code, says) in [
+            ("secret".to_owned(), "malformed_json", "not JSON: line 1, column 1"),
+            ("[]".into(), "invalid_request", "must be a JSON object"),
+            ("{}".into(), "invalid_request", "messages: missing"),
+            (r#"{"messages":[]}"#.into(), "invalid_request", "messages: expected at least one message"),
+            (r#"{"messages":"secret"}"#.into(), "invalid_request", "messages: expected a list"),
+            (format!(r#"{{"messages":[{}]}}"#, many(257)), "invalid_request", "messages: expected a list of at most 256"),
+            (r#"{"messages":["secret"]}"#.into(), "invalid_request", "messages[0]: expected an object"),
+            (r#"{"messages":[{"content":"secret"}]}"#.into(), "invalid_request", "messages[0].role: missing"),
+            (r#"{"messages":[{"role":"secret","content":"a"}]}"#.into(), "invalid_request", "messages[0].role: expected system, developer"),
+            (r#"{"messages":[{"role":"user"}]}"#.into(), "invalid_request", "messages[0].content: expected a text"),
+            (r#"{"messages":[{"role":"user","content":5}]}"#.into(), "invalid_request", "messages[0].content: expected a text"),
+            (
+                r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":"secret"}]}]}"#.into(),
+                "invalid_request",
+                "messages[0].content[0].type: expected text: other parts cannot be moderated",
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":"a","mood":"secret"}]}"#.into(),
+                "invalid_request",
+                "messages[0].mood: unknown member",
+            ),
+            (format!(r#"{{{user},"maxTokens":5}}"#), "invalid_request", "maxTokens: unknown member"),
+            (format!(r#"{{{user},"my secret":5}}"#), "invalid_request", "the body: unknown member"),
+            (format!(r#"{{{user},"temperature":"secret"}}"#), "invalid_request", "temperature: expected a number from 0 to 2"),
+            (format!(r#"{{{user},"temperature":2.1}}"#), "invalid_request", "temperature: expected"),
+            (format!(r#"{{{user},"max_output_tokens":0}}"#), "invalid_request", "max_output_tokens: expected a whole number from 1"),
+            (format!(r#"{{{user},"max_output_tokens":1.5}}"#), "invalid_request", "max_output_tokens: expected"),
+            (format!(r#"{{{user},"stop":["a","secret",1]}}"#), "invalid_request", "stop: expected texts of 1 to 256 bytes"),
+            (format!(r#"{{{user},"stop":[{}]}}"#, vec!["\"x\""; 17].join(",")), "invalid_request", "stop: expected at most 16"),
+            (format!(r#"{{{user},"stop":["{}"]}}"#, "x".repeat(257)), "invalid_request", "stop: expected texts of 1 to 256 bytes"),
+            (format!(r#"{{{user},"metadata":{{"a":"{}"}}}}"#, "x".repeat(16 << 10)), "invalid_request", "metadata: expected at most 16384"),
+            (format!(r#"{{{user},"metadata":[]}}"#), "invalid_request", "metadata: expected an object"),
+            (format!(r#"{{{user},"session_id":"my secret"}}"#), "invalid_request", "session_id: not a session id"),
+            (format!(r#"{{{user},"metadata":{{"a":{}1{}}}}}"#, "[".repeat(64), "]".repeat(64)), "invalid_request", "deeper than 64"),
+            ("[".repeat(1 << 20), "invalid_request", "deeper than 64"),
+        ] {
+            let fault = TurnRequest::parse(body.as_bytes()).unwrap_err();
+            let short = body.get(..80).unwrap_or(&body);
+            assert_eq!(fault.code.as_str(), code, "{short}");
+            assert!(fault.message.contains(says), "{short}: {}", fault.message);
+            assert!(!fault.chain().contains("secret"), "{}", fault.chain());
+        }
+        let deep = format!(r#"{{{user},"metadata":{{"a":{}1{}}}}}"#, "[".repeat(62), "]".repeat(62));
+        assert!(TurnRequest::parse(deep.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn the_ends_of_an_answer_are_written_as_promised() {
+        let turn: TurnId = "0193a5f0-7e1c-7000-8000-000000000000".parse().unwrap();
+        let refusal = Refusal::new(Code::PolicyDenied, "moderation.deny").about([Category::TenantPolicy]);
+        let done = Done {
+            finish: Finish::ContentFilter,
+            outcome: Some(Outcome::Blocked),
+            usage: None,
+            refusal: Some((&refusal).into()),
+            verdict: Some("a.b.c".into()),
+        };
+        let mut out = Vec::new();
+        done.write(&mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            r#"{"finish":"content_filter","outcome":"blocked","refusal":{"code":"policy_denied","rule":"moderation.deny","categories":["tenant_policy"]},"verdict":"a.b.c"}"#
+        );
+        let stop = Stop::Failed(Fault::upstream(Code::UpstreamStalled).after(std::time::Duration::from_secs(1)));
+        let mut out = Vec::new();
+        ErrorEvent::of(&stop, Some(turn), Some(7)).write(&mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            r#"{"turn_id":"0193a5f0-7e1c-7000-8000-000000000000","code":"upstream_stalled","message":"the upstream fell silent within its answer","retryable":true,"last_seq":7,"retry_after_ms":1000,"error":{"message":"the upstream fell silent within its answer","type":"timeout_error","param":null,"code":"upstream_stalled"}}"#
+        );
+    }
+}

@@ -187,3 +187,88 @@ impl StepAnswer {
         to_vec(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{Batch, Event, Principal, Role, What, wire::openai};
+
+    #[test]
+    fn a_prompt_arrives_as_it_was_sent() {
+        let request = openai::Request::parse(
+            json!({
+                "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+                "model": "demo", "max_tokens": 5, "temperature": 0.5, "top_p": 0.25, "seed": 7, "n": 2, "stop": ["x"], "presence_penalty": 1, "frequency_penalty": 1,
+                "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto", "response_format": {"type": "json_object"}, "metadata": {"app": "web"},
+            })
+            .to_string()
+            .as_bytes(),
+        )
+        .unwrap();
+        let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), request.messages);
+        prompt.settings = request.settings;
+        prompt.metadata = request.metadata;
+        prompt.principal = Principal { tenant: "acme".parse().unwrap(), subject: "u1".parse().unwrap(), ..Principal::anonymous() };
+        let read = Request::parse(&encode(&prompt)).unwrap();
+        let expected = Request {
+            turn_id: prompt.turn,
+            session_id: prompt.session,
+            tenant: prompt.principal.tenant,
+            subject: prompt.principal.subject,
+            messages: prompt.messages,
+            settings: prompt.settings,
+            metadata: prompt.metadata,
+        };
+        assert!(read == expected, "{read:?} {expected:?}");
+        assert!(!format!("{read:?}").contains("kind"));
+    }
+
+    #[test]
+    fn a_request_that_is_not_ours_is_refused_by_name() {
+        let whole = || {
+            serde_json::from_slice::<Value>(&encode(&Prompt::new(
+                TurnId::fresh(),
+                SessionId::fresh(),
+                vec![Message::new(Role::User, "secret")],
+            )))
+            .unwrap()
+        };
+        assert!(Request::parse(whole().to_string().as_bytes()).is_ok());
+        for missing in ["turn_id", "session_id", "tenant", "subject", "messages"] {
+            let mut body = whole();
+            body.as_object_mut().unwrap().shift_remove(missing);
+            let fault = Request::parse(body.to_string().as_bytes()).unwrap_err();
+            assert_eq!(fault.message, format!("{missing}: missing"));
+        }
+        let mut body = whole();
+        body["admin"] = true.into();
+        assert_eq!(Request::parse(body.to_string().as_bytes()).unwrap_err().message, "admin: unknown member");
+    }
+
+    #[test]
+    fn a_step_says_what_the_stream_would_have() {
+        let mut batch = Batch::new();
+        batch.push_text(Lane::DEFAULT, "he");
+        batch.push_text(Lane { choice: 1, channel: Channel::Content }, "other");
+        batch.push_text(Lane { choice: 0, channel: Channel::Reasoning }, "hm");
+        batch.push_text(Lane::DEFAULT, "llo");
+        let (id, name) = (batch.keep_text("c1"), batch.keep_text("f"));
+        batch.push(Event { what: What::Tool { choice: 0, index: 0, id, name }, raw: None });
+        batch.push_text(Lane { choice: 0, channel: Channel::ToolArguments(0) }, "{}");
+        batch.push(Event { what: What::Finish { choice: 0, finish: Finish::ToolCalls }, raw: None });
+        batch.push(Event { what: What::Usage(Usage { input_tokens: 1, output_tokens: 2 }), raw: None });
+        let mut completion = Completion::new();
+        completion.add(&batch);
+        let turn = TurnId::fresh();
+        let answer = StepAnswer::of(turn, &Head { model: "demo".into(), ..Head::default() }, &completion);
+        assert_eq!(
+            serde_json::from_slice::<Value>(&answer.body()).unwrap(),
+            json!({"turn_id": turn, "model": "demo", "text": "hello", "finish": "tool_calls", "usage": {"input_tokens": 1, "output_tokens": 2},
+                "tools": [{"id": "c1", "name": "f", "arguments": "{}"}]})
+        );
+    }
+
+    use crate::{Channel, Lane};
+}

@@ -205,3 +205,93 @@ pub(crate) enum ClientFrameShape {
         token: String,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::chat::{ErrorEvent, Open};
+    use crate::{Gone, Stop};
+
+    const TURN: &str = "0193a5f0-7e1c-7000-8000-000000000000";
+
+    fn turn() -> TurnId {
+        TURN.parse().unwrap()
+    }
+
+    #[test]
+    fn a_frame_is_the_events_object_with_three_members_before_it() {
+        let mut out = Vec::new();
+        frame(&mut out, "text", &turn(), 3, br#"{"text":"Hello"}"#);
+        assert_eq!(String::from_utf8(out).unwrap(), format!(r#"{{"type":"text","turn_id":"{TURN}","seq":3,"text":"Hello"}}"#));
+        let mut out = Vec::new();
+        frame(&mut out, "note", &turn(), u64::MAX, b"{}");
+        assert_eq!(String::from_utf8(out).unwrap(), format!(r#"{{"type":"note","turn_id":"{TURN}","seq":18446744073709551615}}"#));
+        let mut out = Vec::new();
+        frame(&mut out, "text", &turn(), 3, b" { \"text\":\"\" }");
+        assert!(serde_json::from_slice::<serde_json::Value>(&out).is_ok());
+    }
+
+    #[test]
+    fn an_object_that_names_the_turn_itself_does_not_name_it_twice() {
+        let open = Open { turn_id: Some(turn()), session_id: None, model: "demo".into(), policy_version: None, constitution_hash: None };
+        let error = ErrorEvent::of(&Stop::Gone(Gone::Stopped), Some(turn()), Some(4));
+        for write in [&|out: &mut Vec<u8>| open.write(out) as (), &|out: &mut Vec<u8>| error.write(out)] as [&dyn Fn(&mut Vec<u8>); 2] {
+            let (mut payload, mut out) = (Vec::new(), Vec::new());
+            write(&mut payload);
+            frame(&mut out, "open", &turn(), 0, &payload);
+            let text = String::from_utf8(out).unwrap();
+            assert_eq!(text.matches("\"turn_id\"").count(), 1, "{text}");
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["turn_id"], TURN);
+        }
+    }
+
+    #[test]
+    fn the_clients_own_name_is_echoed_as_text_and_nothing_else() {
+        let mut out = Vec::new();
+        frame_with_ref(&mut out, "error", Some("\",\"type\":\"done"), None, br#"{"code":"overloaded"}"#);
+        let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!((&value["type"], &value["ref"], &value["code"]), (&"error".into(), &"\",\"type\":\"done".into(), &"overloaded".into()));
+    }
+
+    #[test]
+    fn frames_of_clients_are_read() {
+        let parse = |text: &str| ClientFrame::parse(text).unwrap();
+        let turn = parse(r#"{"type":"turn","ref":"r1","session_id":"s","messages":[{"role":"user","content":"hi"}]}"#);
+        let ClientFrame::Turn { turn, reference } = turn else { panic!("a turn") };
+        assert_eq!((turn.messages.len(), reference.as_deref()), (1, Some("r1")));
+        assert!(
+            matches!(parse(&format!(r#"{{"turn_id":"{TURN}","type":"stop"}}"#)), ClientFrame::Stop { turn_id } if turn_id.to_string() == TURN)
+        );
+        assert!(matches!(
+            parse(&format!(r#"{{"type":"resume","turn_id":"{TURN}","after":4}}"#)),
+            ClientFrame::Resume { after: Some(4), .. }
+        ));
+        assert!(matches!(parse(&format!(r#"{{"type":"credit","turn_id":"{TURN}","events":10}}"#)), ClientFrame::Credit { events: 10, .. }));
+        let confirm = parse(&format!(r#"{{"type":"confirm","turn_id":"{TURN}","id":"q","accept":true}}"#));
+        assert!(matches!(confirm, ClientFrame::Confirm { accept: true, .. }));
+        let auth = parse(r#"{"type":"auth","token":"hunter2"}"#);
+        assert!(!format!("{auth:?}").contains("hunter2"));
+        let ClientFrame::Auth { token } = auth else { panic!("auth") };
+        assert_eq!(token.expose(), "hunter2");
+    }
+
+    #[test]
+    fn a_fault_in_a_frame_names_its_member_and_never_quotes_it() {
+        for (text, says) in [
+            ("{}".to_owned(), "type: missing"),
+            (r#"{"type":"secret"}"#.into(), "type: expected turn, stop"),
+            (r#"{"type":"stop"}"#.into(), "turn_id: missing"),
+            (r#"{"type":"stop","turn_id":"secret"}"#.into(), "turn_id: not a turn id"),
+            (format!(r#"{{"type":"stop","turn_id":"{TURN}","secret token":1}}"#), "the body: unknown member"),
+            (format!(r#"{{"type":"credit","turn_id":"{TURN}","events":0}}"#), "events: expected a whole number"),
+            (format!(r#"{{"type":"resume","turn_id":"{TURN}","after":-1}}"#), "after: expected a whole number"),
+            (r#"{"type":"auth"}"#.into(), "token: missing"),
+            (r#"{"type":"turn","messages":[]}"#.into(), "messages: expected at least one message"),
+        ] {
+            let fault = ClientFrame::parse(&text).unwrap_err();
+            assert!(fault.message.contains(says), "{text}: {}", fault.message);
+            assert!(!fault.chain().contains("secret"), "{}", fault.chain());
+        }
+        assert_eq!(ClientFrame::parse("secret").unwrap_err().code, Code::MalformedJson);
+    }
+}

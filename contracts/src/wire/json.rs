@@ -63,3 +63,26 @@ pub(super) fn member(out: &mut Vec<u8>, name: &'static str) {
     out.extend_from_slice(name.as_bytes());
     out.extend_from_slice(b"\":");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_character_survives_the_trip() {
+        let text: String = (0..0x500).filter_map(char::from_u32).chain("\u{2028}\u{1f600}\u{10ffff}".chars()).collect();
+        let mut out = Vec::new();
+        string(&mut out, &text);
+        assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), text);
+        assert!(!out.iter().any(|byte| *byte < b' '));
+    }
+
+    #[test]
+    fn numbers_are_written_in_full() {
+        for value in [0, 9, 10, 99, 100, 12345, u64::MAX] {
+            let mut out = Vec::new();
+            number(&mut out, value);
+            assert_eq!(String::from_utf8(out).unwrap(), value.to_string());
+        }
+    }
+}

@@ -286,3 +286,98 @@ fn as_upstream(code: Code) -> Code {
         | Code::SlowConsumer => code,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{Category, Gone};
+
+    fn body(problem: &Problem) -> Value {
+        serde_json::from_slice(&problem.body()).unwrap()
+    }
+
+    #[test]
+    fn a_refused_prompt_reads_the_same_in_two_tongues() {
+        let refusal = Refusal::new(Code::PolicyDenied, "moderation.deny").about([Category::TenantPolicy]);
+        let turn: TurnId = "0193a5f0-7e1c-7000-8000-000000000000".parse().unwrap();
+        let said = "the policy in force refuses this text";
+        assert_eq!(
+            body(&Problem::of(&refusal.into(), Some(turn))),
+            json!({
+                "type": "https://headgate.dev/errors/policy_denied", "title": said, "status": 403, "detail": said,
+                "code": "policy_denied", "retryable": false, "turn_id": turn,
+                "error": {"message": said, "type": "policy_error", "param": null, "code": "policy_denied"},
+                "policy": {"stage": "input", "rule": "moderation.deny", "categories": ["tenant_policy"]},
+            })
+        );
+    }
+
+    #[test]
+    fn every_code_has_its_problem() {
+        for code in Code::ALL {
+            let fault = Fault::us(*code).saying("so it is").caused_by("an inner secret").after(Duration::from_millis(1500));
+            let body = body(&Problem::of_fault(&fault, None));
+            assert_eq!(
+                (&body["status"], &body["code"], &body["retryable"]),
+                (&code.status().into(), &code.as_str().into(), &code.retryable().into())
+            );
+            assert_eq!(
+                (&body["detail"], &body["retry_after_ms"], &body["error"]["message"]),
+                (&"so it is".into(), &1500.into(), &"so it is".into())
+            );
+            assert!(!body.to_string().contains("secret"));
+        }
+        assert_eq!(body(&Problem::of(&Stop::Gone(Gone::Stopped), None))["code"], "stopped");
+    }
+
+    #[test]
+    fn a_problem_of_the_orchestrator_is_read_again_as_what_it_means_here() {
+        for code in Code::ALL {
+            let problem = Problem::of_fault(&Fault::us(*code).saying("a secret sentence"), None);
+            let fault = parse(code.status(), &problem.body());
+            assert_eq!((fault.code, fault.who), (as_upstream(*code), Who::Upstream));
+            // Whatever the upstream says of our credential, the client's is not in question.
+            assert!(!matches!(fault.code.status(), 400 | 401 | 405..=408 | 413..=422 | 431), "{code} became {}", fault.code);
+            assert!(fault.chain().contains(code.as_str()) && !fault.chain().contains("secret"), "{}", fault.chain());
+        }
+    }
+
+    #[test]
+    fn why_a_verdict_was_rejected_is_kept_for_the_log() {
+        let problem = Problem::of_fault(&Fault::client(Code::VerdictInvalid).saying("expired"), None);
+        let fault = parse(401, &problem.body());
+        assert_eq!(fault.code, Code::VerdictRejected);
+        assert!(fault.chain().ends_with("status=401 code=verdict_invalid type=authentication_error reason=expired"), "{}", fault.chain());
+    }
+
+    #[test]
+    fn an_answer_that_is_no_problem_counts_by_its_status() {
+        for (status, body, code) in [
+            (500, &b"<html>secret</html>"[..], "upstream_reset"),
+            (503, b"", "overloaded"),
+            (429, br#"{"error":"secret"}"#, "overloaded"),
+            (400, br#"{"error":{"message":"secret","code":null}}"#, "upstream_refused"),
+            (404, br#"{"detail":"secret"}"#, "upstream_refused"),
+            (504, b"\xff\xfe", "upstream_stalled"),
+            (204, b"", "upstream_protocol_error"),
+            (302, b"", "upstream_protocol_error"),
+            (500, br#"[[[["#, "upstream_reset"),
+            (422, br#"{"detail":[{"msg":"secret"}],"code":"my secret"}"#, "upstream_refused"),
+        ] {
+            let fault = parse(status, body);
+            assert_eq!(fault.code.as_str(), code, "{status}");
+            assert!(!fault.chain().contains("secret"), "{}", fault.chain());
+        }
+    }
+
+    #[test]
+    fn a_body_without_end_is_read_up_to_its_bound() {
+        let mut body = br#"{"code":"draining","x":""#.to_vec();
+        body.resize(10 << 20, b'x');
+        assert_eq!(parse(503, &body).code, Code::Overloaded);
+    }
+}

@@ -297,7 +297,7 @@ impl<'de> Shape<'de> for Choice<'_, '_> {
         match (name, self.reading.form) {
             ("index", _) => self.index = map.next_value_seed(Number)?,
             ("delta", Form::Streamed) | ("message", Form::Whole) => {
-                map.next_value_seed(Object(Delta(self.reading)))?;
+                map.next_value_seed(Object(Delta { reading: self.reading, reasoning: None }))?;
             }
             ("finish_reason", _) => {
                 self.finish = self.reading.word(map, |_, text| {
@@ -311,23 +311,38 @@ impl<'de> Shape<'de> for Choice<'_, '_> {
     }
 }
 
-struct Delta<'r, 'a>(&'r mut Reading<'a>);
+struct Delta<'r, 'a> {
+    reading: &'r mut Reading<'a>,
+    reasoning: Option<Span>,
+}
 
 impl<'de> Shape<'de> for Delta<'_, '_> {
     const NAMES: &'static [&'static str] =
         &["role", "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call", "audio", "annotations"];
     fn plain(&mut self) -> &mut bool {
-        &mut self.0.plain
+        &mut self.reading.plain
     }
     fn member<A: MapAccess<'de>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
         match name {
-            "role" => self.0.word(map, |_, text| ((), (text == "assistant" || text.is_empty()).into())).map(drop),
-            "content" => self.0.piece(map, Channel::Content),
-            "reasoning_content" | "reasoning" => self.0.piece(map, Channel::Reasoning),
-            "refusal" => self.0.piece(map, Channel::Refusal),
-            "tool_calls" => map.next_value_seed(List(&mut Calls(self.0))),
+            "role" => self.reading.word(map, |_, text| ((), (text == "assistant" || text.is_empty()).into())).map(drop),
+            "content" => self.reading.piece(map, Channel::Content),
+            // Servers on the way from the one name to the other say the same under both.
+            "reasoning_content" | "reasoning" => {
+                let Some(kept) = map.next_value_seed(Kept(self.reading.batch))? else { return Ok(()) };
+                let batch = &mut *self.reading.batch;
+                if self.reasoning.is_some_and(|said| !said.is_empty() && batch.text(said) == batch.text(kept.span)) {
+                    self.reading.plain = false;
+                    return Ok(());
+                }
+                self.reasoning = Some(kept.span);
+                self.reading.plain &= kept.exact;
+                self.reading.push_text(Channel::Reasoning, kept.span);
+                Ok(())
+            }
+            "refusal" => self.reading.piece(map, Channel::Refusal),
+            "tool_calls" => map.next_value_seed(List(&mut Calls(self.reading))),
             _ => {
-                self.0.plain &= map.next_value_seed(Blank)?;
+                self.reading.plain &= map.next_value_seed(Blank)?;
                 Ok(())
             }
         }
@@ -510,6 +525,13 @@ mod tests {
             r#"{"choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}"#,
             &["0 Content \"a\"", "usage 1 2"],
         );
+    }
+
+    #[test]
+    fn reasoning_that_is_said_under_both_its_names_is_said_once() {
+        check(&delta(r#"{"reasoning":"a","reasoning_content":"a"}"#), &["0 Reasoning \"a\""]);
+        check(&delta(r#"{"reasoning":"a","reasoning_content":"b"}"#), &["0 Reasoning \"a\"", "0 Reasoning \"b\""]);
+        check(&delta(r#"{"reasoning":"","reasoning_content":"a"}"#), &["0 Reasoning \"a\" raw"]);
     }
 
     #[test]

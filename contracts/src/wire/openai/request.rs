@@ -139,3 +139,103 @@ pub fn encode_request(prompt: &Prompt, form: Form) -> Vec<u8> {
         response_format: settings.response_format.as_ref(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{SessionId, TurnId};
+
+    fn parse(body: Value) -> Result<Request, Fault> {
+        Request::parse(body.to_string().as_bytes())
+    }
+
+    fn sent(request: Request, form: Form) -> Value {
+        let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), request.messages);
+        prompt.settings = request.settings;
+        serde_json::from_slice(&encode_request(&prompt, form)).unwrap()
+    }
+
+    #[test]
+    fn what_a_model_is_asked_is_what_was_understood_and_nothing_else() {
+        let request = parse(json!({
+            "model": "demo", "stream": true, "stream_options": {"include_usage": true, "x": 1}, "n": 2, "max_completion_tokens": 9, "max_tokens": 5,
+            "temperature": 1, "top_p": 0.5, "seed": -4, "stop": ["a"], "presence_penalty": -2, "frequency_penalty": 2.0,
+            "logit_bias": {"1": 2}, "user": "u", "store": true, "extra_body": {"prompt": "smuggled"}, "metadata": {"a": "b"},
+            "tools": [{"type": "function", "x": "smuggled", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true, "x": 1}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}, "strict": false, "x": 1}},
+            "messages": [
+                {"role": "developer", "content": "be kind", "x": "smuggled"},
+                {"role": "user", "name": "ann", "content": [{"type": "text", "text": "hi", "x": "smuggled"}]},
+                {"role": "assistant", "content": null, "refusal": null, "tool_calls": [{"id": "c1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}", "x": 1}}]},
+                {"role": "tool", "content": "42", "tool_call_id": "c1"},
+            ],
+        }))
+        .unwrap();
+        assert!(request.include_usage && request.form == Form::Streamed && request.metadata["a"] == "b");
+        assert_eq!(
+            sent(request, Form::Streamed),
+            json!({
+                "model": "demo",
+                "messages": [
+                    {"role": "system", "content": "be kind"},
+                    {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "ann"},
+                    {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+                    {"role": "tool", "content": "42", "tool_call_id": "c1"},
+                ],
+                "stream": true, "stream_options": {"include_usage": true},
+                "max_tokens": 9, "temperature": 1.0, "top_p": 0.5, "seed": -4, "n": 2, "stop": ["a"], "presence_penalty": -2.0, "frequency_penalty": 2.0,
+                "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true}}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+                "response_format": {"json_schema": {"name": "s", "schema": {"type": "object"}, "strict": false}, "type": "json_schema"},
+            })
+        );
+    }
+
+    #[test]
+    fn usage_is_always_asked_for_and_only_on_streams() {
+        let request = || parse(json!({"messages": [{"role": "user", "content": "hi"}]})).unwrap();
+        assert!(request().form == Form::Whole && !request().include_usage);
+        assert_eq!(sent(request(), Form::Streamed)["stream_options"]["include_usage"], true);
+        assert_eq!(sent(request(), Form::Whole), json!({"messages": [{"role": "user", "content": "hi"}], "stream": false}));
+    }
+
+    #[test]
+    fn a_fault_in_a_request_names_its_member_and_never_quotes_it() {
+        let message = json!({"role": "user", "content": "secret"});
+        for (member, value, says) in [
+            ("stream", json!("secret"), "stream: expected true or false"),
+            ("stream_options", json!("secret"), "stream_options: expected an object"),
+            ("stream_options", json!({"include_usage": "secret"}), "stream_options.include_usage: expected true or false"),
+            ("n", json!(0), "n: expected a whole number from 1 to 128"),
+            ("n", json!(129), "n: expected a whole number from 1 to 128"),
+            ("top_p", json!(1.5), "top_p: expected a number from 0 to 1"),
+            ("seed", json!("secret"), "seed: expected a whole number"),
+            ("model", json!("x".repeat(257)), "model: expected a text of at most 256 bytes"),
+            ("tools", json!([{"type": "secret"}]), "tools[0].type: expected function"),
+            ("tools", json!([{"type": "function", "function": {"name": "a secret"}}]), "tools[0].function.name: expected 1 to 64"),
+            (
+                "tools",
+                json!([{"type": "function", "function": {"name": "f", "parameters": "secret"}}]),
+                "tools[0].function.parameters: expected an object",
+            ),
+            ("tool_choice", json!("secret"), "tool_choice: expected none, auto, required"),
+            ("response_format", json!({"type": "secret"}), "response_format.type: expected text, json_object, json_schema"),
+            ("response_format", json!({"type": "json_schema"}), "response_format.json_schema: missing"),
+        ] {
+            let fault = parse(json!({"messages": [message], member: value})).unwrap_err();
+            assert!(fault.message.contains(says), "{member}: {}", fault.message);
+            assert!(!fault.chain().contains("secret"), "{}", fault.chain());
+        }
+        for (message, says) in [
+            (json!({"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}), "messages[0].tool_calls[0].function: missing"),
+            (json!({"role": "assistant", "tool_calls": []}), "messages[0].content: expected a text"),
+            (json!({"role": "tool", "content": "x", "tool_call_id": "a secret"}), "messages[0].tool_call_id: expected 1 to 64"),
+        ] {
+            let fault = parse(json!({"messages": [message]})).unwrap_err();
+            assert!(fault.message.contains(says), "{}", fault.message);
+        }
+    }
+}
