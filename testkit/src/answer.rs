@@ -93,6 +93,9 @@ impl Judge {
                     (_, None) => None,
                 };
                 let data = object(&frame.data)?;
+                if data.get("ref").is_some() {
+                    return Err(Broken::Members("`ref` outside a WebSocket".into()));
+                }
                 self.event(name, seq, data, frame.data, arrived)
             }
         }
@@ -323,12 +326,12 @@ impl Transcript {
 
     /// Why the first choice ended: `stop`, `length`, ...; empty where it failed.
     pub fn finish(&self) -> &str {
-        let reasons = self.events.iter().filter_map(|event| match event.name.as_str() {
+        let mut reasons = self.events.iter().rev().filter_map(|event| match event.name.as_str() {
             "done" => event.text("finish"),
             "chunk" => choice_of(event, 0)?.get("finish_reason")?.as_str(),
             _ => None,
         });
-        reasons.last().unwrap_or_default()
+        reasons.next().unwrap_or_default()
     }
 
     /// The code of the error it ended with; `None` where it did not.
@@ -380,7 +383,7 @@ enum Of {
     Text,
     Count,
     Truth,
-    OneOf(&'static [&'static str]),
+    Word(&'static [&'static str]),
     Texts,
     Signed,
     TextOrNull,
@@ -402,9 +405,9 @@ const fn may(name: &'static str, of: Of) -> Member {
     Member { name, must: false, of }
 }
 
-const FINISHES: Of = Of::OneOf(&["stop", "length", "content_filter", "tool_calls"]);
-const OUTCOMES: Of = Of::OneOf(&["allowed", "flagged", "masked", "blocked"]);
-const LANES: Of = Of::OneOf(&["reasoning", "refusal", "tool_arguments"]);
+const FINISHES: Of = Of::Word(&["stop", "length", "content_filter", "tool_calls"]);
+const OUTCOMES: Of = Of::Word(&["allowed", "flagged", "masked", "blocked"]);
+const LANES: Of = Of::Word(&["reasoning", "refusal", "tool_arguments"]);
 
 const OPEN: &[Member] = &[
     must("turn_id", Of::Text),
@@ -445,7 +448,7 @@ const ERROR: &[Member] = &[
 const HEADGATE: &[Member] = &[must("outcome", OUTCOMES), may("verdict", Of::Signed)];
 const CHUNK: &[Member] = &[
     must("id", Of::Text),
-    must("object", Of::OneOf(&["chat.completion.chunk"])),
+    must("object", Of::Word(&["chat.completion.chunk"])),
     must("created", Of::Count),
     must("model", Of::Text),
     must("choices", Of::Anything),
@@ -484,7 +487,7 @@ fn check(name: &str, value: &Value, members: &[Member]) -> Result<(), Broken> {
             Of::Text => value.is_string(),
             Of::Count => value.is_u64(),
             Of::Truth => value.is_boolean(),
-            Of::OneOf(words) => value.as_str().is_some_and(|word| words.contains(&word)),
+            Of::Word(words) => value.as_str().is_some_and(|word| words.contains(&word)),
             Of::Texts => value.as_array().is_some_and(|list| list.iter().all(Value::is_string)),
             Of::Signed => value.as_str().is_some_and(is_compact_jws),
             Of::TextOrNull => value.is_string() || value.is_null(),
@@ -504,7 +507,7 @@ fn check(name: &str, value: &Value, members: &[Member]) -> Result<(), Broken> {
     }
 }
 
-const POLICY: &[Member] = &[must("stage", Of::OneOf(&["input", "output", "tool"])), must("rule", Of::Text), must("categories", Of::Texts)];
+const POLICY: &[Member] = &[must("stage", Of::Word(&["input", "output", "tool"])), must("rule", Of::Text), must("categories", Of::Texts)];
 const PROBLEM: &[Member] = &[
     must("type", Of::Text),
     must("title", Of::Text),

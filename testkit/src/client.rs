@@ -83,6 +83,14 @@ impl Request {
         self
     }
 
+    pub(crate) fn target(&self) -> &str {
+        &self.target
+    }
+
+    pub(crate) fn headers(&self) -> &[(String, String)] {
+        &self.headers
+    }
+
     /// Its bytes in HTTP/1.1. `host` and `content-length` are added where the headers do not speak of them themselves.
     pub fn bytes(&self, host: &str) -> Vec<u8> {
         let says = |name: &str| self.headers.iter().any(|(known, _)| known.eq_ignore_ascii_case(name));
@@ -345,7 +353,7 @@ impl<B: Chunks> Events<B> {
     /// The next event; `None` at the proper end of a whole answer. Cancel safe.
     pub async fn next(&mut self) -> Result<Option<Event>, Broken> {
         loop {
-            while let Some(piece) = self.reader.next()? {
+            while let Some(piece) = self.reader.take()? {
                 match piece {
                     Piece::Comment(_) => self.transcript.heartbeats += 1,
                     Piece::Frame(frame) => {

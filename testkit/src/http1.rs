@@ -171,11 +171,6 @@ impl Body {
         Body { left: if left == Left::Bytes(0) { Left::Nothing } else { left }, trailers: Vec::new() }
     }
 
-    /// Whether all of it has been taken.
-    pub(crate) fn ended(&self) -> bool {
-        self.left == Left::Nothing
-    }
-
     /// Takes what `buffer` has of the body, and nothing behind it.
     pub(crate) fn take(&mut self, buffer: &mut BytesMut) -> Result<Taken, Broken> {
         loop {

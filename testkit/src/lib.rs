@@ -9,10 +9,13 @@ mod broken;
 mod http1;
 
 pub mod answer;
+pub mod canary;
 pub mod client;
 pub mod dialect;
+pub mod proxy;
 pub mod sse;
 pub mod upstream;
+pub mod ws;
 
 pub use broken::Broken;
 pub use http1::Head;

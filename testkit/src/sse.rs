@@ -43,7 +43,7 @@ impl Reader {
     }
 
     /// The next piece; `None` while its end has not come.
-    pub fn next(&mut self) -> Result<Option<Piece>, Broken> {
+    pub fn take(&mut self) -> Result<Option<Piece>, Broken> {
         if self.buffer.first() == Some(&b'\n') {
             return Err(Broken::Framing("a blank line that ends nothing".into()));
         }
@@ -111,7 +111,7 @@ mod tests {
         let mut pieces = Vec::new();
         for byte in bytes {
             reader.push(&[*byte]);
-            while let Some(piece) = reader.next()? {
+            while let Some(piece) = reader.take()? {
                 pieces.push(piece);
             }
         }

@@ -111,13 +111,13 @@ impl Script {
         self.then(Step::Read)
     }
 
-    /// Reads only a request's head, so that the answer may come before the request's body is read.
+    /// Reads only a request's head, so that the answer comes before the request's body is read; no other request can follow.
     #[must_use]
     pub fn read_head(self) -> Script {
         self.then(Step::ReadHead)
     }
 
-    /// Goes on as `choose` says for the request just read.
+    /// Goes on as `choose` says for the request just read; where that script begins by reading, this step of it is left out.
     #[must_use]
     pub fn choose(self, choose: impl Fn(&Request) -> Script + Send + Sync + 'static) -> Script {
         self.then(Step::Choose(Arc::new(choose)))
@@ -532,13 +532,25 @@ struct Connection {
     framing: Framing,
     /// Bytes of body still owed, where a length was announced.
     owed_bytes: usize,
+    /// Whether a body was left in the way of the next request.
+    unread_body: bool,
     /// Whether the answer's end has been sent, so that another request may follow.
     answered: bool,
 }
 
 impl Connection {
     fn new(stream: TcpStream, number: usize, state: Arc<watch::Sender<State>>) -> Connection {
-        Connection { stream, number, state, inbox: BytesMut::new(), request: None, framing: Framing::None, owed_bytes: 0, answered: true }
+        Connection {
+            stream,
+            number,
+            state,
+            inbox: BytesMut::new(),
+            request: None,
+            framing: Framing::None,
+            owed_bytes: 0,
+            unread_body: false,
+            answered: true,
+        }
     }
 
     /// The script of this connection; `None` where there is none left.
@@ -564,7 +576,9 @@ impl Connection {
                 match step {
                     Step::Choose(choose) => {
                         let chosen = self.request.as_ref().map(|request| choose(request)).unwrap_or_default();
-                        for step in chosen.steps.into_iter().rev() {
+                        // Its request has been read: that is what it was chosen for.
+                        let read = usize::from(chosen.begins_with_a_request());
+                        for step in chosen.steps.into_iter().skip(read).rev() {
                             steps.push_front(step);
                         }
                     }
@@ -575,7 +589,7 @@ impl Connection {
                     step => self.step(step).await?,
                 }
             }
-            if !again || !self.answered {
+            if !again || !self.answered || self.unread_body {
                 return Ok(());
             }
         }
@@ -642,10 +656,11 @@ impl Connection {
         let (method, target) = head.request_line().map_err(Ending::Malformed)?;
         let mut framing = Body::of_request(&head).map_err(Ending::Malformed)?;
         let mut body = BytesMut::new();
-        while whole {
+        let mut reading = whole;
+        while reading {
             match framing.take(&mut self.inbox).map_err(Ending::Malformed)? {
                 Taken::Data(data) => body.extend_from_slice(&data),
-                Taken::End => break,
+                Taken::End => reading = false,
                 Taken::Starved if self.more().await? == 0 => return Err(Ending::PeerLeft(How::Closed)),
                 Taken::Starved => {}
             }
@@ -653,6 +668,7 @@ impl Connection {
                 return Err(Ending::Malformed(Broken::Http(format!("a request body of more than {MAX_REQUEST_BYTES} bytes"))));
             }
         }
+        self.unread_body = !whole;
         let (connection, trailers) = (self.number, framing.trailers);
         let request = Request { connection, method, target, head, body: body.freeze(), trailers, arrived: Instant::now() };
         self.request = Some(request.clone());
@@ -816,4 +832,179 @@ fn head(status: u16, framing: Framing, headers: &[(String, String)]) -> Vec<u8> 
     }
     head.push_str("\r\n");
     head.into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::answer::{Judge, Kind};
+    use crate::client::{self, Http1, Request as Ask};
+    use crate::dialect::{Answer, Cut, Lane};
+
+    /// Asks over a fresh connection and reads the stream to its end.
+    async fn read(upstream: &Upstream) -> Result<String, Broken> {
+        let events = client::stream(upstream.addr(), &Ask::get("/"), Kind::Conversation).await?;
+        events.rest().await.map(|transcript| transcript.text())
+    }
+
+    #[tokio::test]
+    async fn a_stream_arrives_whole_however_it_is_cut() {
+        let answer = Answer::conversation("demo", &["grü", "n 😀\n"]);
+        for cut in [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Inside, Cut::Random { seed: 3, most: 20 }] {
+            let upstream = Upstream::always(Script::stream(answer.cut(cut.clone()))).await;
+            assert_eq!(read(&upstream).await.unwrap(), answer.said(0, Lane::Content), "{cut:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_way_to_break_off_is_seen_as_what_it_is() {
+        let answer = Answer::conversation("demo", &["one", "two"]);
+        let begun = || Script::new().read().sse().send(answer.events()[0].clone());
+        for (script, cut) in [
+            (begun().close(), true),
+            (begun().half_chunk("event: te").close(), true),
+            (begun().end(), true),
+            (begun().reset(), false),
+            (Script::new().read().sse_framed(Framing::UntilClose).send(answer.events()[0].clone()), true),
+            (Script::new().read().sse_framed(Framing::Length(9999)).send(answer.bytes()), true),
+        ] {
+            let broken = read(&Upstream::always(script).await).await.unwrap_err();
+            assert_eq!((matches!(broken, Broken::Cut(_)), matches!(broken, Broken::Reset(_))), (cut, !cut), "{broken}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_script_waits_for_the_test_and_tells_it_where_it_stands() {
+        let (go, here) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let answer = Answer::conversation("demo", &["one", "two"]);
+        let events = answer.cut(Cut::Events);
+        let script = Script::new().read().sse().send_all(events[..2].to_vec()).tell(&here).wait(&go).send_all(events[2..].to_vec()).end();
+        let upstream = Upstream::always(script).await;
+        let mut stream = client::stream(upstream.addr(), &Ask::get("/"), Kind::Conversation).await.unwrap();
+        soon(here.notified(), "the script to have sent two events").await;
+        assert_eq!((stream.expect().await.name, stream.expect().await.name), ("open".into(), "text".into()));
+        go.notify_one();
+        assert_eq!(stream.rest().await.unwrap().text(), "onetwo");
+    }
+
+    #[tokio::test]
+    async fn the_moment_the_peer_leaves_is_told_whatever_the_script_is_doing() {
+        let never = Arc::new(Notify::new());
+        let sse = || Script::new().read().sse();
+        for script in
+            [Script::new().read().stall(), sse().stall(), sse().wait(&never), sse().pause(crate::PATIENCE * 2), sse().flood("data: x\n\n")]
+        {
+            let upstream = Upstream::always(script).await;
+            let mut client = Http1::connect(upstream.addr()).await;
+            client.send(&Ask::get("/")).await;
+            upstream.request(0).await;
+            let left = Instant::now();
+            client.abort();
+            let seen = upstream.closed(1).await;
+            assert!(seen.how == How::Reset && seen.at - left < Duration::from_secs(5), "{seen:?}");
+            upstream.idle().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_closes_with_a_fin_is_told_from_one_that_resets() {
+        let upstream = Upstream::always(Script::new().read().stall()).await;
+        let mut client = Http1::connect(upstream.addr()).await;
+        client.send(&Ask::get("/")).await;
+        upstream.request(0).await;
+        drop(client);
+        assert_eq!(upstream.closed(1).await.how, How::Closed);
+    }
+
+    #[tokio::test]
+    async fn a_flood_stops_where_the_reader_does() {
+        let upstream = Upstream::always_unbuffered(Script::new().read().sse().flood(vec![b'x'; 1000])).await;
+        let mut client = Http1::connect_narrow(upstream.addr()).await;
+        client.send(&Ask::get("/")).await;
+        client.head().await.unwrap();
+        let first = upstream.blocked().await;
+        assert!(first > 1000 && first < 1 << 20, "{first} bytes are more than two small socket buffers hold");
+        // Reading again makes room again.
+        for _ in 0..200 {
+            client.read_bytes(1 << 16).await.unwrap();
+        }
+        assert!(upstream.blocked().await > first);
+    }
+
+    #[tokio::test]
+    async fn connections_take_scripts_in_order_and_those_that_only_knock_take_none() {
+        let upstream = Upstream::each([Script::reply(200, "text/plain", "first"), Script::reply(200, "text/plain", "second")]).await;
+        drop(TcpStream::connect(upstream.addr()).await.unwrap());
+        upstream.accepted(1).await;
+        for expected in ["first", "second"] {
+            assert_eq!(client::ask(upstream.addr(), &Ask::get("/")).await.unwrap().text(), expected);
+        }
+        assert!(client::ask(upstream.addr(), &Ask::get("/")).await.is_err());
+        assert_eq!((upstream.surplus(), upstream.opened()), (1, 4));
+    }
+
+    #[tokio::test]
+    async fn requests_are_kept_as_they_came_and_each_is_answered_on_its_own() {
+        let upstream = Upstream::answering(|request| Script::reply(200, "text/plain", request.target.clone())).await;
+        let mut client = Http1::connect(upstream.addr()).await;
+        for target in ["/a", "/b?c=d"] {
+            client.send(&Ask::post(target, &serde_json::json!({"n": 1})).header("X-Odd", "1")).await;
+            assert_eq!(client.reply().await.unwrap().text(), target);
+        }
+        let requests = upstream.requests();
+        assert_eq!(upstream.opened(), 1, "the connection was kept");
+        assert_eq!(
+            (requests[1].target.as_str(), requests[1].header("x-odd"), requests[1].json()["n"].as_u64()),
+            ("/b?c=d", Some("1"), Some(1))
+        );
+        assert!(requests[1].head.raw.windows(5).any(|bytes| bytes == b"X-Odd"), "names are kept as written");
+    }
+
+    #[tokio::test]
+    async fn malformed_requests_are_complained_of() {
+        let upstream = Upstream::always(Script::reply(200, "text/plain", "")).await;
+        for bytes in ["GET / HTTP/1.1\r\nA : b\r\n\r\n", "GET / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"] {
+            let mut client = Http1::connect(upstream.addr()).await;
+            client.send_bytes(bytes.as_bytes()).await;
+            assert!(client.head().await.is_err());
+        }
+        assert_eq!(upstream.complaints().len(), 2);
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "malformed HTTP")]
+    async fn a_complaint_nobody_asked_for_fails_the_test() {
+        let upstream = Upstream::always(Script::reply(200, "text/plain", "")).await;
+        let mut client = Http1::connect(upstream.addr()).await;
+        client.send_bytes(b"GET /\r\n\r\n").await;
+        assert!(client.head().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_refusing_address_refuses() {
+        let refusing = Refusing::start();
+        let error = TcpStream::connect(refusing.addr()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test]
+    async fn an_answer_over_http2_is_read_by_the_same_rules() {
+        // The scripted upstream speaks HTTP/1.1; hyper serves HTTP/2 here, and nothing of ours stands in between.
+        use http_body_util::Full;
+        use hyper_util::rt::{TokioExecutor, TokioIo};
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = hyper::service::service_fn(|_| async {
+                let body = Answer::conversation("demo", &["over ", "two"]).bytes();
+                http::Response::builder().header("content-type", "text/event-stream").body(Full::new(Bytes::from(body)))
+            });
+            let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
+        });
+        let mut client = client::Http2::connect(addr).await;
+        let events = client.events(&Ask::get("/"), Judge::new(Kind::Conversation)).await.unwrap();
+        assert_eq!(events.rest().await.unwrap().text(), "over two");
+        assert_eq!(client.ask(&Ask::get("/")).await.unwrap().status, 200);
+    }
 }
