@@ -360,3 +360,189 @@ pub(super) fn end_line(read: u8, byte: u8) -> u8 {
         (_, _) => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matcher::{Action, MatcherBuilder, tests::shown_always};
+
+    /// Each text shown with what `detector` finds masked as a bullet, however it is cut.
+    fn check(detector: Detector, right: &[(&str, &str)], wrong: &[&str]) {
+        let mut builder = MatcherBuilder::new();
+        let matcher = builder.detector(detector, Action::Mask).build().unwrap();
+        for (text, want) in right {
+            assert_eq!(shown_always(&matcher, text), *want, "{text:?}");
+        }
+        for text in wrong {
+            assert_eq!(shown_always(&matcher, text), *text, "is no {detector}");
+        }
+        assert_eq!(detector.name().parse(), Ok(detector));
+    }
+
+    #[test]
+    fn e_mail_addresses() {
+        let right = &[
+            ("write to ada@example.com.", "write to •."),
+            ("Ada.Lovelace+x@mail.Example.co.uk, please", "•, please"),
+            ("<_a@b.io>", "<•>"),
+            ("ada@exam\u{200b}ple.com", "•"),
+            ("ａｄａ＠example．com", "•"),
+            ("a@b.co c@d.org", "• •"),
+        ];
+        check(Detector::Email, right, &["ada@example", "@example.com", "ada@@example.com", "ada @ example.com", "a@-b.com", "1@2.3"]);
+    }
+
+    #[test]
+    fn phone_numbers() {
+        let right = &[
+            ("call +49 30 901820 now", "call • now"),
+            ("+1 (415) 555-0132", "•"),
+            ("tel:+33-1-23-45-67-89.", "tel:•."),
+            ("415-555-0132 or (415) 555-0132", "• or •"),
+        ];
+        check(
+            Detector::Phone,
+            right,
+            &["2024-01-02 03:04", "1+4915112345678", "+49 30", "123-456-7890", "415-5555-0132", "3.141592653589"],
+        );
+    }
+
+    #[test]
+    fn credit_cards() {
+        let right = &[
+            ("4111 1111 1111 1111", "•"),
+            ("card 5555-5555-5555-4444, thanks", "card •, thanks"),
+            ("378282246310005", "•"),
+            ("6011111111111117 3530111333300000", "• •"),
+            ("30569309025904;2223003122003222", "•;•"),
+        ];
+        let wrong = &["4111 1111 1111 1112", "1234567812345670", "411111111111111", "4111  1111 1111 1111", "order 20260101123456"];
+        check(Detector::CreditCard, right, wrong);
+    }
+
+    #[test]
+    fn bank_accounts() {
+        let right = &[
+            ("DE89 3704 0044 0532 0130 00", "•"),
+            ("pay gb82west12345698765432 today", "pay • today"),
+            ("NO93 8601 1117 947, FR14 2004 1010 0505 0001 3M02 606", "•, •"),
+        ];
+        check(
+            Detector::Iban,
+            right,
+            &["DE88 3704 0044 0532 0130 00", "DE89 3704 0044 0532 0130", "XX82WEST12345698765432", "be careful 22"],
+        );
+    }
+
+    #[test]
+    fn internet_addresses() {
+        let right = &[
+            ("from 192.168.0.1 to 8.8.8.8:53", "from • to •:53"),
+            ("2001:db8::1 and [fe80::1:2:3]", "• and [•]"),
+            ("::1 ::ffff:10.0.0.1", "• •"),
+            ("2001:0db8:85a3:0000:0000:8a2e:0370:7334.", "•."),
+        ];
+        let wrong = &["256.1.1.1", "1.2.3", "12:30:45", "00:1b:44:11:3a:b7", "std::vec", "fe::cafe", "v1.2.03.4", "a:b"];
+        check(Detector::Ip, right, wrong);
+    }
+
+    #[test]
+    fn social_security_numbers() {
+        let right = &[("078-05-1120", "•"), ("ssn: 219 09 9999.", "ssn: •.")];
+        check(
+            Detector::UsSsn,
+            right,
+            &["000-12-3456", "666-12-3456", "900-12-3456", "123-00-4567", "123-45-0000", "123-45 6789", "1123-45-6789"],
+        );
+    }
+
+    /// Written in two, so that no scanner of repositories takes an example for a leak.
+    fn key(prefix: &str, body: &str) -> String {
+        format!("{prefix}{body}")
+    }
+
+    #[test]
+    fn api_keys() {
+        let digits = "a1b2c3d4e5f6a7b8c9d0a1b2c3d4e5f6a7b8c9d0";
+        let keys = [
+            key("AKIA", "IOSFODNN7EXAMPLE"),
+            key("ghp", &format!("_{}", &digits[..36])),
+            key("github", &format!("_pat_{digits}_{digits}")),
+            key("glpat", "-abcdefgh1234567890xy"),
+            key("xoxb", "-123456789012-abcdefghij"),
+            key("sk_live", &format!("_{}", &digits[..24])),
+            key("sk-proj", &format!("-{digits}-{digits}")),
+            key("sk-ant", &format!("-api03-{digits}")),
+            key("AIza", &digits[..35]),
+            key("npm", &format!("_{}", &digits[..36])),
+            key("SG.", &format!("{}.{}{}", &digits[..22], digits, &digits[..3])),
+            key("hf", &format!("_{}", &digits[..34])),
+        ];
+        for key in &keys {
+            check(Detector::ApiKey, &[(key, "•"), (&format!("key={key}, ok"), "key=•, ok")], &[]);
+        }
+        check(
+            Detector::ApiKey,
+            &[],
+            &["sk-learn", "risk-adjusted-portfolio-management-theory", "sk-this-is-only-a-hyphenated-text", "ghp_short", "akiak"],
+        );
+    }
+
+    #[test]
+    fn private_keys() {
+        let begin = key("-----BEGIN RSA PRIVATE", " KEY-----");
+        let end = key("-----END RSA PRIVATE", " KEY-----");
+        let body = "MIIEowIBAAKCAQEA7bq\n+/9Zx==\n".repeat(4);
+        check(
+            Detector::PrivateKey,
+            &[
+                (&format!("here: {begin}\n{body}{end}\nkeep it safe"), "here: •\nkeep it safe"),
+                (&format!("{begin}\n{body}"), "•"),
+                (&format!("the line {begin} begins it. Then"), "the line •. Then"),
+                (&format!("{begin}{end}{begin}\nabc"), "••"),
+                (&format!("\"{begin}\\n{body}{end}\\n\";"), "\"•\\n\";"),
+            ],
+            &["-----BEGIN CERTIFICATE-----\nMIIE", "-----", "private key", "----BEGIN PRIVATE KEY-----"],
+        );
+    }
+
+    #[test]
+    fn a_private_key_is_masked_as_it_comes() {
+        let mut builder = MatcherBuilder::new();
+        let matcher = builder.detector(Detector::PrivateKey, Action::Mask).build().unwrap();
+        let (mut scan, mut out) = (matcher.scan(), Default::default());
+        scan.push(&matcher, &key("-----BEGIN PRIVATE", " KEY-----\n"), &mut out);
+        let line = "Qm9i".repeat(16);
+        for lines in 1..=127 {
+            let cleared = scan.push(&matcher, &line, &mut out).cleared;
+            assert_eq!(cleared, 27 + 64 * lines, "only the last character waits");
+        }
+        assert_eq!(scan.push(&matcher, &line, &mut out).cleared, 28 + 64 * 128, "the limit has come");
+        let masked: u64 = out.masks.iter().map(|mask| mask.range.end - mask.range.start).sum();
+        assert_eq!((masked, out.masks.iter().filter(|mask| mask.first).count()), (27 + 8192, 1));
+    }
+
+    #[test]
+    fn web_tokens() {
+        let token = key("eyJhbGciOiJIUzI1NiJ9", ".eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U");
+        check(
+            Detector::Jwt,
+            &[(&token, "•"), (&format!("Bearer {token}, then"), "Bearer •, then")],
+            &["eyJhbGciOiJIUzI1NiJ9", "eyj.eyj", "eyJhbGciOiJIUzI1NiJ9.abc.def"],
+        );
+    }
+
+    #[test]
+    fn an_unknown_detector_is_named() {
+        assert!("e-mail".parse::<Detector>().unwrap_err().to_string().contains("`e-mail`"));
+    }
+
+    #[test]
+    fn an_end_line_is_read_over_dashes_that_are_too_many() {
+        let all = |text: &str| text.bytes().fold(0, end_line);
+        assert_eq!(all("abc-------end x key-----"), 13);
+        assert_eq!(all("-----end x key----"), 12);
+        assert_eq!(all("-----en-----end k-----"), 13);
+        assert_ne!(all("-----begin x-----"), 13);
+    }
+}

@@ -24,6 +24,11 @@ struct Union {
 }
 
 impl Found {
+    /// Is there nothing to say?
+    pub(super) fn is_empty(&self) -> bool {
+        self.masks.is_empty() && self.hits.is_empty() && self.deny.is_none()
+    }
+
     /// A match stands. Matches come in the order of their ends.
     pub(super) fn record(&mut self, rule: RuleId, info: Option<&RuleInfo>, start: u64, end: u64) {
         let (start, end) = (start.max(self.floor), end.max(self.floor));

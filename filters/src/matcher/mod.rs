@@ -36,7 +36,7 @@ use std::{fmt, ops::Range, sync::Arc};
 pub use detectors::{Detector, UnknownDetector};
 pub use scan::Scan;
 
-use patterns::{Folded, Goal, Machine, Patterns};
+use patterns::{Goal, Patterns, Wanted};
 use phrases::Phrases;
 
 /// How far invisible characters may stretch a forming match, in bytes.
@@ -229,24 +229,19 @@ impl MatcherBuilder {
         }
         let phrases = if phrases.is_empty() { None } else { Some(Phrases::build(&phrases)?) };
 
-        let mut folded: Vec<(String, Folded, RuleId)> = Vec::with_capacity(self.patterns.len());
+        let (mut written, mut built_in) = (Vec::with_capacity(self.patterns.len()), Vec::new());
         for (rule, pattern) in &self.patterns {
-            folded.push((pattern.clone(), patterns::fold(pattern)?, *rule));
+            written.push(Wanted { hir: patterns::fold(pattern)?, name: pattern, goal: Goal { rule: *rule, check: None, tail: None } });
         }
-        let mut longest = folded.iter().map(|(_, folded, _)| folded.longest).max().unwrap_or(0);
-        let mut machines = patterns::machines(&folded)?;
         for (rule, detector) in &self.detectors {
-            let shapes = detector.shapes();
-            let mut hirs = Vec::with_capacity(shapes.len());
-            for shape in shapes {
-                let folded = patterns::fold(shape.pattern)?;
-                longest = longest.max(folded.longest);
-                hirs.push(folded.hir);
+            for shape in detector.shapes() {
+                let goal = Goal { rule: *rule, check: shape.check, tail: shape.tail };
+                built_in.push(Wanted { hir: patterns::fold(shape.pattern)?, name: shape.pattern, goal });
             }
-            let goals = shapes.iter().map(|shape| Goal { rule: *rule, check: shape.check, tail: shape.tail }).collect();
-            let built = Machine::build(&hirs.iter().collect::<Vec<_>>(), goals);
-            machines.push(built.map_err(|reason| BuildError::TooBig { what: detector.name(), reason })?);
         }
+        let longest = written.iter().chain(&built_in).filter_map(|wanted| wanted.hir.properties().maximum_len()).max().unwrap_or(0);
+        let mut machines = patterns::machines(&written)?;
+        machines.extend(patterns::machines(&built_in)?);
         let patterns = Patterns::build(machines, longest)?;
 
         let mut rules = self.rules.clone();

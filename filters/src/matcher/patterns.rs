@@ -26,17 +26,11 @@ const MOST_WORK_BYTES: usize = 64 << 20;
 const MOST_LISTED: usize = 64;
 const BEYOND_ASCII: usize = 0x11_0000 - 0x800 - 0x80;
 
-/// A pattern, read and folded.
-pub(super) struct Folded {
-    pub(super) hir: Hir,
-    pub(super) longest: usize,
-}
-
 /// Reads a pattern in `regex` syntax so that it fits normalised text.
 ///
 /// Literals are normalised as text is, so case does not matter. `\w \d \s \b` are ASCII. `.` and negated classes match one
 /// decomposed character: é is two, e and its accent. Captures mean nothing, greediness neither: every match counts.
-pub(super) fn fold(pattern: &str) -> Result<Folded, BuildError> {
+pub(super) fn fold(pattern: &str) -> Result<Hir, BuildError> {
     let fault = |reason: String, remedy| BuildError::Pattern { pattern: pattern.to_owned(), reason, remedy };
     // Without `unicode`, \w and its like are ASCII and small; with it, letters beyond ASCII can be written at all.
     let mut parser = ParserBuilder::new();
@@ -59,7 +53,7 @@ pub(super) fn fold(pattern: &str) -> Result<Folded, BuildError> {
         Some(longest) if longest > LONGEST => {
             Err(fault(format!("its matches may be {longest} bytes long, at most {LONGEST} can be held"), "lower the repeat counts"))
         }
-        Some(longest) => Ok(Folded { hir, longest }),
+        Some(_) => Ok(hir),
     }
 }
 
@@ -223,6 +217,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Nothing ends in this state, and something may after it.
+    #[inline]
+    pub(super) fn is_quiet(&self, state: StateID) -> bool {
+        !self.dfa.is_special_state(state) && self.is_alive(state)
+    }
+
     #[inline]
     pub(super) fn is_alive(&self, state: StateID) -> bool {
         self.alive.get(state.as_usize() >> self.dfa.stride2()).copied().unwrap_or(false)
@@ -283,6 +283,8 @@ pub(super) struct Patterns {
     /// The starters for `behind` and `byte` are `starters[firsts[behind * 256 + byte]..firsts[.. + 1]]`.
     firsts: Vec<u32>,
     starters: Vec<Starter>,
+    /// By `behind` and byte: does anything begin?
+    begins: Box<[[bool; 256]; 5]>,
     /// Some match may begin with a character beyond ASCII.
     pub(super) begins_beyond_ascii: bool,
     pub(super) longest: usize,
@@ -293,25 +295,35 @@ pub(super) struct Patterns {
 pub(super) struct Starter {
     pub(super) machine: u32,
     pub(super) state: StateID,
+    /// The machine has checks to make.
+    pub(super) checked: bool,
 }
 
 impl Patterns {
     pub(super) fn build(machines: Vec<Machine>, longest: usize) -> Result<Patterns, BuildError> {
         let (mut firsts, mut starters, mut begins_beyond_ascii) = (vec![0], Vec::new(), false);
-        for behind in Behind::ALL {
-            for byte in 0..=255 {
+        let mut begins = Box::new([[false; 256]; 5]);
+        for (behind, begins) in Behind::ALL.into_iter().zip(begins.iter_mut()) {
+            for (byte, begins) in (0..=255).zip(begins) {
                 for (machine, number) in machines.iter().zip(0..) {
                     let too_big = |reason| BuildError::TooBig { what: "a pattern", reason };
                     let state = machine.dfa.next_state(begin(&machine.dfa, behind).map_err(too_big)?, byte);
                     if machine.is_alive(state) {
-                        starters.push(Starter { machine: number, state });
+                        starters.push(Starter { machine: number, state, checked: machine.checked });
+                        *begins = true;
                         begins_beyond_ascii |= byte >= 0x80;
                     }
                 }
                 firsts.push(u32::try_from(starters.len()).unwrap_or(u32::MAX));
             }
         }
-        Ok(Patterns { machines, firsts, starters, begins_beyond_ascii, longest })
+        Ok(Patterns { machines, firsts, starters, begins, begins_beyond_ascii, longest })
+    }
+
+    /// Does any thread begin with `byte` after `behind`?
+    #[inline]
+    pub(super) fn begins(&self, behind: Behind, byte: u8) -> bool {
+        self.begins[behind as usize][byte as usize]
     }
 
     /// The threads that begin with `byte` after `behind`: none, for nearly every byte of ordinary text.
@@ -323,21 +335,27 @@ impl Patterns {
     }
 }
 
-/// Builds user patterns together if they fit in one table, which keeps threads few; else one by one, so that the fault names
-/// the pattern that is too big.
-pub(super) fn machines(patterns: &[(String, Folded, RuleId)]) -> Result<Vec<Machine>, BuildError> {
-    let goal = |rule: &RuleId| Goal { rule: *rule, check: None, tail: None };
-    if patterns.is_empty() {
+/// A pattern to be built.
+pub(super) struct Wanted<'a> {
+    pub(super) hir: Hir,
+    /// As written.
+    pub(super) name: &'a str,
+    pub(super) goal: Goal,
+}
+
+/// Builds patterns together if they fit in one table: then each place in the text has one thread at most. Else one by one, so
+/// that the fault names the pattern that is too big.
+pub(super) fn machines(wanted: &[Wanted<'_>]) -> Result<Vec<Machine>, BuildError> {
+    if wanted.is_empty() {
         return Ok(Vec::new());
     }
-    let hirs: Vec<&Hir> = patterns.iter().map(|(_, folded, _)| &folded.hir).collect();
-    let goals = patterns.iter().map(|(_, _, rule)| goal(rule)).collect();
-    if let Ok(together) = Machine::build(&hirs, goals) {
+    let hirs: Vec<&Hir> = wanted.iter().map(|wanted| &wanted.hir).collect();
+    if let Ok(together) = Machine::build(&hirs, wanted.iter().map(|wanted| wanted.goal).collect()) {
         return Ok(vec![together]);
     }
-    let alone = patterns.iter().map(|(pattern, folded, rule)| {
-        Machine::build(&[&folded.hir], vec![goal(rule)]).map_err(|reason| BuildError::Pattern {
-            pattern: pattern.clone(),
+    let alone = wanted.iter().map(|Wanted { hir, name, goal }| {
+        Machine::build(&[hir], vec![*goal]).map_err(|reason| BuildError::Pattern {
+            pattern: (*name).to_owned(),
             reason: format!("its automaton would take more than {} MiB ({reason})", MOST_TABLE_BYTES >> 20),
             remedy: "lower the repeat counts, or split it into several patterns",
         })

@@ -103,6 +103,27 @@ impl Phrases {
         }
     }
 
+    /// Reads on while no phrase ends and `other` agrees to the byte, in lower case.
+    #[inline]
+    pub(super) fn coast(&self, state: &mut StateID, run: &[u8], other: impl FnMut(u8) -> bool) {
+        fn of<A: Automaton>(automaton: &A, state: &mut StateID, run: &[u8], mut other: impl FnMut(u8) -> bool) {
+            let mut now = *state;
+            for byte in run {
+                let byte = byte.to_ascii_lowercase();
+                let next = automaton.next_state(Anchored::No, now, byte);
+                if (automaton.is_special(next) && automaton.is_match(next)) || !other(byte) {
+                    break;
+                }
+                now = next;
+            }
+            *state = now;
+        }
+        match &self.automaton {
+            Form::Table(table) => of(table, state, run, other),
+            Form::Compact(compact) => of(compact, state, run, other),
+        }
+    }
+
     /// The phrases that end in this state: their rules and lengths.
     pub(super) fn ending(&self, state: StateID) -> impl Iterator<Item = (RuleId, u32)> + '_ {
         fn of<A: Automaton>(automaton: &A, state: StateID, i: usize) -> Option<usize> {

@@ -151,6 +151,10 @@ impl Scan {
         let live = self.live(matcher);
         #[cfg(test)]
         let live = (live + self.leaks).min(self.at);
+        if self.found.is_empty() {
+            self.cleared = self.cleared.max(live);
+            return;
+        }
         let going = &self.going;
         let (cleared, cut) = self.found.settle(live, |rule| going.iter().any(|going| going.rule == rule), out);
         debug_assert!(cleared >= self.cleared, "what has gone cannot be taken back");
@@ -163,15 +167,16 @@ impl Scan {
     /// Where the earliest match begins that is still forming or not yet certain; the end of the text if there is none.
     fn live(&self, matcher: &Matcher) -> u64 {
         let waits = self.composer.waits();
+        let depth = self.depth(matcher);
+        if depth == 0 && !waits && self.threads.is_empty() && self.checked.is_empty() && self.ended.is_empty() && self.going.is_empty() {
+            return self.at;
+        }
         let changed = waits && self.composer.letter_has_changed();
         let mut live = self.at;
         let mut at_most = |start: u64| live = live.min(start);
-        if let (Some(phrases), Some(state)) = (&matcher.phrases, self.phrase) {
-            let depth = u64::from(phrases.depth(state));
-            // While marks wait, a phrase without any beyond ASCII cannot go on.
-            if depth > 0 && !(waits && phrases.ascii) {
-                at_most(self.places.start(self.fed - depth));
-            }
+        // While marks wait, a phrase without any beyond ASCII cannot go on.
+        if depth > 0 && !(waits && matcher.phrases.as_ref().is_some_and(|phrases| phrases.ascii)) {
+            at_most(self.places.start(self.fed - depth));
         }
         if !changed {
             self.ended.iter().for_each(|ended| at_most(ended.start));
@@ -193,7 +198,15 @@ impl Scan {
         live.max(self.found.floor)
     }
 
+    /// How many normalised bytes back the longest phrase now forming began.
+    fn depth(&self, matcher: &Matcher) -> u64 {
+        matcher.phrases.as_ref().zip(self.phrase).map_or(0, |(phrases, state)| phrases.depth(state).into())
+    }
+
     fn read(&mut self, matcher: &Matcher, slice: &str) {
+        if slice.is_ascii() {
+            return self.ascii(matcher, slice.as_bytes());
+        }
         let mut rest = slice;
         while let Some(first) = rest.chars().next() {
             if first.is_ascii() {
@@ -208,28 +221,88 @@ impl Scan {
         }
     }
 
-    /// The fast path: each byte is one character that joins nothing before it.
+    /// Each byte is one character that joins nothing before it.
     fn ascii(&mut self, matcher: &Matcher, run: &[u8]) {
         self.flush(matcher);
         self.places.ascii(self.fed, self.at, matcher.memory());
-        for byte in run {
-            let byte = byte.to_ascii_lowercase();
-            if self.is_busy() {
-                self.character_stands(matcher);
-                self.step(matcher, byte, true);
-                self.tails(byte);
-            }
-            self.at += 1;
-            self.advance(matcher, byte);
-            self.begin(matcher, byte, self.at - 1);
-            self.fed += 1;
-            self.end = self.at;
-            self.behind = Behind::of(byte);
-            self.phrases_end(matcher);
+        let mut rest = run;
+        loop {
+            rest = rest.get(self.coast(matcher, rest)..).unwrap_or_default();
+            let Some((byte, later)) = rest.split_first() else { break };
+            self.ascii_byte(matcher, byte.to_ascii_lowercase());
+            rest = later;
         }
         if let Some(last) = run.last() {
             self.composer.ascii(last.to_ascii_lowercase());
         }
+    }
+
+    /// The fast path: reads on while no match ends and at most one pattern is forming. Returns how many bytes that was.
+    fn coast(&mut self, matcher: &Matcher, run: &[u8]) -> usize {
+        if self.threads.len() + self.checked.len() > 1 || !(self.ended.is_empty() && self.going.is_empty()) {
+            return 0;
+        }
+        let Matcher { patterns, phrases, .. } = matcher;
+        let (fed, at) = (self.fed, self.at);
+        let machine = |thread: &Thread| patterns.machines.get(thread.machine as usize);
+        // The pattern forming, and where in this run it began.
+        let mut forming = self.threads.pop().or(self.checked.pop()).and_then(|thread| Some((machine(&thread)?, thread, None)));
+        let (mut behind, mut read) = (self.behind, 0);
+        let mut patterns_agree = |byte: u8| {
+            let begins = patterns.begins(behind, byte);
+            if let Some((machine, thread, _)) = &mut forming {
+                let next = machine.dfa.next_state(thread.state, byte);
+                let quiet = machine.is_quiet(next);
+                if begins || (!quiet && machine.dfa.is_match_state(next)) {
+                    return false;
+                }
+                thread.state = next;
+                if !quiet {
+                    forming = None;
+                }
+            } else if begins {
+                let [starter] = patterns.starters(behind, byte) else { return false };
+                let thread = Thread { start: at + read, from: fed + read, machine: starter.machine, state: starter.state };
+                forming = machine(&thread).map(|machine| (machine, thread, Some(read)));
+            }
+            behind = Behind::of(byte);
+            read += 1;
+            true
+        };
+        match (phrases, &mut self.phrase) {
+            (Some(phrases), Some(state)) => phrases.coast(state, run, patterns_agree),
+            (_, _) => _ = run.iter().all(|byte| patterns_agree(byte.to_ascii_lowercase())),
+        }
+        if read > 0 {
+            (self.behind, self.fed, self.at, self.end) = (behind, fed + read, at + read, at + read);
+        }
+        let read = usize::try_from(read).unwrap_or(run.len());
+        match forming {
+            Some((machine, thread, begun)) if machine.checked => {
+                if begun.is_some() {
+                    (self.text_from, _) = (thread.from, self.text.clear());
+                }
+                let begun = begun.and_then(|begun| usize::try_from(begun).ok()).unwrap_or(0);
+                self.text.extend(run.iter().take(read).skip(begun).map(u8::to_ascii_lowercase));
+                self.checked.push(thread);
+            }
+            Some((_, thread, _)) => self.threads.push(thread),
+            None => {}
+        }
+        read
+    }
+
+    fn ascii_byte(&mut self, matcher: &Matcher, byte: u8) {
+        self.character_stands(matcher);
+        self.step(matcher, byte, true);
+        self.tails(byte);
+        self.advance(matcher, byte);
+        self.begin(matcher, byte, self.at);
+        self.at += 1;
+        self.fed += 1;
+        self.end = self.at;
+        self.behind = Behind::of(byte);
+        self.phrases_end(matcher);
     }
 
     fn character(&mut self, matcher: &Matcher, c: char) {
@@ -290,10 +363,6 @@ impl Scan {
         }
         self.end = self.end.max(part.end);
         self.phrases_end(matcher);
-    }
-
-    fn is_busy(&self) -> bool {
-        !(self.threads.is_empty() && self.ended.is_empty() && self.checked.is_empty() && self.going.is_empty())
     }
 
     /// Nothing joins the character fed last any more: what ended or goes on with it is certain.
@@ -376,9 +445,9 @@ impl Scan {
     fn begin(&mut self, matcher: &Matcher, byte: u8, start: u64) {
         for starter in matcher.patterns.starters(self.behind, byte) {
             let thread = Thread { start, from: self.fed, machine: starter.machine, state: starter.state };
-            if matcher.patterns.machines.get(starter.machine as usize).is_some_and(|machine| machine.checked) {
+            if starter.checked {
                 if self.checked.is_empty() {
-                    self.text_from = self.fed;
+                    (self.text_from, _) = (self.fed, self.text.clear());
                 }
                 self.checked.push(thread);
             } else {
@@ -412,7 +481,10 @@ impl Thread {
     fn step(&mut self, matcher: &Matcher, byte: u8, reached: &mut impl FnMut(&Thread, &Goal)) -> bool {
         let Some(machine) = matcher.patterns.machines.get(self.machine as usize) else { return false };
         self.state = machine.dfa.next_state(self.state, byte);
-        if machine.dfa.is_special_state(self.state) && machine.dfa.is_match_state(self.state) {
+        if machine.is_quiet(self.state) {
+            return true;
+        }
+        if machine.dfa.is_match_state(self.state) {
             machine.reached(self.state).for_each(|goal| reached(self, goal));
         }
         machine.is_alive(self.state)
