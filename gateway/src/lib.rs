@@ -1,1 +1,24 @@
-//! headgate-gateway
+//! The gateway: client connections in, judged turns out.
+//!
+//! Read [`turn`] first: the whole data path is there, on one screen. Around it: [`serve`] accepts connections, [`front`] finds
+//! the route and answers, [`session`] begins turns and finds them again, [`outbox`] lies between a turn and its client,
+//! [`voice`] writes events, [`sse`] and [`ws`] carry them. [`live`] is the configuration at work, [`telemetry`] what a turn
+//! leaves behind, [`admin`] the operators' listener.
+
+pub mod admin;
+pub mod body;
+pub mod drive;
+pub mod front;
+pub mod keys;
+pub mod live;
+pub mod outbox;
+pub mod page;
+pub mod proxy;
+pub mod serve;
+pub mod session;
+pub mod sse;
+pub mod telemetry;
+pub mod tls;
+pub mod turn;
+pub mod voice;
+pub mod ws;

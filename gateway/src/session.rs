@@ -116,14 +116,11 @@ impl Drop for Entry {
     }
 }
 
-/// Who a credential belongs to, as the route's own `auth` filters say: for calls that are not turns.
+/// Who a credential belongs to, as the route's own filters say: for calls that are not turns.
 pub async fn identify(route: &Route, credential: Credential) -> Result<Principal, Stop> {
-    let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), Vec::new());
-    prompt.credential = credential;
-    let mut turn =
-        Turn { id: prompt.turn, session: prompt.session.clone(), route: route.name.clone(), flow: route.flow.clone(), record: Record::default() };
-    for built in route.filters.iter().filter(|built| built.name == "auth") {
-        built.rule.start(&mut turn).prompt(&mut prompt).await?;
+    let mut principal = Principal::anonymous();
+    for admit in route.filters.iter().filter_map(|built| built.admit.as_ref()) {
+        principal = admit.admit(&credential).await?;
     }
-    Ok(prompt.principal)
+    Ok(principal)
 }

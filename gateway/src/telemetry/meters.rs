@@ -11,6 +11,7 @@ use prometheus_client::{
 };
 
 use super::{Histogram, Tally};
+use crate::live::Live;
 
 /// Everything that `/metrics` shows.
 pub struct Meters {
@@ -30,6 +31,15 @@ struct Families {
     delays: Family<RouteLabels, Histogram>,
     holds: Family<HoldLabels, Histogram>,
     text: Family<RouteLabels, Counter>,
+    connections: Gauge,
+    ready: Family<EndpointLabels, Gauge>,
+    in_flight: Family<EndpointLabels, Gauge>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct EndpointLabels {
+    upstream: String,
+    endpoint: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -92,6 +102,9 @@ impl Default for Meters {
         ] {
             registry.register_with_unit(name, help, Unit::Seconds, family);
         }
+        registry.register("headgate_connections", "Client connections open now", f.connections);
+        registry.register("headgate_upstream_ready", "Whether an endpoint answers: 1 or 0", f.ready);
+        registry.register("headgate_upstream_in_flight", "Answers that an endpoint is giving now", f.in_flight);
         registry.register_with_unit("headgate_hold", "How long text waited in a filter's gate", Unit::Seconds, f.holds);
         Meters { registry: Mutex::new(registry), families }
     }
@@ -110,6 +123,19 @@ impl Meters {
             delays: families.delays.get_or_create(&labels).clone(),
             text: families.text.get_or_create(&labels).clone(),
             families,
+        }
+    }
+
+    /// Brings the gauges up to date that are read, not kept.
+    pub fn observe(&self, connections: usize, live: &Live) {
+        let gauge = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
+        self.families.connections.set(gauge(connections));
+        for (upstream, endpoints) in live.upstream_health() {
+            for health in endpoints {
+                let labels = EndpointLabels { upstream: upstream.clone(), endpoint: health.endpoint };
+                self.families.ready.get_or_create(&labels).set(health.ready.into());
+                self.families.in_flight.get_or_create(&labels).set(gauge(health.in_flight));
+            }
         }
     }
 

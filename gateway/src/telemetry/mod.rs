@@ -5,18 +5,21 @@
 mod histogram;
 pub mod logs;
 mod meters;
+mod spans;
 
 use std::{
     sync::{Arc, OnceLock},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use headgate_contracts::{Batch, Code, End, Principal, Prompt, Record, Stop, Trace, Turn, TurnId};
 use headgate_filters::Chain;
 use tokio::time::Instant;
+use tracing::{Span, field::Empty};
 
 pub use histogram::{Histogram, Tally};
 pub use meters::{Meters, RouteMeters};
+pub use spans::Flush;
 
 use crate::live::Route;
 
@@ -27,7 +30,6 @@ pub struct Watch {
     turn: TurnId,
     trace: Trace,
     begun: Instant,
-    at: SystemTime,
     admitted: Option<Instant>,
     read: Instant,
     first: Option<Instant>,
@@ -35,6 +37,7 @@ pub struct Watch {
     gaps: Tally,
     delays: Tally,
     longest_gap: Duration,
+    span: Span,
     is_over: bool,
 }
 
@@ -49,7 +52,6 @@ impl Watch {
             turn: prompt.turn,
             trace: prompt.trace.clone(),
             begun: now,
-            at: SystemTime::now(),
             admitted: None,
             read: now,
             first: None,
@@ -57,6 +59,7 @@ impl Watch {
             gaps: Tally::default(),
             delays: Tally::default(),
             longest_gap: Duration::ZERO,
+            span: Span::none(),
             is_over: false,
         }
     }
@@ -65,6 +68,27 @@ impl Watch {
     pub fn admitted(&mut self, prompt: &Prompt) {
         self.admitted = Some(Instant::now());
         self.trace = prompt.trace.clone();
+        self.span = tracing::info_span!(
+            target: "headgate",
+            "chat",
+            otel.kind = "server",
+            trace_id = self.trace.trace_id_hex(),
+            span_id = self.trace.span_id_hex(),
+            parent_span_id = self.trace.parent_id_hex(),
+            route = &*self.route.name,
+            turn_id = %self.turn,
+            session_id = %prompt.session,
+            tenant = %prompt.principal.tenant,
+            gen_ai.operation.name = "chat",
+            gen_ai.request.model = prompt.settings.model.as_deref(),
+            gen_ai.usage.input_tokens = Empty,
+            gen_ai.usage.output_tokens = Empty,
+            gen_ai.response.finish_reasons = Empty,
+            gen_ai.server.time_to_first_token = Empty,
+            headgate.outcome = Empty,
+            end = Empty,
+            code = Empty,
+        );
         // A turn has one owner: the first to be named.
         let _ = self.owner.set(prompt.principal.clone());
     }
@@ -136,7 +160,6 @@ impl Watch {
             trace_id = self.trace.trace_id_hex(),
             span_id = self.trace.span_id_hex(),
             parent_id = self.trace.parent_id_hex(),
-            started_unix_us = self.at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64),
             duration_ms = millis(self.begun, now),
             admitted_ms = self.admitted.map(|at| millis(self.begun, at)),
             ttft_ms = ttft,
@@ -146,14 +169,19 @@ impl Watch {
             events = record.events,
             text_bytes = record.text_bytes,
             findings = record.found,
-            otel.name = "chat",
-            gen_ai.operation.name = "chat",
-            gen_ai.request.model = prompt.settings.model.as_deref(),
-            gen_ai.usage.input_tokens = record.usage.map(|usage| usage.input_tokens),
-            gen_ai.usage.output_tokens = record.usage.map(|usage| usage.output_tokens),
-            gen_ai.response.finish_reasons = record.finish.as_str(),
+            input_tokens = record.usage.map(|usage| usage.input_tokens),
+            output_tokens = record.usage.map(|usage| usage.output_tokens),
             "turn ended"
         );
+        let span = std::mem::replace(&mut self.span, Span::none());
+        span.record("end", word).record("code", code).record("headgate.outcome", record.outcome.as_str());
+        span.record("gen_ai.response.finish_reasons", record.finish.as_str());
+        if let Some(usage) = record.usage {
+            span.record("gen_ai.usage.input_tokens", usage.input_tokens).record("gen_ai.usage.output_tokens", usage.output_tokens);
+        }
+        if let Some(ttft) = ttft {
+            span.record("gen_ai.server.time_to_first_token", ttft / 1e3);
+        }
     }
 }
 

@@ -1,0 +1,83 @@
+//! Identity providers' public keys: fetched over HTTP, kept, fetched again before they grow old.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use headgate_contracts::{Code, Fault};
+use headgate_filters::{BoxFuture, Keys, KeySource};
+use headgate_upstream::{Settings, Upstream};
+use http::{Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, Limited};
+use tokio::time::{Instant, timeout};
+
+/// Keys older than this are fetched again, so that a withdrawn key stops being good by itself.
+const REFETCH: Duration = Duration::from_secs(300);
+/// Keys older than this are no keys any more: a provider that cannot be reached for so long cannot have withdrawn one either.
+const LIFETIME: Duration = Duration::from_secs(3600);
+/// The longest a fetch may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The largest document that is read, in bytes.
+const MAX_BYTES: usize = 256 << 10;
+
+/// Keys by the URL they are published at.
+#[derive(Clone, Default)]
+pub struct Fetched(Arc<RwLock<HashMap<String, (Arc<Keys>, Instant)>>>);
+
+impl Fetched {
+    /// Fetches now, and again and again, for as long as the future is polled. A failed fetch leaves what is there.
+    pub async fn follow(self, urls: Vec<String>) {
+        loop {
+            for url in &urls {
+                if let Err(fault) = fetch(&self, url).await {
+                    tracing::warn!(url, cause = fault.chain(), "cannot fetch keys");
+                }
+            }
+            tokio::time::sleep(REFETCH).await;
+        }
+    }
+}
+
+impl KeySource for Fetched {
+    fn keys(&self, url: &str) -> Option<Arc<Keys>> {
+        let map = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        map.get(url).filter(|(_, at)| at.elapsed() < LIFETIME).map(|(keys, _)| keys.clone())
+    }
+
+    fn refresh<'a>(&'a self, url: &'a str) -> BoxFuture<'a, Result<Arc<Keys>, Fault>> {
+        Box::pin(fetch(self, url))
+    }
+}
+
+async fn fetch(fetched: &Fetched, url: &str) -> Result<Arc<Keys>, Fault> {
+    let failed = |cause: String| Fault::us(Code::InternalError).caused_by(format!("keys at {url}: {cause}"));
+    let body = match timeout(PATIENCE, get(url)).await {
+        Ok(body) => body.map_err(failed)?,
+        Err(_) => return Err(failed("no answer in time".into())),
+    };
+    let keys = Arc::new(Keys::parse(&body).map_err(|error| failed(error.to_string()))?);
+    fetched.0.write().unwrap_or_else(PoisonError::into_inner).insert(url.to_owned(), (keys.clone(), Instant::now()));
+    Ok(keys)
+}
+
+/// One small document over HTTP or HTTPS. Redirects are not followed: a key comes from where the config says.
+async fn get(url: &str) -> Result<Bytes, String> {
+    let uri: Uri = url.parse().map_err(|error| format!("{error}"))?;
+    let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err("not a URL".into()) };
+    let origin: Uri = format!("{scheme}://{authority}").parse().map_err(|error| format!("{error}"))?;
+    let mut settings = Settings { endpoints: vec![origin], ..Settings::default() };
+    settings.health.interval = None;
+    settings.idle.max = 0;
+    let upstream = Upstream::new("keys", settings).map_err(|error| error.to_string())?;
+    let path = uri.path_and_query().map_or("/", |path| path.as_str());
+    let request = Request::get(path).header(header::ACCEPT, "application/json").body(Full::<Bytes>::default());
+    let answer = upstream.forward(request.map_err(|error| error.to_string())?).await.map_err(|fault| fault.chain())?;
+    if answer.response.status() != StatusCode::OK {
+        return Err(format!("status {}", answer.response.status()));
+    }
+    let body = Limited::new(answer.response.into_body(), MAX_BYTES).collect().await.map_err(|error| error.to_string())?;
+    Ok(body.to_bytes())
+}

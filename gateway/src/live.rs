@@ -1,0 +1,168 @@
+//! The configuration as it runs: routes with their chains compiled and their upstreams connected, exchanged as a whole.
+//!
+//! A turn keeps the routes it began with; a new configuration is for the turns after it.
+
+use std::{sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use headgate_contracts::Flow;
+use headgate_filters::table::Built;
+use headgate_policy::Ring;
+use headgate_upstream::{EndpointHealth, Upstream};
+use http::HeaderValue;
+use serde_json::Value;
+
+use crate::{
+    serve::Drain,
+    session::Turns,
+    telemetry::{Meters, RouteMeters},
+};
+
+/// The gateway: what all its workers share.
+#[derive(Clone)]
+pub struct App(Arc<Shared>);
+
+struct Shared {
+    live: ArcSwap<Live>,
+    turns: Turns,
+    drain: Drain,
+    meters: Arc<Meters>,
+}
+
+/// What a route does with requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Turns: server-sent events and WebSocket.
+    Chat,
+    /// OpenAI's chat completions and list of models.
+    OpenAi,
+    /// Whatever it is, passed on.
+    Proxy,
+}
+
+/// A route, ready to run.
+pub struct Route {
+    /// As metrics and logs know it: its path in the configuration.
+    pub name: Arc<str>,
+    /// The path; for `.../*` what stands before the star, without the slash.
+    pub base: Arc<str>,
+    /// Whether paths below `base` belong to it.
+    pub below: bool,
+    /// What it does.
+    pub kind: Kind,
+    /// Whom it asks.
+    pub upstream: Upstream,
+    /// Its chain, in order.
+    pub filters: Vec<Built>,
+    /// Its turns' bounds.
+    pub flow: Flow,
+    /// Origins of pages that may call it, besides its own; `*` is every origin.
+    pub origins: Vec<String>,
+    /// What `GET /v1/models` lists.
+    pub models: Vec<String>,
+    /// The largest body of a request, in bytes.
+    pub max_body: usize,
+    /// How long a body may take to arrive.
+    pub body_time: Duration,
+    /// What is taken off the front of a proxied path.
+    pub strip_prefix: Option<String>,
+    /// Its metrics.
+    pub meters: RouteMeters,
+}
+
+/// A configuration at work.
+pub struct Live {
+    /// In the order they are tried.
+    pub routes: Vec<Arc<Route>>,
+    /// Whether the chat page is served on paths that no route has.
+    pub page: bool,
+    /// The keys that verdicts are signed with.
+    pub ring: Option<Arc<Ring>>,
+    /// The configuration as people may see it: no secret in it.
+    pub shown: Value,
+}
+
+impl Route {
+    /// Whether a path is this route's. A chat route has the paths of its turns too.
+    pub fn matches(&self, path: &str) -> bool {
+        match path.strip_prefix(&*self.base) {
+            Some("") => true,
+            Some(rest) => rest.starts_with('/') && (self.below || self.kind == Kind::Chat),
+            None => false,
+        }
+    }
+
+    /// Whether a page of `origin` may call: one of the route's own list, or one that this very host served.
+    pub fn allows(&self, origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
+        let Ok(origin) = origin.to_str() else { return false };
+        let authority = origin.split_once("://").map(|(_, authority)| authority);
+        let own = authority.is_some() && authority == host.and_then(|host| host.to_str().ok());
+        own || self.origins.iter().any(|allowed| allowed == "*" || allowed == origin)
+    }
+}
+
+impl Live {
+    /// The route of a path.
+    pub fn route(&self, path: &str) -> Option<&Arc<Route>> {
+        self.routes.iter().find(|route| route.matches(path))
+    }
+
+    /// The public keys, as RFC 7517 writes them.
+    pub fn jwks(&self) -> Option<String> {
+        self.ring.as_ref().map(|ring| ring.jwks())
+    }
+
+    /// Each upstream's endpoints, once.
+    pub fn upstream_health(&self) -> Vec<(String, Vec<EndpointHealth>)> {
+        let mut all: Vec<(String, Vec<EndpointHealth>)> = Vec::new();
+        for route in &self.routes {
+            let name = route.upstream.name();
+            if !all.iter().any(|(known, _)| known == name) {
+                all.push((name.to_owned(), route.upstream.health()));
+            }
+        }
+        all
+    }
+
+    /// The configuration, for people.
+    pub fn describe(&self) -> Value {
+        self.shown.clone()
+    }
+}
+
+impl App {
+    /// A gateway that runs `live`, for at most so many connections.
+    pub fn new(live: Live, meters: Arc<Meters>, connections: usize) -> App {
+        App(Arc::new(Shared { live: ArcSwap::from_pointee(live), turns: Turns::default(), drain: Drain::new(connections), meters }))
+    }
+
+    /// The configuration now.
+    pub fn live(&self) -> Arc<Live> {
+        self.0.live.load_full()
+    }
+
+    /// Runs another configuration from the next turn on.
+    pub fn exchange(&self, live: Live) {
+        self.0.live.store(Arc::new(live));
+    }
+
+    /// The turns that are running.
+    pub fn turns(&self) -> &Turns {
+        &self.0.turns
+    }
+
+    /// How the gateway is told to stop.
+    pub fn drain(&self) -> &Drain {
+        &self.0.drain
+    }
+
+    /// What `/metrics` shows.
+    pub fn meters(&self) -> &Meters {
+        &self.0.meters
+    }
+
+    /// Brings the gauges up to date that are read, not kept.
+    pub fn observe(&self) {
+        self.0.meters.observe(self.0.drain.connections(), &self.0.live.load());
+    }
+}

@@ -1,0 +1,39 @@
+//! Logs: one line per turn, JSON by default, to standard error; spans to a collector where one is named.
+
+use tracing_subscriber::{EnvFilter, Layer, filter::filter_fn, fmt, layer::SubscriberExt, registry, util::SubscriberInitExt};
+
+use super::spans::{Flush, Spans};
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// One JSON object a line: for machines.
+    #[default]
+    Json,
+    /// For eyes.
+    Text,
+}
+
+/// Begins logging, once per process. `HEADGATE_LOG` chooses what is logged, e.g. `info,headgate=debug` (default `info`).
+///
+/// Errors: the collector's address is not one.
+pub fn begin(format: Format, collector: Option<(&str, f64)>) -> Result<Option<Flush>, opentelemetry_otlp::ExporterBuildError> {
+    let filter = EnvFilter::try_from_env("HEADGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // Fields of spans stay out of the lines: what a line has to say it says itself.
+    let lines = match format {
+        Format::Json => fmt::layer().json().flatten_event(true).with_current_span(false).with_span_list(false).with_writer(std::io::stderr).boxed(),
+        Format::Text => fmt::layer().compact().with_target(false).with_writer(std::io::stderr).boxed(),
+    };
+    let lines = lines.with_filter(filter);
+    let (spans, flush) = match collector {
+        None => (None, None),
+        Some((endpoint, sampling)) => {
+            let (spans, flush) = Spans::to(endpoint, sampling)?;
+            // Only turns' spans, whatever the lines' filter says.
+            (Some(spans.with_filter(filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with("headgate")))), Some(flush))
+        }
+    };
+    // A second call, as in tests of several gateways in one process, keeps the first.
+    let _ = registry().with(lines).with(spans).try_init();
+    Ok(flush)
+}
