@@ -216,6 +216,17 @@ impl HealthCheck for Check {
         })
     }
 
+    fn health_status_change<'a, 'b, 'c>(&'a self, backend: &'b Backend, healthy: bool) -> Pin<Box<dyn Future<Output = ()> + Send + 'c>>
+    where
+        'a: 'c,
+        'b: 'c,
+    {
+        if let Some(endpoint) = endpoint_of(backend) {
+            tracing::warn!(endpoint = %endpoint.name, healthy, "endpoint changed");
+        }
+        Box::pin(async {})
+    }
+
     fn backend_summary(&self, backend: &Backend) -> String {
         endpoint_of(backend).map(|endpoint| endpoint.name.to_string()).unwrap_or_default()
     }

@@ -2,15 +2,19 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, lookup_host},
+    time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -23,24 +27,38 @@ pub(crate) struct Target {
     pub(crate) tls: Option<(TlsConnector, ServerName<'static>)>,
 }
 
+/// Before the next address is tried beside the one that does not answer (RFC 8305 section 5 recommends 250 ms). Shorter than
+/// its, for all of them share one second.
+const STAGGER: Duration = Duration::from_millis(150);
+
 impl Target {
     /// Connects to the first address that takes us. The caller sets the deadline; dropping the future closes what was opened.
     pub(crate) async fn connect(&self) -> io::Result<Io> {
-        let mut last = None;
         // Looked up for every connection: the system's resolver caches, and a name that moves is followed at once.
-        for address in lookup_host((&*self.host, self.port)).await? {
-            match TcpStream::connect(address).await {
-                Ok(tcp) => {
-                    tcp.set_nodelay(true)?;
-                    return match &self.tls {
-                        None => Ok(Io::Plain(tcp)),
-                        Some((tls, name)) => Ok(Io::Tls(Box::new(tls.connect(name.clone(), tcp).await?))),
-                    };
-                }
-                Err(error) => last = Some(error),
-            }
+        let tcp = first_of(lookup_host((&*self.host, self.port)).await?).await?;
+        tcp.set_nodelay(true)?;
+        match &self.tls {
+            None => Ok(Io::Plain(tcp)),
+            Some((tls, name)) => Ok(Io::Tls(Box::new(tls.connect(name.clone(), tcp).await?))),
         }
-        Err(last.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the name has no address")))
+    }
+}
+
+/// Tries one address after the other: the next one once the last has failed, or has been silent for a while.
+async fn first_of(mut addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
+    let mut trying = FuturesUnordered::new();
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    loop {
+        let next = addresses.next();
+        let more = next.is_some();
+        trying.extend(next.map(TcpStream::connect));
+        let tried = if more { timeout(STAGGER, trying.next()).await } else { Ok(trying.next().await) };
+        match tried {
+            Ok(Some(Ok(tcp))) => return Ok(tcp),
+            Ok(Some(Err(error))) => failed = error,
+            Ok(None) => return Err(failed),
+            Err(_) => {}
+        }
     }
 }
 
@@ -110,5 +128,30 @@ impl AsyncWrite for Io {
             Io::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
             Io::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    async fn refusing() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_later_address_serves_when_earlier_ones_refuse() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let tcp = first_of([refusing().await, refusing().await, address].into_iter()).await.unwrap();
+        assert_eq!(tcp.peer_addr().unwrap(), address);
+    }
+
+    #[tokio::test]
+    async fn no_address_and_no_listener_are_errors() {
+        assert_eq!(first_of(std::iter::empty()).await.unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(first_of([refusing().await].into_iter()).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 }

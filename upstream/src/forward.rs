@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use headgate_contracts::{Code, Fault};
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE},
 };
 use http_body::{Body, Frame, SizeHint};
@@ -56,6 +56,10 @@ pub struct Forwarded {
 
 pub(crate) async fn forward<B: Outgoing>(shared: &Arc<Shared>, request: Request<B>) -> Result<Forwarded, Fault> {
     shared.stats.forwarded.one();
+    if request.method() == Method::CONNECT {
+        // It asks for a tunnel to anywhere, which a reverse proxy is not for.
+        return Err(Fault::client(Code::MethodNotAllowed));
+    }
     let (mut parts, body) = request.into_parts();
     let upgrade = parts.headers.get(UPGRADE).filter(|_| names_option(&parts.headers, "upgrade")).cloned();
     let trailers = parts.headers.get_all(TE).iter().any(|te| te.to_str().is_ok_and(|te| te.to_ascii_lowercase().contains("trailers")));
@@ -419,7 +423,9 @@ enum Unanswered<R> {
 }
 
 fn broken(error: hyper::Error) -> Fault {
-    if error.is_parse() || error.is_parse_too_large() {
+    // hyper tells a chunk that lies from a connection that broke by the kind of the I/O error alone.
+    let kind = error.source().and_then(|source| source.downcast_ref::<io::Error>()).map(io::Error::kind);
+    if error.is_parse() || error.is_parse_too_large() || matches!(kind, Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData)) {
         Fault::upstream(Code::UpstreamProtocolError).caused_by(error)
     } else if error.is_user() {
         // The one thing of the user's here is the request body, which is the client's.

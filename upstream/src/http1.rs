@@ -320,3 +320,155 @@ fn prefix(input: &[u8], most: u64) -> &[u8] {
     let most = usize::try_from(most).unwrap_or(usize::MAX);
     input.get(..most).unwrap_or(input)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    type Read = Result<Option<(u16, Vec<u8>, Framing)>, Malformed>;
+
+    /// Reads a response cut into `pieces`: status, body, and where the body stands at the end of the input.
+    fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Read {
+        let mut reader = HeadReader::new(512, 8);
+        let mut body = Vec::new();
+        let mut begun: Option<ResponseHead> = None;
+        for piece in pieces {
+            let mut rest = piece;
+            if begun.is_none() {
+                let Some((head, used)) = reader.push(rest)? else { continue };
+                begun = Some(head);
+                rest = &rest[used..];
+            }
+            let head = begun.as_mut().unwrap();
+            while !rest.is_empty() && !head.body.ended() {
+                let (used, data) = head.body.strip(rest)?;
+                assert!(used > 0, "no progress within a body");
+                body.extend_from_slice(data);
+                rest = &rest[used..];
+            }
+        }
+        Ok(begun.map(|head| (head.status.as_u16(), body, head.body)))
+    }
+
+    fn whole(bytes: &[u8]) -> Read {
+        read([bytes])
+    }
+
+    fn response(head: &str, body: &str) -> Vec<u8> {
+        format!("HTTP/1.1 {head}\r\n\r\n{body}").into_bytes()
+    }
+
+    #[test]
+    fn every_cutting_of_a_response_reads_the_same() {
+        for bytes in [
+            response("200 OK\r\ntransfer-encoding: Chunked", "3;a=b\r\nabc\r\nA \r\n0123456789\r\n0\r\nx: y\r\nz:\r\n\r\nnext"),
+            response("200\r\ncontent-length: 4", "abcdnext"),
+            response("200 OK", "until the end"),
+            [response("103 Early Hints\r\na: b", ""), response("204 No Content", "next")].concat(),
+        ] {
+            let expected = whole(&bytes);
+            assert!(matches!(expected, Ok(Some(_))), "{expected:?}");
+            for a in 0..=bytes.len() {
+                for b in a..=bytes.len() {
+                    assert_eq!(read([&bytes[..a], &bytes[a..b], &bytes[b..]]), expected, "cut at {a} and {b}");
+                }
+            }
+            assert_eq!(read(bytes.chunks(1)), expected);
+        }
+    }
+
+    #[test]
+    fn a_body_is_what_its_frame_says() {
+        let read =
+            |head: &str, body: &str| whole(&response(head, body)).unwrap().map(|(_, body, at)| (String::from_utf8(body).unwrap(), at));
+        assert_eq!(read("200 OK\r\ncontent-length: 2", "abc"), Some(("ab".into(), Framing::Ended)));
+        assert_eq!(read("200 OK\r\ncontent-length: 5", "abc"), Some(("abc".into(), Framing::Length(2))));
+        assert_eq!(read("200 OK\r\ncontent-length: 0", "abc"), Some((String::new(), Framing::Ended)));
+        assert_eq!(read("204 No Content\r\ncontent-length: 5", "abc"), Some((String::new(), Framing::Ended)));
+        assert_eq!(read("200 OK", "abc"), Some(("abc".into(), Framing::UntilClose)));
+    }
+
+    #[test]
+    fn what_two_readers_could_understand_differently_is_refused() {
+        let chunked = |body: &str| whole(&response("200 OK\r\ntransfer-encoding: chunked", body)).unwrap_err();
+        let head = |head: &str| whole(&response(head, "")).unwrap_err();
+        assert_eq!(head("200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked"), Malformed::LengthAndEncoding);
+        assert_eq!(head("200 OK\r\ncontent-length: 5, 5"), Malformed::Length);
+        assert_eq!(head("200 OK\r\ncontent-length: 0x5"), Malformed::Length);
+        assert_eq!(head("200 OK\r\ncontent-length: -5"), Malformed::Length);
+        assert_eq!(head("200 OK\r\ncontent-length: 99999999999999999999"), Malformed::Length);
+        assert_eq!(head("200 OK\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked"), Malformed::Encoding);
+        assert_eq!(head("200 OK\r\ntransfer-encoding: chunked;q=1"), Malformed::Encoding);
+        assert_eq!(whole(b"HTTP/1.0 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"), Err(Malformed::EncodingInOld));
+        assert_eq!(chunked("+3\r\nabc\r\n"), Malformed::ChunkSize);
+        assert_eq!(chunked("0x3\r\nabc\r\n"), Malformed::ChunkSize);
+        assert_eq!(chunked(";a\r\n"), Malformed::ChunkSize);
+        assert_eq!(chunked("0000000000000003\r\n"), Malformed::ChunkSize);
+        assert_eq!(chunked("3\nabc"), Malformed::ChunkSize);
+        assert_eq!(chunked("3;a\nabc"), Malformed::BareLineFeed);
+        assert_eq!(chunked("3\r\nabcd\r\n"), Malformed::ChunkEnd);
+        assert_eq!(chunked("3\r\nabc\n"), Malformed::ChunkEnd);
+        assert_eq!(chunked("0\r\n\n"), Malformed::BareLineFeed);
+        assert_eq!(chunked("0\r\nx: y\n"), Malformed::BareLineFeed);
+        assert_eq!(chunked(&format!("3;{}", "a".repeat(5000))), Malformed::ChunkExtras);
+        assert_eq!(chunked(&format!("0\r\n{}", "a: b\r\n".repeat(2000))), Malformed::ChunkExtras);
+        assert_eq!(head("101 Switching Protocols"), Malformed::Switched);
+        assert_eq!(whole(&response("100 Continue", "").repeat(9)), Err(Malformed::TooManyInterim));
+        assert_eq!(whole(b"HTTP/1.1 200 OK\na: b\n\n"), Err(Malformed::BareLineFeed));
+        assert!(matches!(head("200 OK\r\na: b\r\n c"), Malformed::Head(_)));
+        assert!(matches!(head("200 OK\r\na : b"), Malformed::Head(_)));
+        assert!(matches!(head("200 OK\r\na: b\0c"), Malformed::Head(_)));
+        assert!(matches!(head("200 OK\r\na: b\rc"), Malformed::Head(_)));
+    }
+
+    #[test]
+    fn a_head_is_bounded_in_bytes_and_in_fields_however_it_is_cut() {
+        let long = response(&format!("200 OK\r\na: {}", "b".repeat(600)), "");
+        assert_eq!(whole(&long), Err(Malformed::HeadTooLarge(512)));
+        assert_eq!(read(long.chunks(1)), Err(Malformed::HeadTooLarge(512)));
+        // Exactly as long as allowed is allowed; a body behind it does not count.
+        let most = response(&format!("200 OK\r\na: {}", "b".repeat(512 - 24)), "");
+        assert_eq!(most.len(), 512);
+        assert!(whole(&[most.as_slice(), &[b'x'; 1000]].concat()).unwrap().is_some());
+        assert_eq!(whole(&response(&format!("200 OK{}", "\r\na: b".repeat(9)), "")), Err(Malformed::TooManyFields(8)));
+    }
+
+    #[test]
+    fn a_connection_is_kept_only_when_both_sides_can_tell_where_the_body_ends() {
+        let keep = |head: &str| HeadReader::new(512, 8).push(head.as_bytes()).unwrap().unwrap().0.keep;
+        assert!(keep("HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n"));
+        assert!(!keep("HTTP/1.1 200 OK\r\n\r\n"));
+        assert!(!keep("HTTP/1.0 200 OK\r\ncontent-length: 1\r\nconnection: keep-alive\r\n\r\n"));
+        assert!(!keep("HTTP/1.1 200 OK\r\ncontent-length: 1\r\nconnection: x, Close\r\n\r\n"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_chunking_of_any_body_reads_the_same(
+            body in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..40), 0..8),
+            cuts in prop::collection::vec(0usize..600, 0..12),
+        ) {
+            let mut bytes = response("200 OK\r\ntransfer-encoding: chunked", "");
+            for chunk in &body {
+                bytes.extend_from_slice(format!("{:X}\r\n", chunk.len()).as_bytes());
+                bytes.extend_from_slice(chunk);
+                bytes.extend_from_slice(b"\r\n");
+            }
+            bytes.extend_from_slice(b"0\r\n\r\n");
+            let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut.min(bytes.len())).chain([0, bytes.len()]).collect();
+            cuts.sort_unstable();
+            let pieces = cuts.windows(2).map(|pair| &bytes[pair[0]..pair[1]]);
+            prop_assert_eq!(read(pieces), Ok(Some((200, body.concat(), Framing::Ended))));
+        }
+
+        #[test]
+        fn hostile_bytes_never_panic_and_read_the_same_however_cut(
+            tail in "([0-9a-fA-F;\r\n: x]|\r\n){0,60}", kind in 0usize..4, step in 1usize..9,
+        ) {
+            let heads = ["200 OK\r\ntransfer-encoding: chunked", "200 OK\r\ncontent-length: 7", "103 x", "200 OK"];
+            let bytes = response(heads[kind], &tail);
+            prop_assert_eq!(read(bytes.chunks(step)), whole(&bytes));
+        }
+    }
+}

@@ -21,7 +21,13 @@ use crate::{SECOND, openai, upstream};
 #[tokio::test]
 async fn a_request_and_its_response_pass_as_they_are() {
     let model = Upstream::always(
-        Script::new().read().head(201, Framing::Chunked, &[("x-answer", "yes"), ("keep-alive", "timeout=5")]).send("made ").send("it").end().again(),
+        Script::new()
+            .read()
+            .head(201, Framing::Chunked, &[("x-answer", "yes"), ("keep-alive", "timeout=5")])
+            .send("made ")
+            .send("it")
+            .end()
+            .again(),
     )
     .await;
     let upstream = openai(&model);
@@ -68,7 +74,10 @@ async fn hop_by_hop_headers_and_forged_policy_do_not_pass() {
 #[tokio::test]
 async fn bodies_stream_both_ways_with_trailers_and_without_forgeries_in_them() {
     let model = Upstream::always(
-        Script::new().read().head(200, Framing::None, &[("transfer-encoding", "chunked"), ("trailer", "x-sum")]).raw("2\r\nab\r\n0\r\nx-sum: 2\r\n\r\n"),
+        Script::new()
+            .read()
+            .head(200, Framing::None, &[("transfer-encoding", "chunked"), ("trailer", "x-sum")])
+            .raw("2\r\nab\r\n0\r\nx-sum: 2\r\n\r\n"),
     )
     .await;
     let trailers = HeaderMap::from_iter([

@@ -85,11 +85,7 @@ async fn a_connection_is_not_kept_when_the_server_says_so_or_the_turn_did_not_en
 #[tokio::test]
 async fn a_kept_connection_that_died_unseen_is_replaced_and_the_turn_goes_on() {
     // The server closes when the second request arrives, as one does whose own idle timeout ran out at that moment.
-    let model = Upstream::each([
-        Script::new().read().sse().send(stream()).end().read().close(),
-        Script::stream([stream()]),
-    ])
-    .await;
+    let model = Upstream::each([Script::new().read().sse().send(stream()).end().read().close(), Script::stream([stream()])]).await;
     let upstream = openai(&model);
     assert_eq!(turn(&upstream).await.0, "one two");
     assert_eq!(turn(&upstream).await.0, "one two");

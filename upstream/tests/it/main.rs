@@ -71,4 +71,12 @@ fn code<T: std::fmt::Debug>(result: Result<T, Fault>) -> Code {
     result.expect_err("a fault").code
 }
 
+/// A multi-threaded runtime may move them.
+fn _is_send(upstream: &'static Upstream, prompt: &'static Prompt, answer: &'static mut Answer, batch: &'static mut Batch) {
+    fn send(_: impl Send) {}
+    send(upstream.open(prompt));
+    send(answer.next(batch));
+    send(upstream.forward(http::Request::new(http_body_util::Empty::new())));
+}
+
 const SECOND: Duration = Duration::from_secs(1);

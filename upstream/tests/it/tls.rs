@@ -56,7 +56,7 @@ async fn an_answer_over_tls_needs_the_named_authority() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), pem).unwrap();
     let endpoint = format!("https://localhost:{port}");
-    let trusting = upstream(&[endpoint.clone()], |settings| settings.tls = Tls { ca: Some(file.path().into()) });
+    let trusting = upstream(std::slice::from_ref(&endpoint), |settings| settings.tls = Tls { ca: Some(file.path().into()) });
     for _ in 0..3 {
         let (heard, end) = turn(&trusting).await;
         assert_eq!((heard.as_str(), end.unwrap()), ("private", Finish::Stop));
