@@ -24,6 +24,7 @@ pub struct Gate {
     name: &'static str,
     filter: Box<dyn Filter>,
     terms: Terms,
+    textless: bool,
     lanes: Vec<Track>,
     /// What waits, in order. The first `gone` events have left already; they are swept out now and then.
     held: Batch,
@@ -95,6 +96,7 @@ impl Gate {
             name,
             filter,
             terms,
+            textless: false,
             lanes: Vec::new(),
             held: Batch::new(),
             since: Vec::new(),
@@ -107,6 +109,12 @@ impl Gate {
             sleep: None,
             holds: Holds::default(),
         }
+    }
+
+    /// Its filter judges no text, so none is shown to it.
+    pub fn textless(mut self) -> Gate {
+        self.textless = true;
+        self
     }
 
     /// The filter's name.
@@ -175,6 +183,9 @@ impl Gate {
     pub(crate) fn pass(&mut self, batch: &mut Batch) {
         if self.stop.is_some() {
             batch.truncate(0);
+            return;
+        }
+        if self.textless {
             return;
         }
         if self.terms.mode == Mode::Shadow {

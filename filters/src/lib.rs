@@ -13,16 +13,40 @@ use std::{
 
 use headgate_contracts::{Head, Lane, Prompt, Record, Stop, Turn};
 
+// Tests are written against the same names from inside and from outside.
+#[cfg(test)]
+extern crate self as headgate_filters;
+
 mod chain;
 mod gate;
 pub mod matcher;
+mod problem;
+mod table;
 mod terms;
+#[cfg(test)]
+mod testing;
+mod tools;
 pub mod units;
 mod verdict;
 
+pub mod auth;
+pub mod backpressure;
+pub mod budget;
+pub mod cancellation;
+pub mod moderation;
+pub mod policy_headers;
+pub mod rate_limit;
+pub mod trace;
+
+pub use auth::Keys;
 pub use chain::Chain;
 pub use gate::{Gate, Holds};
+pub use policy_headers::strip_forged;
+pub use problem::Problem;
+pub use rate_limit::LocalLedger;
+pub use table::{Built, DEFAULTS, Facts, Spec, Step, build_chain, chain, with_defaults};
 pub use terms::{Late, Mode, OnFault, Terms};
+pub use tools::{Account, Admit, KeySource, Lease, Ledger, PolicyInForce, Signer, Taken, Tools, unix_now};
 pub use verdict::{At, Edit, Text, Verdict};
 
 /// A future in a box, as object-safe traits need it.

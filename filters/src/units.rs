@@ -114,7 +114,7 @@ impl fmt::Display for Bytes {
 }
 
 /// So many in a span of time: a whole number (with `k` for thousands, `M` for millions) and `/s`, `/min`, `/h` or `/d`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Rate {
     /// How many.
     pub count: u32,
@@ -165,6 +165,64 @@ impl fmt::Display for Rate {
     }
 }
 
+/// A moment, in Unix seconds: a day (its begin, UTC) or a day and a time in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(pub u64);
+quantity!(Moment, r"^[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}:[0-9]{2}Z)?$", "2027-01-31");
+
+impl FromStr for Moment {
+    type Err = NotAQuantity;
+    fn from_str(text: &str) -> Result<Moment, NotAQuantity> {
+        read_moment(text).map(Moment).ok_or(NotAQuantity {
+            found: text.into(),
+            expected: "a day or a time in UTC from 1970 on, such as `2027-01-31` or `2027-01-31T08:00:00Z`",
+        })
+    }
+}
+
+fn read_moment(text: &str) -> Option<u64> {
+    let (day, time) = match text.split_once('T') {
+        Some((day, time)) => (day, time.strip_suffix('Z')?),
+        None => (text, "00:00:00"),
+    };
+    let field = |part: Option<&str>, len: usize| -> Option<u64> {
+        part.filter(|part| part.len() == len && part.bytes().all(|b| b.is_ascii_digit()))?.parse().ok()
+    };
+    let (mut day, mut time) = (day.split('-'), time.split(':'));
+    let (year, month, date) = (field(day.next(), 4)?, field(day.next(), 2)?, field(day.next(), 2)?);
+    let (hour, minute, second) = (field(time.next(), 2)?, field(time.next(), 2)?, field(time.next(), 2)?);
+    if day.next().is_some() || time.next().is_some() || year < 1970 || hour > 23 || minute > 59 || second > 59 {
+        return None;
+    }
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let lengths = [31, 28 + u64::from(is_leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let before = lengths.get(..usize::try_from(month).ok()?.checked_sub(1)?)?;
+    if date == 0 || date > *lengths.get(before.len())? {
+        return None;
+    }
+    let days = (1970..year).map(|year| 365 + u64::from(is_leap(year))).sum::<u64>() + before.iter().sum::<u64>() + date - 1;
+    Some(days * 86_400 + hour * 3_600 + minute * 60 + second)
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Civil-from-days by Howard Hinnant: years begin in March, so that the leap day comes last.
+        let days = self.0 / 86_400 + 719_468;
+        let (era, of_era) = (days / 146_097, days % 146_097);
+        let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+        let of_year = of_era - (365 * year + year / 4 - year / 100);
+        let shifted = (5 * of_year + 2) / 153;
+        let (date, month) = (of_year - (153 * shifted + 2) / 5 + 1, if shifted < 10 { shifted + 3 } else { shifted - 9 });
+        let year = year + era * 400 + u64::from(month <= 2);
+        write!(f, "{year:04}-{month:02}-{date:02}")?;
+        let of_day = self.0 % 86_400;
+        if of_day > 0 {
+            write!(f, "T{:02}:{:02}:{:02}Z", of_day / 3_600, of_day / 60 % 60, of_day % 60)?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,6 +237,20 @@ mod tests {
         }
         for text in ["60/min", "100k/min", "5/s", "2M/d", "7/h"] {
             assert_eq!(text.parse::<Rate>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn moments_are_unix_seconds_and_read_back_as_written() {
+        assert_eq!("1970-01-01".parse::<Moment>().unwrap(), Moment(0));
+        assert_eq!("2000-02-29T12:34:56Z".parse::<Moment>().unwrap(), Moment(951_827_696));
+        assert_eq!("2026-11-21".parse::<Moment>().unwrap(), Moment(1_795_219_200));
+        for day in 0..200_000 {
+            let moment = Moment(day * 86_400 + day % 86_400);
+            assert_eq!(moment.to_string().parse::<Moment>().unwrap(), moment);
+        }
+        for bad in ["", "2026-13-01", "2026-00-01", "2026-02-29", "2026-1-1", "2026-01-01T24:00:00Z", "2026-01-01T00:00:00", "1969-12-31"] {
+            assert!(bad.parse::<Moment>().unwrap_err().to_string().contains("`2027-01-31`"), "{bad}");
         }
     }
 

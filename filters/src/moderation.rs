@@ -1,0 +1,701 @@
+//! Refuses and masks phrases, patterns and personal data: in the prompt before it is sent, in the answer while it streams.
+//!
+//! The answer's text is held exactly as long as a match may still be forming; what is found does not depend on how the text
+//! was cut into chunks ([`crate::matcher`] says what counts as a match). Each channel of the answer is a text of its own.
+
+use std::{
+    borrow::Cow,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use headgate_contracts::{
+    Category, Channel, Code, Content, Finding, Lane, MAX_FINDINGS, Message, Outcome, Prompt, Record, Refusal, Role, Source, Stage, Stop, Turn,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, de};
+use serde_json::{Map, Value};
+
+use crate::{
+    At, BoxFuture, Filter, Problem, Rule, Text, Tools, Verdict,
+    matcher::{Action, BuildError, Detector, Edits, Hit, Mask, Matcher, MatcherBuilder, Progress, RuleInfo, Scan},
+    problem::did_you_mean,
+    table::{self, Facts, Fits, Parts},
+};
+
+/// Settings of `moderation`.
+///
+/// The lists take names of detectors (`email`, `phone`, `credit_card`, `iban`, `ip`, `us_ssn`, `api_key`, `private_key`,
+/// `jwt`), files of phrases (`rules/deny.txt`), patterns (`/[a-z]{2}-[0-9]{6}/`), or `{ phrase: ... }` and `{ pattern: ... }`
+/// with a `category` of their own.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(rename = "ModerationSettings")]
+pub struct Settings {
+    /// What ends a turn: a prompt with it is refused, an answer is cut before it.
+    pub deny: Vec<Entry>,
+    /// What is replaced, in prompt and answer.
+    pub mask: Vec<Entry>,
+    /// What stands in place of masked text. Default `•••`.
+    pub with: String,
+    /// What is reported for phrases and patterns without a category of their own. Default `tenant_policy`.
+    pub category: Category,
+    /// What happens on the way up: `check` (default): both lists; `deny`: only that one, and what would be masked is only
+    /// recorded; `off`.
+    pub prompt: OnPrompt,
+    /// What happens on the way down: `check` (default) or `off`.
+    pub answer: OnAnswer,
+    /// Messages of a prompt that are not looked at, by role; `system` stands for tool descriptions too. Default: none. Exempt
+    /// only what your own programs write: a client that chooses the role chooses whether it is checked.
+    pub exempt: Vec<Role>,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            deny: Vec::new(),
+            mask: Vec::new(),
+            with: DEFAULT_WITH.into(),
+            category: Category::TenantPolicy,
+            prompt: OnPrompt::Check,
+            answer: OnAnswer::Check,
+            exempt: Vec::new(),
+        }
+    }
+}
+
+const DEFAULT_WITH: &str = "•••";
+/// The longest replacement, in bytes.
+const MAX_WITH_BYTES: usize = 64;
+/// The largest file of phrases, in bytes.
+const MAX_FILE_BYTES: usize = 4 << 20;
+
+/// What happens to a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnPrompt {
+    /// It is refused, or masked.
+    #[default]
+    Check,
+    /// It is refused, but never masked.
+    Deny,
+    /// Nothing.
+    Off,
+}
+
+/// What happens to an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnAnswer {
+    /// It is cut, or masked.
+    #[default]
+    Check,
+    /// Nothing.
+    Off,
+}
+
+/// One entry of a list, as written.
+#[derive(Clone, PartialEq)]
+pub enum Entry {
+    /// A built-in detector, by name.
+    Detector(Detector),
+    /// A file of phrases and patterns.
+    File(PathBuf),
+    /// A phrase, found wherever it stands, inside words too.
+    Phrase {
+        /// The phrase.
+        phrase: String,
+        /// What is reported.
+        category: Option<Category>,
+    },
+    /// A regular expression.
+    Pattern {
+        /// The expression.
+        pattern: String,
+        /// What is reported.
+        category: Option<Category>,
+    },
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A list of forbidden phrases is nothing for a log.
+        match self {
+            Entry::Detector(detector) => write!(f, "{detector}"),
+            Entry::File(path) => write!(f, "{}", path.display()),
+            Entry::Phrase { .. } => f.write_str("<phrase>"),
+            Entry::Pattern { .. } => f.write_str("<pattern>"),
+        }
+    }
+}
+
+/// An entry with its members spelled out.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Spelled {
+    /// A phrase, found wherever it stands, inside words too.
+    #[serde(default)]
+    phrase: Option<String>,
+    /// A regular expression in the syntax of Rust's regex crate; case does not matter; at most 4096 bytes long matches.
+    #[serde(default)]
+    pattern: Option<String>,
+    /// What is reported.
+    #[serde(default)]
+    category: Option<Category>,
+}
+
+fn pattern_of(text: &str) -> Option<&str> {
+    text.strip_prefix('/')?.strip_suffix('/').filter(|pattern| !pattern.is_empty())
+}
+
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Entry, D::Error> {
+        struct Entries;
+        impl<'de> de::Visitor<'de> for Entries {
+            type Value = Entry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a detector's name, a file, a /pattern/, or a map with `phrase` or `pattern`")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Entry, E> {
+                if let Ok(detector) = text.parse() {
+                    return Ok(Entry::Detector(detector));
+                }
+                if let Some(pattern) = pattern_of(text) {
+                    return Ok(Entry::Pattern { pattern: pattern.to_owned(), category: None });
+                }
+                // A word alone is taken for a misspelled detector, not for a phrase: it would never do what was meant.
+                if text.contains(['/', '.']) {
+                    return Ok(Entry::File(PathBuf::from(text)));
+                }
+                let names = Detector::ALL.map(Detector::name);
+                let near = did_you_mean(text, names);
+                Err(E::custom(format_args!(
+                    "`{text}` is no detector{near}; detectors: {}; for the words themselves write `phrase: {text}`",
+                    names.join(", ")
+                )))
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Entry, A::Error> {
+                match Spelled::deserialize(de::value::MapAccessDeserializer::new(map))? {
+                    Spelled { phrase: Some(phrase), pattern: None, category } => Ok(Entry::Phrase { phrase, category }),
+                    Spelled { phrase: None, pattern: Some(pattern), category } => Ok(Entry::Pattern { pattern, category }),
+                    _ => Err(de::Error::custom("expected `phrase` or `pattern`, one of the two")),
+                }
+            }
+        }
+        from.deserialize_any(Entries)
+    }
+}
+
+impl JsonSchema for Entry {
+    fn schema_name() -> Cow<'static, str> {
+        "ModerationEntry".into()
+    }
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let spelled = generator.subschema_for::<Spelled>();
+        schemars::json_schema!({ "anyOf": [
+            { "enum": Detector::ALL.map(Detector::name), "description": "a built-in detector" },
+            { "type": "string", "pattern": "^/.+/$", "description": "a pattern" },
+            { "type": "string", "pattern": "[/.]", "description": "a file of phrases" },
+            spelled,
+        ] })
+    }
+}
+
+impl table::Settings for Settings {
+    const TERMS: Fits = Fits { shadow: true, hold: true, pass: true };
+
+    fn build(&self, tools: &Tools<'_>) -> Result<Parts, Vec<Problem>> {
+        let mut problems = self.inert();
+        let mut lists = Lists { builder: MatcherBuilder::new(), names: Vec::new(), written: Vec::new() };
+        for (list, action, entries) in [("deny", Action::Deny, &self.deny), ("mask", Action::Mask, &self.mask)] {
+            for (index, entry) in entries.iter().enumerate() {
+                let at = format!("{list}[{index}]");
+                if let Err(found) = lists.add(&at, entry, action, self.category, tools) {
+                    problems.extend(found);
+                }
+            }
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let Lists { builder, mut names, written } = lists;
+        let matcher = builder.build().map_err(|error| vec![unusable(&error, &written)])?;
+        // The matcher's last rule is its own: text stretched by invisible characters beyond what can be held.
+        names.push(Named { category: Category::PromptInjection, rule: "moderation.mask.invisible".into() });
+        let with = if self.with == DEFAULT_WITH { Cow::Borrowed(DEFAULT_WITH) } else { Cow::Owned(self.with.clone()) };
+        let moderation =
+            Moderation { matcher, names, with, prompt: self.prompt, exempt: self.exempt.clone(), checks_answer: self.answer == OnAnswer::Check };
+        if !moderation.whole([moderation.with.as_ref()]).edits.hits.is_empty() {
+            return Err(vec![
+                Problem::new("with", "the replacement is itself found by the lists")
+                    .expected("a text that no entry matches")
+                    .remedy("remove `with`: the default is `•••`"),
+            ]);
+        }
+        let judges_text = moderation.checks_answer;
+        let facts = Facts {
+            judges_text,
+            holds_text: judges_text,
+            worst_hold_bytes: if judges_text { moderation.matcher.longest() as u64 } else { 0 },
+            masks: judges_text && !self.mask.is_empty(),
+            cuts: judges_text && !self.deny.is_empty(),
+        };
+        Ok(Parts { rule: Arc::new(Moderates(Arc::new(moderation))), facts, admit: None })
+    }
+}
+
+impl Settings {
+    /// Settings that would do nothing, or not what they say.
+    fn inert(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.deny.is_empty() && self.mask.is_empty() {
+            problems.push(
+                Problem::new("", "neither `deny` nor `mask`, so nothing would be looked for")
+                    .expected("`deny`, `mask` or both")
+                    .remedy("write e.g. `moderation: { deny: [rules/deny.txt], mask: [email] }`"),
+            );
+        }
+        if self.prompt == OnPrompt::Off && self.answer == OnAnswer::Off {
+            problems.push(
+                Problem::new("answer", "`off`, and `prompt` too, so nothing would be looked at").remedy("remove one of the two"),
+            );
+        }
+        if !self.mask.is_empty() && self.prompt != OnPrompt::Check && self.answer == OnAnswer::Off {
+            problems.push(
+                Problem::new("mask", "neither prompt nor answer may be masked, so this list cannot mask")
+                    .remedy("set `prompt: check`, or remove `answer: off`, or remove `mask`"),
+            );
+        }
+        if self.deny.is_empty() && self.prompt == OnPrompt::Deny {
+            problems.push(Problem::new("prompt", "`deny` without a list `deny`").remedy("write `prompt: off`, or add a list `deny`"));
+        }
+        if self.with.is_empty() || self.with.len() > MAX_WITH_BYTES {
+            problems.push(
+                Problem::new("with", format!("{} bytes", self.with.len()))
+                    .expected(format!("1 to {MAX_WITH_BYTES} bytes: with nothing between them, the neighbours of masked text could form a new word"))
+                    .remedy("remove `with`: the default is `•••`"),
+            );
+        }
+        for (index, entry) in self.mask.iter().enumerate() {
+            if matches!(entry, Entry::Detector(_)) && self.deny.contains(entry) {
+                problems.push(
+                    Problem::new(format!("mask[{index}]"), format!("`{entry:?}` is denied too, so it is never masked"))
+                        .remedy("remove it from one of the two lists"),
+                );
+            }
+        }
+        problems
+    }
+}
+
+/// What is reported for a rule of the matcher.
+struct Named {
+    category: Category,
+    rule: Arc<str>,
+}
+
+/// The lists on their way into a matcher.
+struct Lists {
+    builder: MatcherBuilder,
+    /// By the matcher's rule ids.
+    names: Vec<Named>,
+    /// Each phrase and pattern, and where it was written.
+    written: Vec<(String, String)>,
+}
+
+impl Lists {
+    fn add(&mut self, at: &str, entry: &Entry, action: Action, category: Category, tools: &Tools<'_>) -> Result<(), Vec<Problem>> {
+        match entry {
+            Entry::Detector(detector) => {
+                self.builder.detector(*detector, action);
+                self.name(action, detector.name(), detected(*detector));
+            }
+            Entry::Phrase { phrase, category: own } => self.phrase(at.to_owned(), phrase, action, own.unwrap_or(category)),
+            Entry::Pattern { pattern, category: own } => self.pattern(at.to_owned(), pattern, action, own.unwrap_or(category)),
+            Entry::File(path) => return self.file(at, path, action, category, tools),
+        }
+        Ok(())
+    }
+
+    fn name(&mut self, action: Action, what: &str, category: Category) {
+        let list = match action {
+            Action::Deny => "deny",
+            Action::Mask => "mask",
+        };
+        self.names.push(Named { category, rule: format!("moderation.{list}.{what}").into() });
+    }
+
+    fn phrase(&mut self, at: String, phrase: &str, action: Action, category: Category) {
+        self.builder.phrase(phrase, action, category.as_str());
+        self.name(action, "phrase", category);
+        self.written.push((phrase.to_owned(), at));
+    }
+
+    fn pattern(&mut self, at: String, pattern: &str, action: Action, category: Category) {
+        self.builder.pattern(pattern, action, category.as_str());
+        self.name(action, "pattern", category);
+        self.written.push((pattern.to_owned(), at));
+    }
+
+    /// A file: one phrase a line, `/pattern/` lines, `#` comments; `category: name` holds for the lines below it. A phrase
+    /// that begins with one of these signs is written with a backslash before it.
+    fn file(&mut self, at: &str, path: &Path, action: Action, mut category: Category, tools: &Tools<'_>) -> Result<(), Vec<Problem>> {
+        let unread = |found: String| vec![Problem::new(at, found).expected("a text file of phrases, one a line").remedy("mend the path or the file")];
+        let text = (tools.read)(path).map_err(|error| unread(format!("cannot read {}: {error}", path.display())))?;
+        if text.len() > MAX_FILE_BYTES {
+            return Err(unread(format!("{} is larger than 4MiB", path.display())));
+        }
+        let (mut problems, mut any) = (Vec::new(), false);
+        for (number, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+            let line = line.trim();
+            let place = || format!("{at} ({} line {})", path.display(), number + 1);
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            if let Some(name) = line.strip_prefix("category:").map(str::trim) {
+                match Category::from_name(name) {
+                    Some(named) => category = named,
+                    None => {
+                        let near = did_you_mean(name, Category::ALL.iter().map(|category| category.as_str()));
+                        let names: Vec<_> = Category::ALL.iter().map(|category| category.as_str()).collect();
+                        problems.push(Problem::new(place(), format!("unknown category `{name}`{near}")).expected(names.join(", ")));
+                    }
+                }
+                continue;
+            }
+            any = true;
+            match pattern_of(line) {
+                Some(pattern) => self.pattern(place(), pattern, action, category),
+                None => self.phrase(place(), line.strip_prefix('\\').unwrap_or(line), action, category),
+            }
+        }
+        if !any {
+            problems.push(Problem::new(at, format!("{} has no phrase in it", path.display())).remedy("add one, or remove the entry"));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+}
+
+/// The category of what a detector finds.
+fn detected(detector: Detector) -> Category {
+    match detector {
+        Detector::Email | Detector::Phone | Detector::CreditCard | Detector::Iban | Detector::Ip | Detector::UsSsn => Category::Pii,
+        Detector::ApiKey | Detector::PrivateKey | Detector::Jwt => Category::Secrets,
+    }
+}
+
+/// The matcher's refusal of a rule, at the place where that was written.
+fn unusable(error: &BuildError, written: &[(String, String)]) -> Problem {
+    let at = match error {
+        BuildError::EmptyPhrase { phrase: text } | BuildError::LoosePhrase { phrase: text } | BuildError::Pattern { pattern: text, .. } => {
+            written.iter().find(|(other, _)| other == text)
+        }
+        BuildError::LongPhrase { start, .. } => written.iter().find(|(other, _)| other.starts_with(start.as_str())),
+        BuildError::TooBig { .. } => None,
+    };
+    Problem::new(at.map_or("", |(_, at)| at), error.to_string())
+}
+
+/// The lists, compiled: shared by all turns of a route.
+struct Moderation {
+    matcher: Matcher,
+    names: Vec<Named>,
+    with: Cow<'static, str>,
+    prompt: OnPrompt,
+    exempt: Vec<Role>,
+    checks_answer: bool,
+}
+
+/// What was found in a text that is known as a whole.
+struct Whole {
+    edits: Edits,
+    cut: bool,
+}
+
+impl Moderation {
+    fn whole<'a>(&self, pieces: impl IntoIterator<Item = &'a str>) -> Whole {
+        let (mut scan, mut edits) = (self.matcher.scan(), Edits::default());
+        for piece in pieces {
+            scan.push(&self.matcher, piece, &mut edits);
+        }
+        let Progress { cut, .. } = scan.finish(&self.matcher, &mut edits);
+        Whole { edits, cut }
+    }
+
+    fn rule(&self, hit: &Hit) -> Option<(&RuleInfo, &Named)> {
+        let index = hit.rule.0 as usize;
+        self.matcher.rules().get(index).zip(self.names.get(index))
+    }
+
+    /// The refusal that the denied ones among `hits` call for.
+    fn refusal(&self, hits: &[Hit]) -> Refusal {
+        let denied = hits.iter().filter_map(|hit| self.rule(hit)).filter(|(info, _)| info.action == Action::Deny);
+        Refusal::new(Code::PolicyDenied, "moderation.deny").about(denied.map(|(_, named)| named.category))
+    }
+}
+
+struct Moderates(Arc<Moderation>);
+
+impl Rule for Moderates {
+    fn start(&self, _: &mut Turn) -> Box<dyn Filter> {
+        Box::new(Moderator {
+            rules: self.0.clone(),
+            scans: Vec::new(),
+            edits: Edits::default(),
+            findings: Vec::new(),
+            unlisted: 0,
+            outcome: Outcome::Allowed,
+        })
+    }
+}
+
+/// Moderation of one turn.
+struct Moderator {
+    rules: Arc<Moderation>,
+    scans: Vec<(Lane, Scan)>,
+    /// Emptied after each piece.
+    edits: Edits,
+    findings: Vec<Finding>,
+    /// Findings beyond those kept.
+    unlisted: u64,
+    /// What became of the answer.
+    outcome: Outcome,
+}
+
+impl Moderator {
+    fn find(&mut self, hits: &[Hit], stage: Stage) {
+        for hit in hits {
+            let Some((_, named)) = self.rules.rule(hit) else { continue };
+            if self.findings.len() == MAX_FINDINGS {
+                self.unlisted += 1;
+                continue;
+            }
+            let (category, rule) = (named.category, named.rule.clone());
+            self.findings.push(Finding { category, source: Source::Rule, stage, score: 1.0, rule });
+        }
+    }
+
+    /// What a scan has settled of a lane, as a verdict.
+    fn verdict(&mut self, lane: Lane, progress: Progress) -> Verdict {
+        let mut edits = std::mem::take(&mut self.edits);
+        if edits.hits.is_empty() && edits.masks.is_empty() && !progress.cut {
+            self.edits = edits;
+            return Verdict::hold_from(At(progress.cleared));
+        }
+        let stage = if matches!(lane.channel, Channel::ToolArguments(_)) { Stage::Tool } else { Stage::Output };
+        self.find(&edits.hits, stage);
+        let mut verdict = if progress.cut {
+            self.outcome = Outcome::Blocked;
+            Verdict::refuse_from(At(progress.cleared), self.rules.refusal(&edits.hits))
+        } else {
+            Verdict::hold_from(At(progress.cleared))
+        };
+        for Mask { range, first } in &edits.masks {
+            self.outcome = self.outcome.max(Outcome::Masked);
+            let with = if *first { self.rules.with.clone() } else { Cow::Borrowed("") };
+            verdict = verdict.replacing(At(range.start)..At(range.end), with);
+        }
+        edits.clear();
+        self.edits = edits;
+        verdict
+    }
+
+    fn scan(&mut self, lane: Lane) -> usize {
+        self.scans.iter().position(|(other, _)| *other == lane).unwrap_or_else(|| {
+            self.scans.push((lane, self.rules.matcher.scan()));
+            self.scans.len() - 1
+        })
+    }
+
+    fn check(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
+        let rules = self.rules.clone();
+        let mut check = Check { rules: &rules, hits: Vec::new(), masked: false };
+        let verdict = check.prompt(prompt);
+        let Check { hits, masked, .. } = check;
+        let before = self.findings.len();
+        self.find(&hits, Stage::Input);
+        let room = MAX_FINDINGS.saturating_sub(prompt.findings.len());
+        prompt.findings.extend(self.findings.iter().skip(before).take(room).cloned());
+        prompt.outcome = prompt.outcome.max(match (&verdict, masked, hits.is_empty()) {
+            (Err(_), _, _) => Outcome::Blocked,
+            (Ok(()), true, _) => Outcome::Masked,
+            (Ok(()), false, false) => Outcome::Flagged,
+            (Ok(()), false, true) => Outcome::Allowed,
+        });
+        if verdict.is_err() {
+            self.outcome = Outcome::Blocked;
+        }
+        verdict
+    }
+}
+
+impl Filter for Moderator {
+    fn prompt<'a>(&'a mut self, prompt: &'a mut Prompt) -> BoxFuture<'a, Result<(), Stop>> {
+        let verdict = if self.rules.prompt == OnPrompt::Off { Ok(()) } else { self.check(prompt) };
+        Box::pin(std::future::ready(verdict))
+    }
+
+    fn text(&mut self, text: Text<'_>) -> Verdict {
+        let index = self.scan(text.lane);
+        let Some((lane, scan)) = self.scans.get_mut(index) else { return Verdict::hold_from(text.at) };
+        let (lane, progress) = (*lane, scan.push(&self.rules.matcher, text.text, &mut self.edits));
+        self.verdict(lane, progress)
+    }
+
+    fn last(&mut self, lane: Lane) -> Verdict {
+        let index = self.scan(lane);
+        let Some((_, scan)) = self.scans.get_mut(index) else { return Verdict::hold_from(At(0)) };
+        let progress = scan.finish(&self.rules.matcher, &mut self.edits);
+        self.verdict(lane, progress)
+    }
+
+    fn end(&mut self, record: &mut Record) {
+        for finding in self.findings.drain(..) {
+            record.find(finding);
+        }
+        record.found += std::mem::take(&mut self.unlisted);
+        record.raise(self.outcome);
+    }
+}
+
+/// A look through a prompt: every text of it, wherever it stands.
+struct Check<'a> {
+    rules: &'a Moderation,
+    hits: Vec<Hit>,
+    masked: bool,
+}
+
+impl Check<'_> {
+    fn prompt(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
+        let exempt = &self.rules.exempt;
+        for message in prompt.messages.iter_mut().filter(|message| !exempt.contains(&message.role)) {
+            self.message(message)?;
+        }
+        if !exempt.contains(&Role::System) {
+            for value in [&mut prompt.settings.tools, &mut prompt.settings.tool_choice, &mut prompt.settings.response_format] {
+                if let Some(value) = value {
+                    self.value(value)?;
+                }
+            }
+            for stop in &mut prompt.settings.stop {
+                self.text(stop)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: &mut Message) -> Result<(), Stop> {
+        match &mut message.content {
+            Some(Content::Text(text)) => self.text(text)?,
+            Some(content @ Content::Parts(_)) => {
+                for text in content.texts_mut() {
+                    self.text(text)?;
+                }
+                // Models see the parts of a message as one text: a phrase cut over two of them is still one.
+                self.joined(&mut content.texts_mut().collect::<Vec<_>>())?;
+            }
+            None => {}
+        }
+        for name in [&mut message.name, &mut message.tool_call_id] {
+            if let Some(text) = name {
+                self.text(text)?;
+            }
+        }
+        match &mut message.tool_calls {
+            Some(calls) => self.value(calls),
+            None => Ok(()),
+        }
+    }
+
+    fn text(&mut self, text: &mut String) -> Result<(), Stop> {
+        self.joined(&mut [text])
+    }
+
+    /// Judges texts that are read as one, and masks them where they stand.
+    fn joined(&mut self, texts: &mut [&mut String]) -> Result<(), Stop> {
+        let Whole { edits, cut } = self.rules.whole(texts.iter().map(|text| text.as_str()));
+        let refusal = cut.then(|| self.rules.refusal(&edits.hits));
+        self.hits.extend(edits.hits);
+        self.hits.truncate(4 * MAX_FINDINGS);
+        if let Some(refusal) = refusal {
+            return Err(refusal.into());
+        }
+        if edits.masks.is_empty() || self.rules.prompt != OnPrompt::Check {
+            return Ok(());
+        }
+        self.masked = true;
+        let mut start = 0;
+        for text in texts {
+            let end = start + text.len() as u64;
+            if edits.masks.iter().any(|mask| mask.range.start < end && start < mask.range.end) {
+                **text = masked(text, start, &edits.masks, &self.rules.with);
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Judges every text in a JSON value: names of members, numbers, and the JSON inside of `arguments`.
+    fn value(&mut self, value: &mut Value) -> Result<(), Stop> {
+        match value {
+            Value::String(text) => self.text(text),
+            Value::Number(number) => {
+                let (written, mut text) = (number.to_string(), number.to_string());
+                self.text(&mut text)?;
+                if text != written {
+                    *value = Value::String(text);
+                }
+                Ok(())
+            }
+            Value::Array(items) => items.iter_mut().try_for_each(|item| self.value(item)),
+            Value::Object(members) => {
+                let mut checked = Map::new();
+                for (mut name, mut member) in std::mem::take(members) {
+                    match &mut member {
+                        Value::String(arguments) if name == "arguments" => self.arguments(arguments)?,
+                        other => self.value(other)?,
+                    }
+                    self.text(&mut name)?;
+                    checked.insert(name, member);
+                }
+                *members = checked;
+                Ok(())
+            }
+            Value::Null | Value::Bool(_) => Ok(()),
+        }
+    }
+
+    /// The arguments of a tool call: a string with JSON in it, in which escapes could hide a phrase and a member written
+    /// twice could hide the first. What is sent is what was judged: written anew.
+    fn arguments(&mut self, arguments: &mut String) -> Result<(), Stop> {
+        match serde_json::from_str::<Value>(arguments) {
+            Ok(mut inner) => {
+                self.value(&mut inner)?;
+                *arguments = inner.to_string();
+                Ok(())
+            }
+            Err(_) => self.text(arguments),
+        }
+    }
+}
+
+/// The part of a text that begins at `start` of a longer one, with that one's masks.
+fn masked(text: &str, start: u64, masks: &[Mask], with: &str) -> String {
+    let place = |at: u64| usize::try_from(at.saturating_sub(start)).unwrap_or(usize::MAX).min(text.len());
+    let (mut out, mut at) = (String::with_capacity(text.len()), 0);
+    for Mask { range, first } in masks {
+        let (from, to) = (place(range.start), place(range.end));
+        out.push_str(text.get(at..from).unwrap_or_default());
+        // A mask that begins in an earlier part has shown its replacement there.
+        if *first && range.start >= start && range.start < start + text.len() as u64 {
+            out.push_str(with);
+        }
+        at = at.max(to);
+    }
+    out.push_str(text.get(at..).unwrap_or_default());
+    out
+}
