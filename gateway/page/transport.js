@@ -172,9 +172,9 @@ async function comeBack(turn, quit, outcome, again) {
     outcome = await again();
     if (turn.events > before) turn.trouble(`came back: ${turn.events - before} more events`);
   }
-  if (turn.end !== null) return;
-  if (quit.aborted) turn.left();
-  else turn.cut(outcome === LOST ? GONE : `The stream was cut, and ${PAUSES.length} attempts to come back failed.`);
+  // Of several reasons the first stands.
+  if (quit.aborted) turn.left("This page left the turn.");
+  turn.cut(outcome === LOST ? GONE : `The stream was cut, and ${PAUSES.length} attempts to come back failed.`);
 }
 
 function heard(turn, { name, id, data }) {

@@ -92,9 +92,9 @@ export class Turn {
     this.#finish({ kind: "cut", message: why });
   }
 
-  // We left before there was anything to stop.
-  left() {
-    this.#finish({ kind: "left", message: "Stopped before the answer began." });
+  // We left: there was nothing to stop yet, or nobody to ask.
+  left(why) {
+    this.#finish({ kind: "left", message: why });
   }
 
   #finish(end) {
@@ -107,7 +107,7 @@ export class Turn {
 // How an end is shown: a word for its badge, the badge's colour, and sentences for what was refused or went wrong.
 export function explain(end) {
   if (end.kind === "done") {
-    const outcome = end.outcome ?? "allowed";
+    const outcome = end.outcome ?? "done";
     const lines = [];
     if (end.refusal) lines.push(...refusalLines("Policy cut this answer", end.refusal));
     else if (outcome === "blocked") lines.push("Policy cut this answer.");

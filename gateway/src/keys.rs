@@ -58,7 +58,7 @@ async fn fetch(fetched: &Fetched, url: &str) -> Result<Arc<Keys>, Fault> {
         Ok(body) => body.map_err(failed)?,
         Err(_) => return Err(failed("no answer in time".into())),
     };
-    let keys = Arc::new(Keys::parse(&body).map_err(|error| failed(error.to_string()))?);
+    let keys = Arc::new(Keys::from_jwks(&body).map_err(|error| failed(error.to_string()))?);
     fetched.0.write().unwrap_or_else(PoisonError::into_inner).insert(url.to_owned(), (keys.clone(), Instant::now()));
     Ok(keys)
 }

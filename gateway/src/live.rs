@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use headgate_contracts::Flow;
-use headgate_filters::table::Built;
+use headgate_filters::Built;
 use headgate_policy::Ring;
 use headgate_upstream::{EndpointHealth, Upstream};
 use http::HeaderValue;

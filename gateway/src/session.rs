@@ -7,7 +7,7 @@ use std::{
 };
 
 use headgate_contracts::{Code, Credential, Fault, Gone, OnDisconnect, Principal, Prompt, Record, SessionId, Stop, Turn, TurnId};
-use headgate_filters::table;
+
 
 use crate::{
     drive::Drive,
@@ -53,7 +53,7 @@ impl Turns {
     pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Begun {
         let (id, session) = (prompt.turn, prompt.session.clone());
         let mut turn = Turn { id, session: session.clone(), route: route.name.clone(), flow: route.flow.clone(), record: Record::default() };
-        let chain = table::chain(&route.filters, &mut turn);
+        let chain = headgate_filters::chain(&route.filters, &mut turn);
         let (outbox, reader) = outbox(&turn, voice);
         let owner = Arc::new(OnceLock::new());
         let entry = self.enter(id, outbox.hook(), owner.clone(), turn.flow.on_disconnect);

@@ -1,6 +1,6 @@
 //! One turn, from prompt to end: the whole data path. No other function knows all the parts.
 
-use headgate_contracts::{Batch, Code, End, Fault, Gone, Prompt, Refusal, Stop, Turn};
+use headgate_contracts::{Batch, Code, End, Finish, Prompt, Refusal, Stop, Turn};
 use headgate_filters::Chain;
 use headgate_upstream::{Answer, Upstream};
 use tokio::{select, time::sleep};
@@ -14,7 +14,7 @@ use crate::{telemetry::Watch, outbox::Outbox};
 pub async fn run(mut turn: Turn, mut prompt: Prompt, mut chain: Chain, upstream: Upstream, outbox: Outbox, mut watch: Watch) {
     let end = select! { biased;
         gone = outbox.gone() => Err(gone.into()),
-        () = sleep(turn.flow.deadline) => Err(too_long().into()),
+        () = sleep(turn.flow.deadline) => Err(over("route.deadline")),
         end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch) => end,
     };
     let mut last = Batch::new();
@@ -41,5 +41,12 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
         outbox.send(&batch).await?;                                             // waits while the client is behind: the backpressure
         watch.sent(&batch);
         passed?;
+        if outbox.text_bytes() > turn.flow.max_text {
+            return Err(over("route.max_text"));
+        }
     }
+}
+
+fn over(rule: &'static str) -> Stop {
+    Refusal::new(Code::StreamLimitExceeded, rule).finishing(Finish::Length).into()
 }

@@ -13,7 +13,7 @@ use headgate_contracts::{
         sse,
     },
 };
-use headgate_policy::digest::Hasher;
+use headgate_policy::Hasher;
 
 use crate::sse::Framing;
 

@@ -113,7 +113,7 @@ impl Default for Meters {
 impl Meters {
     /// The handles of a route.
     pub fn route(&self, name: &str) -> RouteMeters {
-        let (families, labels) = (self.families.clone(), RouteLabels { route: name.to_owned() });
+        let (families, labels) = (&self.families, RouteLabels { route: name.to_owned() });
         RouteMeters {
             route: name.to_owned(),
             open: families.open.get_or_create(&labels).clone(),
@@ -122,7 +122,7 @@ impl Meters {
             gaps: families.gaps.get_or_create(&labels).clone(),
             delays: families.delays.get_or_create(&labels).clone(),
             text: families.text.get_or_create(&labels).clone(),
-            families,
+            families: families.clone(),
         }
     }
 

@@ -28,7 +28,7 @@ const SERVICES: [(&str, &str); 3] =
     [("headgate_orchestrator", "headgate-orchestrator"), ("headgate_slm", "headgate-slm"), ("headgate", "headgate-gateway")];
 
 /// Sends turns' spans to a collector.
-pub struct Spans {
+pub(super) struct Spans {
     tracers: HashMap<&'static str, SdkTracer>,
     providers: Vec<SdkTracerProvider>,
 }
@@ -53,7 +53,7 @@ impl Flush {
 impl Spans {
     /// To the collector at `endpoint` (OTLP over HTTP, protobuf; `/v1/traces` is appended where there is no path), a share of
     /// `sampling` of all traces. Must be called within a runtime: the export runs on it.
-    pub fn to(endpoint: &str, sampling: f64) -> Result<(Spans, Flush), opentelemetry_otlp::ExporterBuildError> {
+    pub(super) fn to(endpoint: &str, sampling: f64) -> Result<(Spans, Flush), opentelemetry_otlp::ExporterBuildError> {
         let path = endpoint.split_once("://").and_then(|(_, rest)| rest.split_once('/')).map_or("", |(_, path)| path);
         let endpoint = if path.is_empty() { format!("{}/v1/traces", endpoint.trim_end_matches('/')) } else { endpoint.to_owned() };
         let (mut tracers, mut providers) = (HashMap::new(), Vec::new());
