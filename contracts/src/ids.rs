@@ -8,7 +8,7 @@ use uuid::Uuid;
 /// A turn's id: a UUID version 7 (RFC 9562), chosen by the gateway, never by a client.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(transparent)]
-pub struct TurnId(#[schemars(with = "String")] Uuid);
+pub struct TurnId(#[schemars(with = "String", extend("format" = "uuid"))] Uuid);
 
 impl TurnId {
     /// A fresh id; ids made later sort later.

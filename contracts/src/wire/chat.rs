@@ -37,7 +37,7 @@ pub struct TurnRequest {
     pub temperature: Option<f64>,
     /// Texts at which the model stops.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16), inner(length(min = 1, max = 256)), default)]
+    #[schemars(with = "crate::schema::Stops", default)]
     pub stop: Vec<String>,
     /// The client's own labels: passed on, never interpreted.
     #[serde(skip_serializing_if = "Map::is_empty")]
