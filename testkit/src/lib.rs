@@ -9,10 +9,12 @@ mod broken;
 mod http1;
 
 pub mod answer;
+pub mod browser;
 pub mod canary;
 pub mod client;
 pub mod dialect;
 pub mod proxy;
+pub mod services;
 pub mod sse;
 pub mod upstream;
 pub mod ws;
