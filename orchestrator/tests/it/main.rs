@@ -1,0 +1,10 @@
+//! The orchestrator over real sockets, with a gateway's keys on one side and a scripted or a real model on the other.
+
+mod desk;
+
+mod leaving;
+mod limits;
+mod model;
+mod turns;
+mod verdicts;
+mod websocket;
