@@ -1,7 +1,7 @@
 //! HTTP/1.1 responses, read strictly: what two readers could understand differently is refused (RFC 9112, sections 2 to 7).
 //!
 //! Without I/O. Written for answers that come in thousands of small pieces: the head is parsed by `httparse`, the body's frame
-//! is stripped in place, and nothing is kept between two reads but a few numbers. `docs/decisions/0007-answers-are-read-by-hand.md`
+//! is stripped in place, and nothing is kept between two reads but a few numbers. `docs/decisions/0040-answers-are-read-by-hand.md`
 //! has the measurements.
 
 use http::{

@@ -65,13 +65,24 @@ pub(crate) async fn open(shared: &Arc<Shared>, prompt: &Prompt) -> Result<Answer
     let request =
         TurnRequest::new(prompt, settings.protocol, settings.model.as_deref(), shared.authorization.as_ref(), settings.path.as_deref());
     // Dropped when the time is up: that closes the connection, as leaving does.
-    match timeout_at(first, tries(shared, prompt, &request, clock)).await {
+    let mut asked = None;
+    match timeout_at(first, tries(shared, prompt, &request, clock, &mut asked)).await {
         Ok(opened) => opened,
-        Err(_) => Err(Fault::upstream(Code::UpstreamTimeoutFirstByte)),
+        Err(_) => {
+            let late = Fault::upstream(Code::UpstreamTimeoutFirstByte);
+            Err(asked.map_or_else(|| late.clone(), |endpoint| shared.placed(&endpoint, late.clone())))
+        }
     }
 }
 
-async fn tries(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_>, clock: Clock) -> Result<Answer, Fault> {
+/// `asked`: the endpoint of the latest try.
+async fn tries(
+    shared: &Arc<Shared>,
+    prompt: &Prompt,
+    request: &TurnRequest<'_>,
+    clock: Clock,
+    asked: &mut Option<Arc<Endpoint>>,
+) -> Result<Answer, Fault> {
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     let mut failed: Option<Fault> = None;
     loop {
@@ -89,6 +100,7 @@ async fn tries(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_>,
             (None, fault) => return Err(fault.unwrap_or_else(|| Fault::upstream(Code::UpstreamConnectFailed))),
         };
         let endpoint = Arc::clone(lease.endpoint());
+        *asked = Some(Arc::clone(&endpoint));
         match one_try(shared, prompt, request, lease).await {
             Ok((connection, begun, form, cancel)) => {
                 return Ok(Answer::new(Arc::clone(shared), connection, begun, form, clock, cancel));

@@ -12,8 +12,8 @@ use tokio::{sync::Notify, time::Instant};
 
 use crate::{SECOND, openai, orchestrator, prompt, read};
 
-/// How soon the other side sees it on a loopback with a busy machine; a quiet one needs well under a millisecond.
-const AT_ONCE: Duration = Duration::from_millis(50);
+/// How soon the other side sees it on a machine that builds something else meanwhile; a quiet one needs under a millisecond.
+const AT_ONCE: Duration = Duration::from_millis(250);
 
 #[tokio::test]
 async fn leaving_before_the_first_byte_closes_the_connection_at_once() {

@@ -12,6 +12,9 @@ use tokio::{sync::Notify, time::Instant};
 
 use crate::{SECOND, code, openai, orchestrator, prompt, read, turn, upstream};
 
+/// How late a deadline may be noticed on a machine that builds something else meanwhile; a quiet one needs a millisecond.
+const LATE: Duration = Duration::from_millis(250);
+
 #[tokio::test]
 async fn a_refused_connection_is_a_fault_at_once() {
     let nobody = Refusing::start();
@@ -36,10 +39,11 @@ async fn a_server_that_never_answers_is_left_at_the_limit() {
     let limit = Duration::from_millis(150);
     let upstream = upstream(&[model.url()], |settings| settings.timeouts.first_byte = limit);
     let begun = Instant::now();
-    let (_, end) = turn(&upstream).await;
+    let fault = turn(&upstream).await.1.unwrap_err();
     let waited = begun.elapsed();
-    assert_eq!(code(end), Code::UpstreamTimeoutFirstByte);
-    assert!(waited >= limit && waited < limit + Duration::from_millis(100), "{waited:?}");
+    assert_eq!(fault.code, Code::UpstreamTimeoutFirstByte);
+    assert!(fault.chain().contains(&model.addr().to_string()), "{}", fault.chain());
+    assert!(waited >= limit && waited < limit + LATE, "{waited:?}");
     model.closed(1).await;
 }
 
@@ -62,7 +66,7 @@ async fn a_server_that_falls_silent_is_left_at_the_limit_and_its_text_kept() {
     let (heard, end) = turn(&upstream).await;
     let waited = begun.elapsed();
     assert_eq!((heard.as_str(), code(end)), ("safe", Code::UpstreamStalled));
-    assert!(waited >= limit && waited < limit + Duration::from_millis(100), "{waited:?}");
+    assert!(waited >= limit && waited < limit + LATE, "{waited:?}");
     model.closed(1).await;
 }
 
