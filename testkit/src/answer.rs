@@ -517,6 +517,7 @@ const PROBLEM: &[Member] = &[
     must("error", Of::Object(ERROR_OF_OPENAI)),
     may("detail", Of::Text),
     may("turn_id", Of::Text),
+    may("retry_after_ms", Of::Count),
     may("policy", Of::Object(POLICY)),
 ];
 

@@ -5,16 +5,19 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::client::conn::http2::SendRequest;
+use hyper::client::conn::http2::{Connection, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -451,6 +454,8 @@ pub struct Http2 {
     host: String,
     /// Whether the server's settings allow WebSockets over HTTP/2 (RFC 8441).
     takes_websockets: watch::Receiver<bool>,
+    /// Told when somebody waits for that.
+    wanted: Arc<Notify>,
     driver: JoinHandle<()>,
 }
 
@@ -471,14 +476,9 @@ impl Http2 {
         let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(io));
         let (sender, connection) = soon(handshake, "an HTTP/2 handshake").await.map_err(wrong)?;
         let (settings, takes_websockets) = watch::channel(false);
-        let mut connection = Box::pin(connection);
-        let driver = tokio::spawn(std::future::poll_fn(move |cx| {
-            let ended = connection.as_mut().poll(cx).map(drop);
-            let takes = connection.is_extended_connect_protocol_enabled();
-            settings.send_if_modified(|known| std::mem::replace(known, takes) != takes);
-            ended
-        }));
-        Ok(Http2 { sender, host: host.into(), takes_websockets, driver })
+        let wanted = Arc::new(Notify::new());
+        let driver = tokio::spawn(drive(connection, settings, wanted.clone()));
+        Ok(Http2 { sender, host: host.into(), takes_websockets, wanted, driver })
     }
 
     /// Sends a request and waits for the answer's head.
@@ -520,12 +520,33 @@ impl Http2 {
 
     /// Waits until the server's settings allow WebSockets over HTTP/2.
     pub(crate) async fn takes_websockets(&mut self) -> Result<(), Broken> {
+        self.wanted.notify_one();
         let taken = soon(self.takes_websockets.wait_for(|takes| *takes), "settings that allow extended CONNECT").await;
         taken.map(drop).map_err(|_| Broken::Cut("the HTTP/2 connection ended".into()))
     }
 
     pub(crate) fn host(&self) -> &str {
         &self.host
+    }
+}
+
+async fn drive<S>(connection: Connection<TokioIo<S>, Full<Bytes>, TokioExecutor>, settings: watch::Sender<bool>, wanted: Arc<Notify>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut connection = pin!(connection);
+    let mut looks = tokio::time::interval(Duration::from_millis(2));
+    let mut looking = false;
+    loop {
+        tokio::select! {
+            _ = &mut connection => return,
+            () = wanted.notified() => looking = true,
+            // Hyper reads the settings in a task of its own and wakes nobody: one can only look.
+            _ = looks.tick(), if looking => {
+                looking = !connection.is_extended_connect_protocol_enabled();
+                settings.send_replace(!looking);
+            }
+        }
     }
 }
 
@@ -572,4 +593,69 @@ fn wrong(error: hyper::Error) -> Broken {
         source = cause.source();
     }
     Broken::Reset(sentence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream::{Framing, Script, Upstream};
+
+    const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    const HEADERS: [(&str, &str); 5] = [
+        ("content-type", "text/event-stream"),
+        ("cache-control", "no-store"),
+        ("x-accel-buffering", "no"),
+        ("traceparent", TRACE),
+        ("x-headgate-turn", "t"),
+    ];
+    const TURN: &str = "id: t:0\nevent: open\ndata: {\"turn_id\":\"t\",\"session_id\":\"s\",\"model\":\"m\"}\n\n: \n\n\
+        id: t:1\nevent: done\ndata: {\"finish\":\"stop\",\"outcome\":\"allowed\"}\n\n";
+
+    async fn turn(status: u16, headers: &[(&str, &str)], body: &str) -> Result<Transcript, Broken> {
+        let script = Script::new().read().head(status, Framing::Chunked, headers).send(body.to_owned()).end();
+        let server = Upstream::always(script).await;
+        stream(server.addr(), &Request::turn("hello"), Kind::Client).await?.rest().await
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_read_with_its_heartbeats() {
+        let whole = turn(200, &HEADERS, TURN).await.unwrap();
+        assert_eq!((whole.heartbeats, whole.events.len(), whole.outcome()), (1, 2, "allowed"));
+    }
+
+    #[tokio::test]
+    async fn a_stream_without_its_headers_is_none() {
+        for missing in 0..HEADERS.len() {
+            let mut headers = HEADERS.to_vec();
+            let name = headers.remove(missing).0;
+            let broken = turn(200, &headers, TURN).await.unwrap_err();
+            assert!(matches!(&broken, Broken::Answer(sentence) if sentence.contains(name)), "{broken}");
+        }
+        for (at, wrong) in [(0, "text/html"), (1, "no-cache"), (2, "yes"), (3, "00-0-0-00"), (3, &TRACE.to_uppercase())] {
+            let mut headers = HEADERS;
+            headers[at].1 = wrong;
+            assert!(matches!(turn(200, &headers, TURN).await, Err(Broken::Answer(_))), "{wrong}");
+        }
+        let mut other = HEADERS;
+        other[4].1 = "u";
+        assert!(matches!(turn(200, &other, TURN).await, Err(Broken::Identity(_))), "the head names another turn");
+        assert!(matches!(turn(503, &HEADERS, TURN).await, Err(Broken::Answer(_))));
+    }
+
+    #[tokio::test]
+    async fn what_breaks_late_leaves_what_came_before() {
+        let server = Upstream::always(Script::new().read().head(200, Framing::Chunked, &HEADERS).send(&TURN[..100]).reset()).await;
+        let events = stream(server.addr(), &Request::turn("hello"), Kind::Client).await.unwrap();
+        let (before, broken) = events.broken().await;
+        assert_eq!((before.events.len(), matches!(broken, Broken::Reset(_))), (1, true), "{broken}");
+    }
+
+    #[tokio::test]
+    async fn requests_may_be_sent_in_one_write_and_are_answered_in_order() {
+        let server = Upstream::answering(|request| Script::reply(200, "text/plain", request.target.clone())).await;
+        let mut client = Http1::connect(server.addr()).await;
+        let both = [Request::get("/a").bytes("h"), Request::get("/b").bytes("h"), b"G".to_vec()].concat();
+        client.send_bytes(&both).await;
+        assert_eq!(client.reply().await.unwrap().text() + &client.reply().await.unwrap().text(), "/a/b");
+    }
 }
