@@ -219,11 +219,13 @@ impl Decoder {
             }
             let found = self.buffer.get(self.searched..).and_then(|rest| memchr2(b'\n', b'\r', rest));
             let end = found.map_or(self.buffer.len(), |at| self.searched + at);
-            if end - self.line > self.limits.max_line {
-                return Err(SseError::LineTooLong(self.limits.max_line));
-            }
-            if end > self.line && end - self.frame > self.limits.max_event {
-                return Err(SseError::EventTooLarge(self.limits.max_event));
+            // Whichever limit lies first in the stream: so it is the same one however the stream is cut.
+            let (line_limit, event_limit) = (self.line + self.limits.max_line, self.frame + self.limits.max_event);
+            if end > self.line && end > line_limit.min(event_limit) {
+                return Err(match event_limit < line_limit {
+                    true => SseError::EventTooLarge(self.limits.max_event),
+                    false => SseError::LineTooLong(self.limits.max_line),
+                });
             }
             if found.is_none() {
                 self.searched = end;
@@ -490,6 +492,7 @@ mod tests {
             (b"data: ok\n\ndata: 0\ndata: 1\ndata: 2\ndata: 3\ndata: 45\n\n", None),
             (b"data: ok\n\ndata: 0\ndata: 1\ndata: 2\ndata: 3\ndata: 456\n\n", Some(SseError::EventTooLarge(40))),
             (b"data: ok\n\ndata: 0\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n\n", Some(SseError::EventTooLarge(40))),
+            (b"data: ok\n\ndata: 0123456789\ndata: 0123456789\n: 0123456789012345\n\n", Some(SseError::EventTooLarge(40))),
             (b"data: ok\n\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n:\n\n", None),
         ] {
             let whole = read(limits, &mut [stream].into_iter());
