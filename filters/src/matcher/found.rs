@@ -10,8 +10,8 @@ pub(super) struct Found {
     masks: Vec<Union>,
     /// Unions of overlapping spans of one rule that may still grow.
     hits: Vec<Hit>,
-    /// The match to cut at: least start, then least end, then first rule.
-    deny: Option<(u64, u64, RuleId)>,
+    /// The match to cut at.
+    deny: Option<Denied>,
     /// All before it is decided, whatever still forms: matches are taken to begin here at the earliest.
     pub(super) floor: u64,
 }
@@ -23,18 +23,30 @@ struct Union {
     shown: bool,
 }
 
+/// A match to cut at; the least of them is: least start, then least end, then first rule.
+///
+/// Ends are compared in the normalised text, in which matches come in order: of several that end within one original character
+/// the first must win whether or not the others have been seen.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Denied {
+    start: u64,
+    fed: u64,
+    rule: RuleId,
+    end: u64,
+}
+
 impl Found {
     /// Is there nothing to say?
     pub(super) fn is_empty(&self) -> bool {
         self.masks.is_empty() && self.hits.is_empty() && self.deny.is_none()
     }
 
-    /// A match stands. Matches come in the order of their ends.
-    pub(super) fn record(&mut self, rule: RuleId, info: Option<&RuleInfo>, start: u64, end: u64) {
+    /// A match stands: original bytes, and its end in the normalised text, `fed`. Matches come in the order of their ends.
+    pub(super) fn record(&mut self, rule: RuleId, info: Option<&RuleInfo>, start: u64, end: u64, fed: u64) {
         let (start, end) = (start.max(self.floor), end.max(self.floor));
         match info.map_or(Action::Deny, |info| info.action) {
             Action::Deny => {
-                let this = (start, end, rule);
+                let this = Denied { start, fed, rule, end };
                 self.deny = Some(self.deny.map_or(this, |best| best.min(this)));
             }
             Action::Mask if start == end => {} // stretched by invisible characters, and masked for that already
@@ -83,8 +95,8 @@ impl Found {
     /// it ends there. `grows` names the rules whose last match is still going on.
     pub(super) fn settle(&mut self, live: u64, grows: impl Fn(RuleId) -> bool, out: &mut Edits) -> (u64, bool) {
         let (cleared, cut) = match self.deny {
-            Some((start, _, _)) if start <= live => (start, true),
-            Some((_, _, _)) | None => (live, false),
+            Some(denied) if denied.start <= live => (denied.start, true),
+            Some(_) | None => (live, false),
         };
         let mut done = 0;
         for union in self.masks.iter_mut().take_while(|union| union.start < cleared) {
@@ -101,7 +113,7 @@ impl Found {
             self.hits.retain(|hit| hit.range.start < cleared);
             self.hits.iter_mut().for_each(|hit| hit.range.end = hit.range.end.min(cleared));
             out.hits.append(&mut self.hits);
-            out.hits.extend(self.deny.map(|(start, end, rule)| Hit { rule, range: start..end }));
+            out.hits.extend(self.deny.map(|denied| Hit { rule: denied.rule, range: denied.start..denied.end }));
         } else if !self.hits.is_empty() {
             out.hits.extend(self.hits.extract_if(.., |hit| hit.range.end <= cleared && !grows(hit.rule)));
         }

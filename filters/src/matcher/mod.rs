@@ -26,7 +26,9 @@ mod phrases;
 mod places;
 mod scan;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+#[cfg(any(test, fuzzing))]
 mod oracle;
 #[cfg(test)]
 mod tests;

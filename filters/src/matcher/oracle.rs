@@ -14,11 +14,16 @@ use unicode_normalization::{
     char::{canonical_combining_class, compose, decompose_canonical},
 };
 
-use super::{Action, normal};
+use super::{
+    Action,
+    detectors::{Shape, Tail},
+    normal,
+};
 
 pub(super) enum What {
     Phrase(String),
     Pattern(Hir),
+    Shape(Hir, &'static Shape),
 }
 
 pub(super) struct Rule {
@@ -42,8 +47,16 @@ struct Character {
     from: Range<u64>,
 }
 
-/// Every match: rule, start, end, in original bytes.
-pub(super) fn matches(rules: &[Rule], text: &str) -> Vec<(usize, u64, u64)> {
+/// A match, in original bytes, and its end in normalised characters: a character that becomes several has several ends.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Match {
+    pub(super) rule: usize,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    to: usize,
+}
+
+pub(super) fn matches(rules: &[Rule], text: &str) -> Vec<Match> {
     let characters = characters(text);
     let (mut bytes, mut borders) = (Vec::new(), vec![0]);
     for character in &characters {
@@ -55,7 +68,7 @@ pub(super) fn matches(rules: &[Rule], text: &str) -> Vec<(usize, u64, u64)> {
         let mut add = |from: usize, to: usize| {
             let start = characters[from..to].iter().map(|c| c.from.start).min().unwrap();
             let end = characters[from..to].iter().map(|c| c.from.end).max().unwrap();
-            found.push((i, start, end));
+            found.push(Match { rule: i, start, end, to });
         };
         match &rule.what {
             What::Phrase(phrase) => {
@@ -75,29 +88,52 @@ pub(super) fn matches(rules: &[Rule], text: &str) -> Vec<(usize, u64, u64)> {
                     }
                 }
             }
+            What::Shape(hir, shape) => {
+                for (from, start) in borders.iter().enumerate() {
+                    for end in ends(hir, &bytes, *start) {
+                        if let Ok(to) = borders.binary_search(&end)
+                            && shape.check.is_none_or(|check| check(&bytes[*start..end]))
+                        {
+                            let tail = shape.tail.filter(|_| rule.action == Action::Mask);
+                            add(from, to + tail.map_or(0, |tail| tail_length(tail, &characters[to..])));
+                        }
+                    }
+                }
+            }
         }
     }
     found
 }
 
+/// How many of the characters after a match belong to its tail.
+fn tail_length(tail: &Tail, after: &[Character]) -> usize {
+    let belongs = |character: &&Character| character.c.is_ascii() && (tail.class)(character.c as u8);
+    let body: String = after.iter().take(tail.limit as usize).take_while(belongs).map(|character| character.c).collect();
+    let end_line = body.find("-----end").and_then(|at| Some(at + 8 + body[at + 8..].find("-----")? + 5));
+    end_line.filter(|_| tail.until_end_line).unwrap_or(body.len())
+}
+
 pub(super) fn whole(rules: &[Rule], text: &str) -> Whole {
+    let each: Vec<usize> = (0..rules.len()).collect();
+    whole_as(rules, text, &each)
+}
+
+/// The same where several of these rules are one rule of the matcher: `as_rule` says which.
+pub(super) fn whole_as(rules: &[Rule], text: &str, as_rule: &[usize]) -> Whole {
     let found = matches(rules, text);
-    let denied =
-        found.iter().filter(|(rule, ..)| rules[*rule].action == Action::Deny).map(|(rule, start, end)| (*start, *end, *rule)).min();
+    let denied = found.iter().filter(|found| rules[found.rule].action == Action::Deny);
+    let denied = denied.map(|found| (found.start, found.to, as_rule[found.rule], found.end)).min();
     let cut = denied.map(|(start, ..)| start);
-    let clip = |spans: Vec<Range<u64>>| -> Vec<Range<u64>> {
-        let to = cut.unwrap_or(u64::MAX);
-        spans.into_iter().filter(|span| span.start < to).map(|span| span.start..span.end.min(to)).collect()
-    };
-    let spans = |of: &dyn Fn(usize) -> bool| {
-        let mut spans: Vec<_> =
-            found.iter().filter(|(rule, ..)| of(*rule) && rules[*rule].action == Action::Mask).map(|(_, s, e)| *s..*e).collect();
+    let spans = |of: &dyn Fn(usize) -> bool| -> Vec<Range<u64>> {
+        let masked = found.iter().filter(|found| rules[found.rule].action == Action::Mask && of(as_rule[found.rule]));
+        let mut spans: Vec<_> = masked.map(|found| found.start..found.end).collect();
         spans.sort_by_key(|span| (span.start, span.end));
-        clip(unions(spans))
+        let to = cut.unwrap_or(u64::MAX);
+        unions(spans).into_iter().filter(|span| span.start < to).map(|span| span.start..span.end.min(to)).collect()
     };
-    let mut hits: Vec<_> = denied.map(|(start, end, rule)| (rule, start, end)).into_iter().collect();
-    for rule in 0..rules.len() {
-        hits.extend(spans(&|other| other == rule).into_iter().map(|span| (rule, span.start, span.end)));
+    let mut hits: Vec<_> = denied.map(|(start, _, rule, end)| (rule, start, end)).into_iter().collect();
+    for rule in as_rule.iter().collect::<BTreeSet<_>>() {
+        hits.extend(spans(&|other| other == *rule).into_iter().map(|span| (*rule, span.start, span.end)));
     }
     hits.sort();
     Whole { masks: spans(&|_| true), cut, hits }

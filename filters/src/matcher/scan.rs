@@ -330,7 +330,7 @@ impl Scan {
         let live = self.live(matcher);
         if self.at - live > matcher.stretch() {
             let rule = matcher.invisible();
-            self.found.record(rule, matcher.rules().get(rule.0 as usize), live, self.at);
+            self.found.record(rule, matcher.rules().get(rule.0 as usize), live, self.at, self.fed);
             self.found.floor = start;
             self.going.iter_mut().for_each(|going| going.end = going.end.max(start));
         }
@@ -367,9 +367,9 @@ impl Scan {
 
     /// Nothing joins the character fed last any more: what ended or goes on with it is certain.
     fn character_stands(&mut self, matcher: &Matcher) {
-        let Scan { found, end, .. } = self;
+        let Scan { found, end, fed, .. } = self;
         for ended in self.ended.drain(..) {
-            found.record(ended.rule, matcher.rules().get(ended.rule.0 as usize), ended.start, ended.end);
+            found.record(ended.rule, matcher.rules().get(ended.rule.0 as usize), ended.start, ended.end, *fed);
         }
         self.going.retain_mut(|going| {
             if going.waits {
@@ -414,10 +414,10 @@ impl Scan {
 
     /// The patterns' step. A match shows one byte after its end; it counts if a new character begins there (`begins`).
     fn step(&mut self, matcher: &Matcher, byte: u8, begins: bool) {
-        let Scan { threads, checked, text, text_from, going, found, end, .. } = self;
+        let Scan { threads, checked, text, text_from, going, found, end, fed, .. } = self;
         let mut reached = |thread: &Thread, goal: &Goal| {
             if begins && goal.accepts(text, thread.from - *text_from) {
-                reach(matcher, found, going, goal, thread.start, *end);
+                reach(matcher, found, going, goal, thread.start, *end, *fed);
             }
         };
         // Threads in one state have one future: the earliest start is all that counts. Those of a pattern with counts are
@@ -461,13 +461,13 @@ impl Scan {
 
     /// The patterns' last step: the end of the text.
     fn last_matches(&mut self, matcher: &Matcher) {
-        let Scan { threads, checked, text, text_from, going, found, end, .. } = self;
+        let Scan { threads, checked, text, text_from, going, found, end, fed, .. } = self;
         for thread in threads.drain(..).chain(checked.drain(..)) {
             if let Some(machine) = matcher.patterns.machines.get(thread.machine as usize) {
                 let state = machine.dfa.next_eoi_state(thread.state);
                 if machine.dfa.is_match_state(state) {
                     for goal in machine.reached(state).filter(|goal| goal.accepts(text, thread.from - *text_from)) {
-                        reach(matcher, found, going, goal, thread.start, *end);
+                        reach(matcher, found, going, goal, thread.start, *end, *fed);
                     }
                 }
             }
@@ -500,9 +500,9 @@ impl Goal {
 }
 
 /// A pattern's match stands; its tail begins.
-fn reach(matcher: &Matcher, found: &mut Found, going: &mut Vec<Going>, goal: &Goal, start: u64, end: u64) {
+fn reach(matcher: &Matcher, found: &mut Found, going: &mut Vec<Going>, goal: &Goal, start: u64, end: u64, fed: u64) {
     let info = matcher.rules().get(goal.rule.0 as usize);
-    found.record(goal.rule, info, start, end);
+    found.record(goal.rule, info, start, end, fed);
     if let Some(tail) = goal.tail.filter(|_| info.is_some_and(|info| info.action == super::Action::Mask)) {
         // A tail that begins later ends later: one for each rule is enough.
         going.retain(|going| going.rule != goal.rule);
