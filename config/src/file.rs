@@ -1,0 +1,810 @@
+//! The config as it is written: settings, their defaults, and what an operator should know about each.
+
+use std::{collections::BTreeMap, fmt, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+
+use headgate_filters::{
+    Step,
+    units::{Bytes, Span},
+};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+const fn seconds(count: u64) -> Span {
+    Span(Duration::from_secs(count))
+}
+
+const fn minutes(count: u64) -> Span {
+    seconds(60 * count)
+}
+
+const fn kib(count: u64) -> Bytes {
+    Bytes(count << 10)
+}
+
+const fn mib(count: u64) -> Bytes {
+    Bytes(count << 20)
+}
+
+/// A Headgate config. Paths of files are relative to the folder of this file; `${NAME}` and `${NAME:-default}` stand for
+/// environment variables, in any value.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(title = "Headgate config")]
+pub struct File {
+    /// Where clients connect, e.g. `0.0.0.0:8080`. Needed where there are routes. Port 0 takes any free one.
+    pub listen: Option<SocketAddr>,
+    /// Where operators look: health, metrics, public keys.
+    pub admin: Admin,
+    /// Threads that serve. Default: one per core.
+    pub workers: Option<NonZeroUsize>,
+    /// Shows a small chat page at `/` to try the gateway with. Not for production.
+    pub page: bool,
+    /// The certificate that clients see. Without it clients connect in plain text, as behind a load balancer that ends TLS.
+    pub tls: Option<Tls>,
+    /// Which policy is in force, and who signs for it.
+    pub policy: Option<Policy>,
+    /// How much and how long is taken from clients, on every route.
+    pub limits: Limits,
+    /// Who answers: named sets of endpoints.
+    pub upstreams: BTreeMap<String, Upstream>,
+    /// What clients may ask for, and through which filters it goes. The first route that fits is taken.
+    pub routes: Vec<Route>,
+    /// An orchestrator in this process: judged turns come in, models answer.
+    pub orchestrator: Option<Orchestrator>,
+    /// The embedded small language model, served in this process.
+    pub slm: Option<Slm>,
+    /// Logs and traces. Metrics are always at `/metrics` of the admin address.
+    pub observability: Observability,
+    /// What happens to open turns when the process is told to stop.
+    pub drain: Drain,
+}
+
+/// Where operators look.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// The address for health checks, metrics and public keys, or `off`. Nothing secret is there, but keep clients away.
+    pub listen: AdminListen,
+}
+
+impl Default for Admin {
+    fn default() -> Admin {
+        Admin { listen: AdminListen::At(SocketAddr::from(([127, 0, 0, 1], 9090))) }
+    }
+}
+
+/// An address, or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdminListen {
+    /// Nothing listens.
+    Off,
+    /// There.
+    At(SocketAddr),
+}
+
+impl FromStr for AdminListen {
+    type Err = String;
+    fn from_str(text: &str) -> Result<AdminListen, String> {
+        match text {
+            "off" => Ok(AdminListen::Off),
+            text => text
+                .parse()
+                .map(AdminListen::At)
+                .map_err(|_| format!("`{text}` is not an address with a port, such as `127.0.0.1:9090`, nor `off`")),
+        }
+    }
+}
+
+impl fmt::Display for AdminListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminListen::Off => f.write_str("off"),
+            AdminListen::At(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// A word or text that is read by its `FromStr` and shown by its `Display`.
+macro_rules! text {
+    ($type:ident, $schema:tt) => {
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<$type, D::Error> {
+                String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.collect_str(self)
+            }
+        }
+        impl JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!($schema)
+            }
+        }
+    };
+}
+text!(AdminListen, { "type": "string", "examples": ["127.0.0.1:9090", "off"] });
+
+/// The certificate that clients see. It is read again when its file changes.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// A PEM file: the certificate, then those between it and the root.
+    pub certificate: PathBuf,
+    /// A PEM file: the private key.
+    pub key: PathBuf,
+}
+
+/// Which policy is in force, and who signs for it.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// The document of principles: a Markdown file whose headings and numbered paragraphs are its clauses. Its hash travels
+    /// with every dispatch and every answer.
+    pub constitution: PathBuf,
+    /// The policy's version, as shown in `Policy-Version`, e.g. `2026-11-21`.
+    pub version: String,
+    /// The policy's name in verdicts.
+    #[serde(default = "default_policy_name")]
+    pub name: String,
+    /// The key that signs verdicts: `file:keys/policy.json`, made if it is not there; or `generated`: a new one at every
+    /// start, for development.
+    #[serde(default)]
+    pub key: SigningKey,
+    /// Who signs: `iss` of the verdicts. An orchestrator believes only the issuer it knows.
+    #[serde(default = "default_issuer")]
+    pub issuer: String,
+}
+
+fn default_policy_name() -> String {
+    "default".to_owned()
+}
+
+fn default_issuer() -> String {
+    "headgate".to_owned()
+}
+
+/// The key that signs verdicts.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum SigningKey {
+    /// A new one at every start.
+    #[default]
+    Generated,
+    /// A file of ours, as it was named.
+    File(PathBuf),
+}
+
+impl FromStr for SigningKey {
+    type Err = String;
+    fn from_str(text: &str) -> Result<SigningKey, String> {
+        match text.strip_prefix("file:") {
+            Some(path) if !path.is_empty() => Ok(SigningKey::File(path.into())),
+            None if text == "generated" => Ok(SigningKey::Generated),
+            // Not shown: whoever pastes a key here has it in the log else.
+            _ => Err("neither `generated` nor a file, such as `file:keys/policy.json`".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for SigningKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SigningKey::Generated => f.write_str("generated"),
+            SigningKey::File(path) => write!(f, "file:{}", path.display()),
+        }
+    }
+}
+text!(SigningKey, { "type": "string", "pattern": "^(generated|file:.+)$", "examples": ["file:keys/policy.json", "generated"] });
+
+/// A secret, by where it is kept. Never shown.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+pub struct SecretText(pub(crate) String);
+
+impl fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("<secret>")
+    }
+}
+
+impl JsonSchema for SecretText {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "SecretText".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "pattern": r"(^file:.+$|\$\{[A-Za-z_][A-Za-z0-9_]*)", "examples": ["${MODEL_KEY}", "file:/run/secrets/model-key"] })
+    }
+}
+
+/// How much and how long is taken from clients. The longest turn and what may wait for a slow client are settings of the
+/// filters `cancellation` and `backpressure`, which stand in every chain.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Connections at once; more wait in the system's queue. It should be below half of the process's file limit, since
+    /// most connections need a second one upstream.
+    pub connections: NonZeroUsize,
+    /// From the connection to its first byte, or to the end of the TLS handshake.
+    pub handshake: Span,
+    /// From the first byte of a request to the end of its headers.
+    pub head: Span,
+    /// The largest request head.
+    pub head_bytes: Bytes,
+    /// The most header fields of a request.
+    pub head_fields: NonZeroUsize,
+    /// From the end of a request's headers to the end of its body.
+    pub body: Span,
+    /// The largest request body. Up to `16MiB`.
+    pub body_bytes: Bytes,
+    /// How long a client may take nothing of what is written to its connection.
+    pub stall: Span,
+    /// Silence after which a heartbeat is sent: a comment on event streams, a ping on WebSockets. From `1s`, and shorter than
+    /// the patience of any load balancer in front.
+    pub heartbeat: Span,
+    /// The most text of one answer. Up to `64MiB`.
+    pub answer_bytes: Bytes,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: const { NonZeroUsize::new(16_384).unwrap() },
+            handshake: seconds(5),
+            head: seconds(10),
+            head_bytes: kib(16),
+            head_fields: const { NonZeroUsize::new(100).unwrap() },
+            body: seconds(30),
+            body_bytes: mib(1),
+            stall: seconds(30),
+            heartbeat: seconds(15),
+            answer_bytes: mib(4),
+        }
+    }
+}
+
+/// A named set of endpoints that speak one protocol, behind one balancer.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Upstream {
+    /// What the endpoints speak: `openai` (vLLM, llama.cpp, Ollama, OpenAI itself), `orchestrator` (Headgate's own), or `http`
+    /// (anything, for plain reverse-proxy routes).
+    pub protocol: Protocol,
+    /// Where they are: `http://` or `https://`, a host, perhaps a port, perhaps a path that stands before the protocol's own.
+    pub endpoints: Vec<Endpoint>,
+    /// The model to ask for, whatever the client says.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// The `Authorization` header to send: `${VARIABLE}` or `file:...`. Without a space in it, it is sent as a bearer token.
+    #[serde(default)]
+    pub authorization: Option<SecretText>,
+    /// How long to wait for what.
+    #[serde(default)]
+    pub timeouts: Timeouts,
+    /// How often a turn may be tried on another endpoint, before its first byte.
+    #[serde(default)]
+    pub retry: Retry,
+    /// Which endpoint gets the next turn: `least_busy` of two chosen by chance, `round_robin`, or `session`: the same one for
+    /// the same session, which keeps a model's prefix cache warm.
+    #[serde(default)]
+    pub balance: Balance,
+    /// How endpoints are checked while nobody asks them.
+    #[serde(default)]
+    pub health: Health,
+    /// Connections kept between turns, per endpoint.
+    #[serde(default)]
+    pub idle: Idle,
+    /// How much is taken from the endpoints.
+    #[serde(default)]
+    pub limits: UpstreamLimits,
+    /// Whom to trust where an endpoint is `https`.
+    #[serde(default)]
+    pub tls: UpstreamTls,
+}
+
+/// What an upstream speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// OpenAI chat completions.
+    #[serde(rename = "openai")]
+    OpenAi,
+    /// Headgate's own conversation protocol.
+    Orchestrator,
+    /// Any HTTP, passed through.
+    Http,
+}
+
+/// Where an upstream is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint(pub http::Uri);
+
+impl FromStr for Endpoint {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Endpoint, String> {
+        // What stands in an endpoint beside a host may be a secret: not shown.
+        let wrong = |why: &str| Err(format!("{why}; expected e.g. `http://127.0.0.1:8090` or `https://api.example.com/v1`"));
+        let uri: http::Uri = match text.parse() {
+            Ok(uri) => uri,
+            Err(_) => return wrong("an endpoint that is no URL"),
+        };
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return wrong("an endpoint without `http://` or `https://`");
+        }
+        match uri.authority() {
+            None => return wrong("an endpoint without a host"),
+            Some(authority) if authority.as_str().contains('@') => {
+                return Err("a user or password does not belong into an endpoint; use `authorization`".to_owned());
+            }
+            Some(authority) if authority.host().is_empty() => return wrong("an endpoint without a host"),
+            Some(authority) if authority.port().is_some() && authority.port_u16().is_none_or(|port| port == 0) => {
+                return wrong("an endpoint with a port that is none");
+            }
+            Some(_) => {}
+        }
+        if uri.query().is_some() || text.contains('#') {
+            return wrong("an endpoint with a query or a fragment");
+        }
+        Ok(Endpoint(uri))
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+text!(Endpoint, { "type": "string", "pattern": r"(^https?://[^@?#]+$|\$\{)", "examples": ["http://127.0.0.1:8090"] });
+
+/// How long to wait for what. A time that runs out ends the turn and closes the connection.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// Name lookup, TCP and TLS together, for one attempt.
+    pub connect: Span,
+    /// Until the answer begins, retries included.
+    pub first_byte: Span,
+    /// Between two pieces of an answer that has begun.
+    pub idle: Span,
+    /// The whole answer.
+    pub total: Span,
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts { connect: seconds(1), first_byte: seconds(30), idle: seconds(30), total: minutes(10) }
+    }
+}
+
+/// How often a turn may be tried on another endpoint, before its first byte. Never after it.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retry {
+    /// Tries after the first. At most 3.
+    pub attempts: u32,
+    /// Retries as a share of all turns of the last ten seconds, from 0 to 1: a sick upstream is not asked twice by everybody.
+    pub share: f32,
+    /// Retries per second that are allowed whatever the share says.
+    pub floor: u32,
+}
+
+impl Default for Retry {
+    fn default() -> Retry {
+        Retry { attempts: 1, share: 0.1, floor: 1 }
+    }
+}
+
+/// Which endpoint gets the next turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Balance {
+    /// The less busy of two chosen by chance.
+    #[default]
+    LeastBusy,
+    /// Each in turn.
+    RoundRobin,
+    /// The same one for the same session.
+    Session,
+}
+
+/// How endpoints are checked while nobody asks them: a connection is opened and closed.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Health {
+    /// Time between two rounds of checks; `0s` switches them off.
+    pub interval: Span,
+    /// Failed checks in a row after which an endpoint is passed over.
+    pub failures: NonZeroUsize,
+    /// Good checks in a row after which it is asked again.
+    pub successes: NonZeroUsize,
+}
+
+impl Default for Health {
+    fn default() -> Health {
+        Health {
+            interval: seconds(5),
+            failures: const { NonZeroUsize::new(2).unwrap() },
+            successes: const { NonZeroUsize::new(1).unwrap() },
+        }
+    }
+}
+
+/// Connections kept between turns, per endpoint.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Idle {
+    /// The most that are kept; 0 opens a new one for every turn.
+    pub max: usize,
+    /// How long one is kept: shorter than the endpoint's own patience.
+    pub timeout: Span,
+}
+
+impl Default for Idle {
+    fn default() -> Idle {
+        Idle { max: 32, timeout: seconds(30) }
+    }
+}
+
+/// How much is taken from an upstream.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct UpstreamLimits {
+    /// The longest line of an event stream.
+    pub line_bytes: Bytes,
+    /// The largest event.
+    pub event_bytes: Bytes,
+    /// The largest response head.
+    pub head_bytes: Bytes,
+    /// The most fields of a response head.
+    pub head_fields: NonZeroUsize,
+    /// The largest answer that comes whole instead of as a stream.
+    pub whole_bytes: Bytes,
+}
+
+impl Default for UpstreamLimits {
+    fn default() -> UpstreamLimits {
+        UpstreamLimits {
+            line_bytes: kib(128),
+            event_bytes: kib(128),
+            head_bytes: kib(16),
+            head_fields: const { NonZeroUsize::new(100).unwrap() },
+            whole_bytes: mib(1),
+        }
+    }
+}
+
+/// Whom to trust where an endpoint is `https`.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct UpstreamTls {
+    /// A PEM file of certificates to trust instead of the system's.
+    pub ca: Option<PathBuf>,
+}
+
+/// What clients may ask for at one path, and through which filters it goes.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Route {
+    /// The path: exact (`/v1/chat/stream`), or everything below one (`/files/*`).
+    pub path: PathText,
+    /// What is spoken there: `chat` (turns as event streams and WebSockets), `openai` (chat completions and the list of
+    /// models), or `proxy` (any HTTP, passed through). Default: `chat` for `/v1/chat/stream`, `openai` for
+    /// `/v1/chat/completions` and `/v1/models`, else `proxy`.
+    #[serde(default)]
+    pub kind: Option<Kind>,
+    /// Who answers: a name of `upstreams`.
+    pub upstream: String,
+    /// What turns go through, in this order. A filter is its name, or its name with settings; terms stand beside the name.
+    #[serde(default)]
+    pub filters: Vec<Step>,
+    /// Web pages that may call this route from a browser, e.g. `https://app.example.com`; or `any`. Pages of the gateway's own
+    /// host always may. Programs that are no browsers name no origin and are not held back by this.
+    #[serde(default)]
+    pub origins: Vec<Origin>,
+    /// The methods that are passed through, e.g. `[GET, POST]`; all if none is named. For `proxy` routes.
+    #[serde(default)]
+    pub methods: Vec<Method>,
+    /// Takes the route's path away from the request's before passing it on. For `proxy` routes that end in `/*`.
+    #[serde(default)]
+    pub strip_prefix: bool,
+    /// The models that `GET /v1/models` names. For `openai` routes.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// Limits of this route that differ from those of all routes.
+    #[serde(default)]
+    pub limits: RouteLimits,
+}
+
+/// A path, exact or with `/*` at its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PathText(pub(crate) String);
+
+impl FromStr for PathText {
+    type Err = String;
+    fn from_str(text: &str) -> Result<PathText, String> {
+        let base = text.strip_suffix("/*").unwrap_or(text);
+        let plain = base.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-._~!$&'()+,;=:@".contains(&b));
+        let whole = text == "/*" || base == "/" || (base.starts_with('/') && !base.ends_with('/'));
+        let steps = base.split('/').skip(1).all(|step| step != "." && step != ".." && (!step.is_empty() || base == "/"));
+        if plain && whole && (steps || text == "/*") && text.len() <= 256 {
+            Ok(PathText(text.to_owned()))
+        } else {
+            Err(format!("`{text}` is not a path: `/v1/chat/stream`, or `/files/*` for everything below `/files`"))
+        }
+    }
+}
+
+impl fmt::Display for PathText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+text!(PathText, { "type": "string", "pattern": "^/", "examples": ["/v1/chat/stream", "/files/*"] });
+
+/// What is spoken on a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Headgate's own turns: event streams and WebSockets.
+    Chat,
+    /// OpenAI's chat completions and list of models.
+    #[serde(rename = "openai")]
+    OpenAi,
+    /// Any HTTP, passed through.
+    Proxy,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Chat => "chat",
+            Kind::OpenAi => "openai",
+            Kind::Proxy => "proxy",
+        })
+    }
+}
+
+/// A web page's origin, or `any`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Every page.
+    Any,
+    /// Pages of this scheme, host and port, in lower case as browsers send it.
+    Is(String),
+}
+
+impl FromStr for Origin {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Origin, String> {
+        if text == "any" {
+            return Ok(Origin::Any);
+        }
+        let bad = || Err(format!("`{text}` is not an origin: scheme, host and perhaps a port, such as `https://app.example.com`, or `any`"));
+        let lower = text.to_ascii_lowercase();
+        let Some((scheme, rest)) = lower.split_once("://") else { return bad() };
+        let Ok(authority) = rest.parse::<http::uri::Authority>() else { return bad() };
+        if !matches!(scheme, "http" | "https") || rest.contains(['@', '*', '/']) || authority.host().is_empty() {
+            return bad();
+        }
+        // Browsers leave the scheme's own port away.
+        let rest = match (scheme, rest.strip_suffix(":80"), rest.strip_suffix(":443")) {
+            ("http", Some(host), _) | ("https", _, Some(host)) => host,
+            _ => rest,
+        };
+        Ok(Origin::Is(format!("{scheme}://{rest}")))
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Any => f.write_str("any"),
+            Origin::Is(origin) => f.write_str(origin),
+        }
+    }
+}
+text!(Origin, { "type": "string", "pattern": r"(^any$|^https?://[^/*@]+$|\$\{)", "examples": ["https://app.example.com", "any"] });
+
+/// An HTTP method.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Method(pub http::Method);
+
+impl FromStr for Method {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Method, String> {
+        match text {
+            "GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS" => {
+                text.parse().map(Method).map_err(|_| format!("`{text}` is not a method"))
+            }
+            _ => Err(format!("`{text}` is not one of GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")),
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+text!(Method, { "enum": ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] });
+
+/// Limits of one route that differ from those of all routes.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouteLimits {
+    /// From the end of a request's headers to the end of its body.
+    pub body: Option<Span>,
+    /// The largest request body. Up to `16MiB`.
+    pub body_bytes: Option<Bytes>,
+    /// Silence after which a heartbeat is sent.
+    pub heartbeat: Option<Span>,
+    /// The most text of one answer. Up to `64MiB`.
+    pub answer_bytes: Option<Bytes>,
+}
+
+/// An orchestrator in this process.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Orchestrator {
+    /// Where gateways connect.
+    pub listen: SocketAddr,
+    /// Who answers: a name of `upstreams`.
+    pub upstream: String,
+    /// Models that another upstream answers for: a model's name and a name of `upstreams`.
+    #[serde(default)]
+    pub models: BTreeMap<String, String>,
+    /// Whose verdicts count: `own` (the gateway in this process), a JWKS file (`file:keys/gateway.jwks.json`) or a JWKS URL.
+    #[serde(default)]
+    pub keys: VerdictKeys,
+    /// The issuer whose verdicts count: `policy.issuer` of the gateways. Default: this file's own.
+    #[serde(default)]
+    pub issuer: Option<String>,
+    /// How much is remembered of sessions.
+    #[serde(default)]
+    pub history: History,
+    /// How much is taken from gateways.
+    #[serde(default)]
+    pub limits: OrchestratorLimits,
+}
+
+/// Whose verdicts an orchestrator believes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum VerdictKeys {
+    /// Those of the gateway in this process.
+    #[default]
+    Own,
+    /// Those with keys in this JWKS file, as it was named.
+    File(PathBuf),
+    /// Those with keys published there.
+    Url(http::Uri),
+}
+
+impl FromStr for VerdictKeys {
+    type Err = String;
+    fn from_str(text: &str) -> Result<VerdictKeys, String> {
+        if text == "own" {
+            return Ok(VerdictKeys::Own);
+        }
+        if let Some(path) = text.strip_prefix("file:").filter(|path| !path.is_empty()) {
+            return Ok(VerdictKeys::File(path.into()));
+        }
+        match text.parse::<Endpoint>() {
+            Ok(Endpoint(uri)) => Ok(VerdictKeys::Url(uri)),
+            Err(_) => Err(format!("`{text}` is not `own`, a file (`file:keys/gateway.jwks.json`) or a URL (`http://gateway:9090/jwks.json`)")),
+        }
+    }
+}
+
+impl fmt::Display for VerdictKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VerdictKeys::Own => f.write_str("own"),
+            VerdictKeys::File(path) => write!(f, "file:{}", path.display()),
+            VerdictKeys::Url(uri) => write!(f, "{uri}"),
+        }
+    }
+}
+text!(VerdictKeys, { "type": "string", "pattern": r"^(own|file:.+|https?://.+|.*\$\{.*)$", "examples": ["own", "http://gateway:9090/jwks.json"] });
+
+/// How much an orchestrator remembers of sessions. The oldest is forgotten first.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct History {
+    /// Sessions.
+    pub sessions: usize,
+    /// Messages per session.
+    pub messages: usize,
+    /// Text per session.
+    pub session_bytes: Bytes,
+    /// Text of all sessions together.
+    pub bytes: Bytes,
+}
+
+impl Default for History {
+    fn default() -> History {
+        History { sessions: 10_000, messages: 128, session_bytes: kib(64), bytes: mib(256) }
+    }
+}
+
+/// How much an orchestrator takes from gateways.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OrchestratorLimits {
+    /// Connections at once; more wait in the system's queue.
+    pub connections: NonZeroUsize,
+    /// Turns open at once, over all connections.
+    pub turns: NonZeroUsize,
+    /// The longest a turn may take in all.
+    pub turn: Span,
+    /// The largest body of a request.
+    pub body_bytes: Bytes,
+    /// The most text of one answer.
+    pub answer_bytes: Bytes,
+}
+
+impl Default for OrchestratorLimits {
+    fn default() -> OrchestratorLimits {
+        OrchestratorLimits {
+            connections: const { NonZeroUsize::new(8192).unwrap() },
+            turns: const { NonZeroUsize::new(4096).unwrap() },
+            turn: minutes(10),
+            body_bytes: mib(1),
+            answer_bytes: mib(4),
+        }
+    }
+}
+
+/// The embedded small language model behind an OpenAI-compatible API: for demos and tests.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Slm {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// A GGUF file (llama architecture, F32 or Q8_0) instead of the embedded model.
+    #[serde(default)]
+    pub model: Option<PathBuf>,
+    /// Tokens per second of each turn at most, so that one can watch them come.
+    #[serde(default)]
+    pub pace: Option<f32>,
+}
+
+/// Logs and traces.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Observability {
+    /// The form of the log: `json` (default) or `text`. One line per turn; never what was said.
+    pub logs: Logs,
+    /// What is logged, e.g. `info` or `info,headgate_upstream=debug`. Default `info`.
+    pub level: Option<String>,
+    /// Where traces are sent: an OTLP collector over HTTP, e.g. `http://127.0.0.1:4318`.
+    pub otlp: Option<Endpoint>,
+    /// The share of traces that begin here and are sent, from 0 to 1. Default 1.
+    pub sampling: Option<f64>,
+}
+
+/// The form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Logs {
+    /// One JSON object per line.
+    #[default]
+    Json,
+    /// For people.
+    Text,
+}
+
+/// What happens to open turns when the process is told to stop.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Drain {
+    /// How long they may go on. Whoever starts and stops the process should wait two seconds longer.
+    pub timeout: Span,
+}
+
+impl Default for Drain {
+    fn default() -> Drain {
+        Drain { timeout: seconds(60) }
+    }
+}
