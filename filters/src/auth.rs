@@ -4,13 +4,7 @@
 //! random bits, so nobody can find it by trying, however fast; a slow hash would only let strangers burn our processor with
 //! wrong keys. Whoever invents keys of their own for people to remember must not use this.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    str::FromStr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use headgate_contracts::{Code, Credential, Fault, Principal, Prompt, Refusal, Stop, Subject, TenantId, Turn};
 use jsonwebtoken::{
@@ -324,11 +318,7 @@ impl table::Settings for Settings {
         }
         let tokens = self.jwks.as_deref().map(|url| self.tokens(url, tools, &mut problems));
         if self.jwks.is_none() {
-            let inert = [
-                ("audience", !self.audience.0.is_empty()),
-                ("issuer", self.issuer.is_some()),
-                ("tenant", self.tenant.is_some()),
-            ];
+            let inert = [("audience", !self.audience.0.is_empty()), ("issuer", self.issuer.is_some()), ("tenant", self.tenant.is_some())];
             for (name, _) in inert.into_iter().filter(|(_, written)| *written) {
                 problems.push(
                     Problem::new(name, format!("`{name}` without `jwks`: it is about tokens, and none are taken"))
@@ -493,9 +483,10 @@ impl Tokens {
     async fn check(&self, token: &str, now: u64) -> Result<Principal, Unfit> {
         // Not a JWT at all: no reason to ask anybody for keys.
         let header = jsonwebtoken::decode_header(token).map_err(|_| Unfit::Unknown)?;
-        let is_access_token = header.typ.as_deref().is_none_or(|typ| {
-            ["JWT", "at+jwt", "application/at+jwt"].iter().any(|known| typ.eq_ignore_ascii_case(known))
-        });
+        let is_access_token = header
+            .typ
+            .as_deref()
+            .is_none_or(|typ| ["JWT", "at+jwt", "application/at+jwt"].iter().any(|known| typ.eq_ignore_ascii_case(known)));
         // RFC 7515 section 4.1.11: what must be understood and is not, is refused. RFC 7797: unencoded payloads likewise.
         let is_plain = header.crit.is_none() && !header.extras.inner().contains_key("b64");
         if !(self.algorithms.contains(&header.alg) && is_access_token && is_plain) {
@@ -535,7 +526,9 @@ impl Tokens {
         let keys = match tokio::time::timeout(REFRESH_TIMEOUT, self.source.refresh(&self.url)).await {
             Ok(Ok(keys)) => keys,
             Ok(Err(fault)) => return Err(Unfit::Unchecked(fault)),
-            Err(_) => return Err(Unfit::Unchecked(Fault::upstream(Code::UpstreamTimeoutFirstByte).saying("keys could not be fetched in time"))),
+            Err(_) => {
+                return Err(Unfit::Unchecked(Fault::upstream(Code::UpstreamTimeoutFirstByte).saying("keys could not be fetched in time")));
+            }
         };
         *fetched = Some((Instant::now(), true));
         Ok(keys)
@@ -637,5 +630,347 @@ impl Filter for Authenticates {
             prompt.principal = self.0.check(&prompt.credential).await?;
             Ok(())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Mutex as StdMutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+    use headgate_contracts::Secret;
+    use jsonwebtoken::{EncodingKey, Header};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{built_with, problems, prompt, step, turn};
+
+    const NOW: u64 = 1_800_000_000;
+    const URL: &str = "https://id.example.com/jwks.json";
+
+    /// An identity provider: signs tokens, publishes keys, counts the fetches.
+    #[derive(Default)]
+    struct Provider {
+        cached: StdMutex<Option<Arc<Keys>>>,
+        published: StdMutex<Vec<Value>>,
+        fetches: AtomicUsize,
+        is_down: std::sync::atomic::AtomicBool,
+    }
+
+    impl KeySource for Provider {
+        fn keys(&self, url: &str) -> Option<Arc<Keys>> {
+            assert_eq!(url, URL);
+            self.cached.lock().unwrap().clone()
+        }
+        fn refresh<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Arc<Keys>, Fault>> {
+            self.fetches.fetch_add(1, Ordering::Relaxed);
+            if self.is_down.load(Ordering::Relaxed) {
+                return Box::pin(std::future::ready(Err(Fault::upstream(Code::UpstreamConnectFailed))));
+            }
+            let keys = Arc::new(self.keys_now());
+            *self.cached.lock().unwrap() = Some(keys.clone());
+            Box::pin(std::future::ready(Ok(keys)))
+        }
+    }
+
+    impl Provider {
+        fn keys_now(&self) -> Keys {
+            Keys::from_jwks(json!({ "keys": *self.published.lock().unwrap() }).to_string().as_bytes()).unwrap()
+        }
+        fn publish(&self, key: &Signer) {
+            self.published.lock().unwrap().push(key.jwk.clone());
+        }
+    }
+
+    struct Signer {
+        key: EncodingKey,
+        algorithm: Algorithm,
+        kid: String,
+        jwk: Value,
+    }
+
+    impl Signer {
+        fn of(kid: &str, pair: &rcgen::KeyPair, algorithm: Algorithm) -> Signer {
+            let der = pair.serialize_der();
+            let key = match algorithm {
+                Algorithm::ES256 => EncodingKey::from_ec_der(&der),
+                Algorithm::EdDSA => EncodingKey::from_ed_der(&der),
+                _ => EncodingKey::from_rsa_pem(pair.serialize_pem().as_bytes()).unwrap(),
+            };
+            let mut jwk = match algorithm {
+                Algorithm::EdDSA => json!({ "kty": "OKP", "crv": "Ed25519", "x": URL_SAFE_NO_PAD.encode(pair.public_key_raw()) }),
+                _ => serde_json::to_value(Jwk::from_encoding_key(&key, algorithm).unwrap()).unwrap(),
+            };
+            jwk["kid"] = kid.into();
+            Signer { key, algorithm, kid: kid.into(), jwk }
+        }
+        fn es256(kid: &str) -> Signer {
+            Signer::of(kid, &rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap(), Algorithm::ES256)
+        }
+        fn header(&self) -> Header {
+            Header { kid: Some(self.kid.clone()), ..Header::new(self.algorithm) }
+        }
+        fn sign(&self, claims: &Value) -> String {
+            jsonwebtoken::encode(&self.header(), claims, &self.key).unwrap()
+        }
+    }
+
+    fn claims() -> Value {
+        json!({ "iss": "https://id.example.com/", "aud": "chat", "sub": "auth0|17", "tenant": "acme",
+                "exp": NOW + 60, "nbf": NOW - 60, "scope": "chat:send chat:read" })
+    }
+
+    fn with(name: &str, value: impl Into<Value>) -> Value {
+        let mut claims = claims();
+        claims[name] = value.into();
+        claims
+    }
+
+    fn without(name: &str) -> Value {
+        let mut claims = claims();
+        claims.as_object_mut().unwrap().remove(name);
+        claims
+    }
+
+    fn tools(provider: Arc<Provider>) -> Tools<'static> {
+        Tools { keys: provider, now: || NOW, ..Tools::none() }
+    }
+
+    const TOKENS: &str = "auth: { jwks: 'https://id.example.com/jwks.json', audience: chat, scopes: [chat:send] }";
+
+    fn door(provider: &Arc<Provider>) -> Arc<dyn Admit> {
+        built_with(TOKENS, &tools(provider.clone())).admit.unwrap()
+    }
+
+    async fn admit(door: &Arc<dyn Admit>, token: &str) -> Result<Principal, Code> {
+        door.admit(&Credential::Bearer(Secret::new(token))).await.map_err(|stop| stop.code())
+    }
+
+    fn provider(key: &Signer) -> Arc<Provider> {
+        let provider = Arc::new(Provider::default());
+        provider.publish(key);
+        *provider.cached.lock().unwrap() = Some(Arc::new(provider.keys_now()));
+        provider
+    }
+
+    #[tokio::test]
+    async fn a_good_token_says_who_asks() {
+        let key = Signer::es256("a");
+        let principal = admit(&door(&provider(&key)), &key.sign(&claims())).await.unwrap();
+        assert_eq!((principal.tenant.as_str(), principal.subject.as_str()), ("acme", "auth0|17"));
+        assert_eq!(principal.scopes, ["chat:send", "chat:read"]);
+        assert_eq!(principal.expires, Some(NOW + 60));
+    }
+
+    #[tokio::test]
+    async fn every_algorithm_with_two_keys_is_taken_where_it_is_listed() {
+        let rsa = rcgen::KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, rcgen::RsaKeySize::_2048).unwrap();
+        let ed = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let ec = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        for (pair, algorithm) in [(&rsa, Algorithm::RS256), (&ed, Algorithm::EdDSA), (&ec, Algorithm::ES256)] {
+            let key = Signer::of("k", pair, algorithm);
+            assert!(admit(&door(&provider(&key)), &key.sign(&claims())).await.is_ok(), "{algorithm:?}");
+            let listed = "auth: { jwks: 'https://id.example.com/jwks.json', audience: chat, algorithms: [PS512] }";
+            let strict = built_with(listed, &tools(provider(&key))).admit.unwrap();
+            assert_eq!(admit(&strict, &key.sign(&claims())).await, Err(Code::Unauthenticated), "{algorithm:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_with_anything_wrong_is_refused_without_a_reason() {
+        let key = Signer::es256("a");
+        let door = door(&provider(&key));
+        for wrong in [
+            with("iss", "https://evil.example.com/"),
+            with("iss", "https://id.example.com.evil.net/"),
+            with("iss", "https://id.example.com@evil.net/"),
+            with("iss", json!(["https://id.example.com/"])),
+            with("aud", "another"),
+            with("aud", json!([])),
+            with("aud", json!(["another", "third"])),
+            with("sub", ""),
+            with("sub", 17),
+            with("tenant", "a b"),
+            with("tenant", json!(["acme"])),
+            with("exp", format!("{}", NOW + 60)),
+            with("exp", -1),
+            with("exp", 1e300),
+            with("exp", Value::Null),
+            with("nbf", NOW + LEEWAY + 1),
+            with("nbf", "soon"),
+            without("exp"),
+            without("iss"),
+            without("aud"),
+            without("sub"),
+            without("tenant"),
+        ] {
+            // An empty subject is a subject: it is hashed like every name that is none.
+            let expected = if wrong["sub"] == "" { Ok(()) } else { Err(Code::Unauthenticated) };
+            assert_eq!(admit(&door, &key.sign(&wrong)).await.map(|_| ()), expected, "{wrong}");
+        }
+        assert_eq!(admit(&door, &key.sign(&with("scope", "chat:read"))).await, Err(Code::PermissionDenied));
+        assert_eq!(admit(&door, &key.sign(&with("exp", NOW - LEEWAY))).await, Err(Code::TokenExpired));
+        assert!(admit(&door, &key.sign(&with("exp", NOW - LEEWAY + 1))).await.is_ok());
+        assert!(admit(&door, &key.sign(&with("aud", json!(["x", "chat"])))).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn forged_tokens_are_refused() {
+        let (key, other) = (Signer::es256("a"), Signer::es256("a"));
+        let provider = provider(&key);
+        let door = door(&provider);
+        let good = key.sign(&claims());
+        let b64 = |text: &str| URL_SAFE_NO_PAD.encode(text);
+        let [header, payload, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!() };
+        let headed = |header: Value| format!("{}.{payload}.{signature}", b64(&header.to_string()));
+        let sign = |header: Header, claims: &Value| jsonwebtoken::encode(&header, claims, &key.key).unwrap();
+        let hmac = {
+            // The public key as the secret of a symmetric algorithm: the oldest confusion.
+            let secret = EncodingKey::from_secret(key.jwk.to_string().as_bytes());
+            jsonwebtoken::encode(&Header { kid: Some("a".into()), ..Header::new(Algorithm::HS256) }, &claims(), &secret).unwrap()
+        };
+        let twice = {
+            let json = claims().to_string().replacen('{', "{\"tenant\":\"evil\",", 1);
+            let message = format!("{header}.{}", b64(&json));
+            let signed = jsonwebtoken::crypto::sign(message.as_bytes(), &key.key, Algorithm::ES256).unwrap();
+            format!("{message}.{signed}")
+        };
+        for (what, token) in [
+            ("signed by another", other.sign(&claims())),
+            ("none", headed(json!({ "alg": "none", "kid": "a" }))),
+            ("NoNe", headed(json!({ "alg": "NoNe", "kid": "a" }))),
+            ("no algorithm", headed(json!({ "kid": "a" }))),
+            ("symmetric", hmac),
+            ("another algorithm", headed(json!({ "alg": "ES384", "kid": "a" }))),
+            ("key brought along", headed(json!({ "alg": "ES256", "jwk": other.jwk }))),
+            ("crit", sign(Header { crit: Some(vec!["b64".into()]), ..key.header() }, &claims())),
+            ("another type", sign(Header { typ: Some("policy-verdict+jwt".into()), ..key.header() }, &claims())),
+            ("kid as a path", headed(json!({ "alg": "ES256", "kid": "../../etc/passwd" }))),
+            ("a claim twice", twice),
+            ("padded", format!("{good}=")),
+            ("four parts", format!("{good}.x")),
+            ("two parts", format!("{header}.{payload}")),
+            ("no signature", format!("{header}.{payload}.")),
+            ("JSON", claims().to_string()),
+            ("empty", String::new()),
+            ("too long", format!("{header}.{}.{signature}", "A".repeat(MAX_TOKEN_BYTES))),
+        ] {
+            assert_eq!(admit(&door, &token).await.map(|_| ()), Err(Code::Unauthenticated), "{what}");
+        }
+        for at in 0..good.len() {
+            let mut bytes = good.clone().into_bytes();
+            bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
+            let changed = String::from_utf8(bytes).unwrap();
+            assert!(admit(&door, &changed).await.is_err(), "byte {at}");
+        }
+        assert!(admit(&door, &good).await.is_ok());
+        assert!(door.admit(&Credential::None).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_key_is_fetched_once_however_many_ask() {
+        let (old, new) = (Signer::es256("old"), Signer::es256("new"));
+        let provider = provider(&old);
+        let door = door(&provider);
+        let token = new.sign(&claims());
+        for _ in 0..100 {
+            assert_eq!(admit(&door, &token).await, Err(Code::Unauthenticated));
+        }
+        assert_eq!(provider.fetches.load(Ordering::Relaxed), 1);
+        // The provider has rotated meanwhile; the next fetch is due after the pause.
+        provider.publish(&new);
+        tokio::time::advance(REFRESH_PAUSE).await;
+        let all = ask_at_once(&door, &token, 20).await;
+        assert!(all.iter().all(Result::is_ok));
+        assert_eq!(provider.fetches.load(Ordering::Relaxed), 2);
+    }
+
+    async fn ask_at_once(door: &Arc<dyn Admit>, token: &str, n: usize) -> Vec<Result<Principal, Code>> {
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..n {
+            let (door, token) = (door.clone(), token.to_owned());
+            tasks.spawn(async move { admit(&door, &token).await });
+        }
+        tasks.join_all().await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_keys_nobody_is_let_in_and_nobody_is_told_that_they_are_unknown() {
+        let key = Signer::es256("a");
+        let provider = Arc::new(Provider::default());
+        provider.publish(&key);
+        provider.is_down.store(true, Ordering::Relaxed);
+        let door = door(&provider);
+        assert_eq!(admit(&door, &key.sign(&claims())).await, Err(Code::Overloaded));
+        provider.is_down.store(false, Ordering::Relaxed);
+        tokio::time::advance(RETRY_PAUSE).await;
+        assert!(admit(&door, &key.sign(&claims())).await.is_ok());
+        assert_eq!(admit(&door, "no token at all").await, Err(Code::Unauthenticated));
+        assert_eq!(provider.fetches.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn an_api_key_says_who_asks_until_it_ends() {
+        let yaml = |expires: &str| {
+            format!(
+                "auth: {{ keys: [{{ key: '{}', tenant: acme, subject: ci, scopes: [chat:send]{expires} }}] }}",
+                KeyHash::of("hg_secret")
+            )
+        };
+        let door = |expires: &str| built_with(&yaml(expires), &tools(Arc::default())).admit.unwrap();
+        let principal = admit(&door(""), "hg_secret").await.unwrap();
+        assert_eq!((principal.tenant.as_str(), principal.subject.as_str(), principal.expires), ("acme", "ci", None));
+        assert_eq!(admit(&door(""), "hg_secret2").await, Err(Code::Unauthenticated));
+        assert_eq!(admit(&door(""), &KeyHash::of("hg_secret").to_string()).await, Err(Code::Unauthenticated));
+        assert_eq!(admit(&door(", expires: 2027-01-15"), "hg_secret").await, Err(Code::TokenExpired));
+        assert!(admit(&door(", expires: 2027-01-16"), "hg_secret").await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_filter_puts_the_principal_on_the_prompt() {
+        let yaml = format!("auth: {{ keys: [{{ key: '{}', tenant: acme }}] }}", KeyHash::of("hg_secret"));
+        let rule = built_with(&yaml, &Tools::none()).rule;
+        let mut prompt = prompt("hello");
+        assert_eq!(rule.start(&mut turn()).prompt(&mut prompt).await.unwrap_err().code(), Code::Unauthenticated);
+        prompt.credential = Credential::Bearer(Secret::new("hg_secret"));
+        rule.start(&mut turn()).prompt(&mut prompt).await.unwrap();
+        assert_eq!(prompt.principal.tenant.as_str(), "acme");
+    }
+
+    #[test]
+    fn settings_that_let_in_nobody_or_anybody_are_refused() {
+        let at = |yaml: &str| problems(yaml).into_iter().map(|problem| problem.at).collect::<Vec<_>>();
+        assert_eq!(at("auth"), ["auth"]);
+        assert_eq!(at("auth: { jwks: 'http://id.example.com/jwks', audience: chat }"), ["auth.jwks"]);
+        assert_eq!(at("auth: { jwks: 'http://localhost.evil.net/jwks', audience: chat }"), ["auth.jwks"]);
+        assert_eq!(at("auth: { jwks: 'https://id.example.com/jwks' }"), ["auth.audience"]);
+        assert_eq!(at("auth: { keys: [], audience: chat }"), ["auth", "auth.audience"]);
+        assert_eq!(at("auth: { jwks: 'http://127.0.0.1:9000/jwks', audience: chat }\nmode: shadow\non_fault: pass"), ["mode", "on_fault"]);
+    }
+
+    #[test]
+    fn a_key_in_the_clear_is_refused_and_not_repeated() {
+        let error = serde_saphyr::from_str::<crate::Step>("auth: { keys: [{ key: hg_secret, tenant: acme }] }").unwrap_err();
+        assert!(error.to_string().contains("never the key itself"));
+        let shown = format!("{:?}", step(&format!("auth: {{ keys: [{{ key: '{}', tenant: acme }}] }}", KeyHash::of("hg_secret"))));
+        assert!(!shown.contains("hg_secret") && !shown.contains(&KeyHash::of("hg_secret").to_string()), "{shown}");
+    }
+
+    #[test]
+    fn of_a_key_set_only_what_can_check_a_signature_is_kept() {
+        let key = Signer::es256("a").jwk;
+        let mut encryption = key.clone();
+        encryption["use"] = "enc".into();
+        let set = json!({ "keys": [
+            { "kty": "oct", "k": "c2VjcmV0", "kid": "symmetric" }, { "kty": "RSA", "n": "AQAB", "e": "AQAB", "kid": "short" },
+            { "kty": "new-kind" }, 17, encryption, key,
+        ] });
+        assert_eq!(Keys::from_jwks(set.to_string().as_bytes()).unwrap().0.len(), 1);
+        for bad in ["", "[]", "{}", "{\"keys\": {}}", "{\"keys\": []}"] {
+            assert!(Keys::from_jwks(bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 }

@@ -69,7 +69,6 @@ impl Filter for Waits {}
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::testing::{built, problems, turn};
 
     #[test]

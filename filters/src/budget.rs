@@ -35,7 +35,8 @@ impl table::Settings for Settings {
         for (limit, rule) in [by_tokens, by_bytes].into_iter().flatten() {
             if limit == 0 {
                 let at = rule.trim_start_matches("budget.");
-                problems.push(Problem::new(at, "0: no answer could have a word").expected("a limit above 0").remedy(format!("remove `{at}`")));
+                problems
+                    .push(Problem::new(at, "0: no answer could have a word").expected("a limit above 0").remedy(format!("remove `{at}`")));
             }
         }
         match [by_tokens, by_bytes].into_iter().flatten().min() {

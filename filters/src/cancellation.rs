@@ -89,9 +89,7 @@ impl table::Settings for Settings {
     fn build(&self, _: &Tools<'_>) -> Result<Parts, Vec<Problem>> {
         let mut problems = Vec::new();
         if self.deadline.0.is_zero() {
-            problems.push(
-                Problem::new("deadline", "`0ms`: no turn could begin").expected("a duration above 0").remedy("set e.g. `10min`"),
-            );
+            problems.push(Problem::new("deadline", "`0ms`: no turn could begin").expected("a duration above 0").remedy("set e.g. `10min`"));
         }
         if let OnDisconnect::Grace(time) | OnDisconnect::Drain(time) = self.on_disconnect.0 {
             let (written, deadline) = (self.on_disconnect, self.deadline);

@@ -11,7 +11,8 @@ use std::{
 };
 
 use headgate_contracts::{
-    Category, Channel, Code, Content, Finding, Lane, MAX_FINDINGS, Message, Outcome, Prompt, Record, Refusal, Role, Source, Stage, Stop, Turn,
+    Category, Channel, Code, Content, Finding, Lane, MAX_FINDINGS, Message, Outcome, Prompt, Record, Refusal, Role, Source, Stage, Stop,
+    Turn,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de};
@@ -227,8 +228,14 @@ impl table::Settings for Settings {
         // The matcher's last rule is its own: text stretched by invisible characters beyond what can be held.
         names.push(Named { category: Category::PromptInjection, rule: "moderation.mask.invisible".into() });
         let with = if self.with == DEFAULT_WITH { Cow::Borrowed(DEFAULT_WITH) } else { Cow::Owned(self.with.clone()) };
-        let moderation =
-            Moderation { matcher, names, with, prompt: self.prompt, exempt: self.exempt.clone(), checks_answer: self.answer == OnAnswer::Check };
+        let moderation = Moderation {
+            matcher,
+            names,
+            with,
+            prompt: self.prompt,
+            exempt: self.exempt.clone(),
+            checks_answer: self.answer == OnAnswer::Check,
+        };
         if !moderation.whole([moderation.with.as_ref()]).edits.hits.is_empty() {
             return Err(vec![
                 Problem::new("with", "the replacement is itself found by the lists")
@@ -260,9 +267,7 @@ impl Settings {
             );
         }
         if self.prompt == OnPrompt::Off && self.answer == OnAnswer::Off {
-            problems.push(
-                Problem::new("answer", "`off`, and `prompt` too, so nothing would be looked at").remedy("remove one of the two"),
-            );
+            problems.push(Problem::new("answer", "`off`, and `prompt` too, so nothing would be looked at").remedy("remove one of the two"));
         }
         if !self.mask.is_empty() && self.prompt != OnPrompt::Check && self.answer == OnAnswer::Off {
             problems.push(
@@ -276,7 +281,9 @@ impl Settings {
         if self.with.is_empty() || self.with.len() > MAX_WITH_BYTES {
             problems.push(
                 Problem::new("with", format!("{} bytes", self.with.len()))
-                    .expected(format!("1 to {MAX_WITH_BYTES} bytes: with nothing between them, the neighbours of masked text could form a new word"))
+                    .expected(format!(
+                        "1 to {MAX_WITH_BYTES} bytes: with nothing between them, the neighbours of masked text could form a new word"
+                    ))
                     .remedy("remove `with`: the default is `•••`"),
             );
         }
@@ -344,7 +351,9 @@ impl Lists {
     /// A file: one phrase a line, `/pattern/` lines, `#` comments; `category: name` holds for the lines below it. A phrase
     /// that begins with one of these signs is written with a backslash before it.
     fn file(&mut self, at: &str, path: &Path, action: Action, mut category: Category, tools: &Tools<'_>) -> Result<(), Vec<Problem>> {
-        let unread = |found: String| vec![Problem::new(at, found).expected("a text file of phrases, one a line").remedy("mend the path or the file")];
+        let unread = |found: String| {
+            vec![Problem::new(at, found).expected("a text file of phrases, one a line").remedy("mend the path or the file")]
+        };
         let text = (tools.read)(path).map_err(|error| unread(format!("cannot read {}: {error}", path.display())))?;
         if text.len() > MAX_FILE_BYTES {
             return Err(unread(format!("{} is larger than 4MiB", path.display())));
@@ -576,10 +585,9 @@ impl Check<'_> {
             self.message(message)?;
         }
         if !exempt.contains(&Role::System) {
-            for value in [&mut prompt.settings.tools, &mut prompt.settings.tool_choice, &mut prompt.settings.response_format] {
-                if let Some(value) = value {
-                    self.value(value)?;
-                }
+            let settings = &mut prompt.settings;
+            for value in [&mut settings.tools, &mut settings.tool_choice, &mut settings.response_format].into_iter().flatten() {
+                self.value(value)?;
             }
             for stop in &mut prompt.settings.stop {
                 self.text(stop)?;
@@ -600,10 +608,8 @@ impl Check<'_> {
             }
             None => {}
         }
-        for name in [&mut message.name, &mut message.tool_call_id] {
-            if let Some(text) = name {
-                self.text(text)?;
-            }
+        for name in [&mut message.name, &mut message.tool_call_id].into_iter().flatten() {
+            self.text(name)?;
         }
         match &mut message.tool_calls {
             Some(calls) => self.value(calls),
@@ -698,4 +704,256 @@ fn masked(text: &str, start: u64, masks: &[Mask], with: &str) -> String {
     }
     out.push_str(text.get(at..).unwrap_or_default());
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use headgate_contracts::{Batch, Part, SessionId, TurnId};
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        Chain, LocalLedger,
+        testing::{built_with, chain_of, check, check_chain, ended, problems, prompt, step, text_of, turn},
+    };
+
+    const DENY: &str = "moderation: { deny: [{ phrase: bomb }] }";
+    const MASK: &str = "moderation: { mask: [{ phrase: secret }] }";
+    const BOTH: &str = "moderation: { deny: [{ phrase: bomb }], mask: [{ phrase: secret }, email] }";
+
+    #[test]
+    fn a_word_cut_over_chunks_is_masked() {
+        check(MASK, "a secret b", "a ••• b");
+        check(MASK, "SE\u{200b}CRET", "•••");
+        check(MASK, "secre", "secre");
+        check(BOTH, "write to bob@example.com, it is secret", "write to •••, it is •••");
+    }
+
+    #[test]
+    fn an_answer_is_cut_before_what_is_denied() {
+        check(DENY, "a bomb b", "a !moderation.deny");
+        check(BOTH, "a secret bomb b", "a ••• !moderation.deny");
+        check("moderation: { deny: [{ phrase: bomb }], answer: off }", "a bomb b", "a bomb b");
+    }
+
+    #[test]
+    fn what_one_moderation_leaves_the_next_one_sees() {
+        check_chain(&[MASK, "moderation: { deny: [{ phrase: secret }] }"], "a secret b", "a ••• b");
+        check_chain(&["moderation: { deny: [{ phrase: secret }] }", MASK], "a secret b", "a !moderation.deny");
+    }
+
+    #[test]
+    fn text_of_one_channel_never_forms_a_word_with_another() {
+        let mut chain = chain_of(&[DENY]);
+        let mut batch = Batch::new();
+        let reasoning = Lane { channel: Channel::Reasoning, ..Lane::DEFAULT };
+        for (lane, text) in [(Lane::DEFAULT, "bo"), (reasoning, "mb"), (Lane::DEFAULT, "w"), (reasoning, "x bomb!")] {
+            batch.push_text(lane, text);
+        }
+        let end = chain.pass(&mut batch);
+        assert_eq!((text_of(&batch, Lane::DEFAULT), text_of(&batch, reasoning)), ("bow".into(), "mbx ".into()));
+        assert_eq!(end.unwrap_err().code(), Code::PolicyDenied);
+    }
+
+    #[test]
+    fn what_was_found_is_on_the_record_and_no_text_is() {
+        let mut chain = chain_of(&["moderation: { deny: [{ phrase: bomb, category: indiscriminate_weapons }], mask: [email] }"]);
+        let mut batch = Batch::new();
+        batch.push_text(Lane { channel: Channel::ToolArguments(0), choice: 0 }, "ask a@example.com ");
+        batch.push_text(Lane::DEFAULT, "about the bomb!");
+        let end = chain.pass(&mut batch);
+        let Err(Stop::Refused(refusal)) = &end else { panic!("{end:?}") };
+        assert_eq!(refusal.categories, [Category::IndiscriminateWeapons]);
+        let mut record = Record::default();
+        drop(chain.end(end, &mut Batch::new(), &mut record));
+        assert_eq!(record.outcome, Outcome::Blocked);
+        let found: Vec<_> = record.findings.iter().map(|f| (f.category, f.stage, f.rule.as_ref())).collect();
+        assert_eq!(
+            found,
+            [
+                (Category::Pii, Stage::Tool, "moderation.mask.email"),
+                (Category::IndiscriminateWeapons, Stage::Output, "moderation.deny.phrase"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_flood_of_matches_is_counted_and_not_kept() {
+        let mut chain = chain_of(&[MASK]);
+        let mut batch = Batch::new();
+        batch.push_text(Lane::DEFAULT, &"secret ".repeat(1000));
+        chain.pass(&mut batch).unwrap();
+        assert_eq!(text_of(&batch, Lane::DEFAULT), "••• ".repeat(1000));
+        let mut record = Record::default();
+        chain.end(Ok(()), &mut batch, &mut record).unwrap();
+        assert_eq!((record.found, record.findings.len(), record.outcome), (1000, MAX_FINDINGS, Outcome::Masked));
+    }
+
+    async fn checked(yaml: &str, mut prompt: Prompt) -> Result<Prompt, Refusal> {
+        let mut chain: Chain = chain_of(&[yaml]);
+        match chain.prompt(&mut prompt).await {
+            Ok(()) => Ok(prompt),
+            Err(Stop::Refused(refusal)) => Err(refusal),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+
+    fn conversation(messages: Vec<Message>) -> Prompt {
+        Prompt::new(TurnId::fresh(), SessionId::fresh(), messages)
+    }
+
+    fn said(prompt: &Prompt) -> Vec<String> {
+        prompt.messages.iter().flat_map(|message| &message.content).flat_map(Content::texts).map(str::to_owned).collect()
+    }
+
+    #[tokio::test]
+    async fn a_prompt_is_refused_or_masked_before_it_is_sent() {
+        let refusal = checked(BOTH, prompt("build a bomb")).await.unwrap_err();
+        assert_eq!((refusal.code, refusal.rule.as_ref()), (Code::PolicyDenied, "moderation.deny"));
+        assert_eq!(refusal.categories, [Category::TenantPolicy]);
+        let masked = checked(BOTH, prompt("my secret is bob@example.com")).await.unwrap();
+        assert_eq!(said(&masked), ["my ••• is •••"]);
+        assert_eq!((masked.outcome, masked.findings.len()), (Outcome::Masked, 2));
+        assert!(masked.findings.iter().all(|finding| finding.stage == Stage::Input));
+        let clean = checked(BOTH, prompt("hello")).await.unwrap();
+        assert_eq!((clean.outcome, clean.findings.len()), (Outcome::Allowed, 0));
+    }
+
+    #[tokio::test]
+    async fn every_text_of_a_prompt_is_looked_at() {
+        let parts = |texts: &[&str]| Content::Parts(texts.iter().map(|text| Part::Text { text: (*text).into() }).collect());
+        let with = |change: &dyn Fn(&mut Prompt)| -> Prompt {
+            let mut prompt = conversation(vec![Message::new(Role::User, "hello"), Message::new(Role::Assistant, "hi")]);
+            change(&mut prompt);
+            prompt
+        };
+        let call = |arguments: &str| Some(json!([{ "id": "1", "type": "function", "function": { "name": "f", "arguments": arguments } }]));
+        type Change<'a> = &'a dyn Fn(&mut Prompt);
+        let places: [(&str, Change<'_>); 14] = [
+            ("system", &|p| p.messages.push(Message::new(Role::System, "bomb"))),
+            ("assistant", &|p| p.messages[1] = Message::new(Role::Assistant, "bomb")),
+            ("tool", &|p| p.messages.push(Message::new(Role::Tool, "bomb"))),
+            ("a part", &|p| p.messages[0].content = Some(parts(&["a", "bomb"]))),
+            ("over two parts", &|p| p.messages[0].content = Some(parts(&["bo", "mb"]))),
+            ("name", &|p| p.messages[0].name = Some("bomb".into())),
+            ("call id", &|p| p.messages[1].tool_call_id = Some("bomb".into())),
+            ("arguments", &|p| p.messages[1].tool_calls = call("{\"a\":\"bomb\"}")),
+            ("escaped", &|p| p.messages[1].tool_calls = call("{\"a\":\"\\u0062omb\"}")),
+            ("a member's name", &|p| p.messages[1].tool_calls = call("{\"bomb\":1}")),
+            ("broken JSON", &|p| p.messages[1].tool_calls = call("{\"a\":\"bomb")),
+            ("function name", &|p| p.messages[1].tool_calls = Some(json!([{ "function": { "name": "bomb" } }]))),
+            ("tools", &|p| p.settings.tools = Some(json!([{ "function": { "description": "bomb" } }]))),
+            ("stop", &|p| p.settings.stop = vec!["bomb".into()]),
+        ];
+        for (place, change) in places {
+            assert!(checked(DENY, with(change)).await.is_err(), "{place}");
+        }
+        assert!(checked(DENY, with(&|_| {})).await.is_ok());
+        let exempt = "moderation: { deny: [{ phrase: bomb }], exempt: [system] }";
+        assert!(checked(exempt, with(&|p| p.messages.push(Message::new(Role::System, "no bomb")))).await.is_ok());
+        assert!(checked(exempt, with(&|p| p.messages.push(Message::new(Role::Tool, "bomb")))).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn masks_in_prompts_stand_where_the_text_stood() {
+        let parts = ["my se", "cret and ", "secret", "s"].map(|text| Part::Text { text: text.into() });
+        let message = Message { content: Some(Content::Parts(parts.to_vec())), ..Message::new(Role::User, "") };
+        let masked = checked(MASK, conversation(vec![message])).await.unwrap();
+        assert_eq!(said(&masked), ["my •••", " and ", "•••", "s"]);
+
+        let arguments = r#"{"to":"a\u0040example.com","card":4111111111111111,"n":7}"#;
+        let mut message = Message::new(Role::Assistant, "");
+        message.tool_calls = Some(json!([{ "function": { "name": "f", "arguments": arguments } }]));
+        let masked = checked("moderation: { mask: [email, credit_card] }", conversation(vec![message])).await.unwrap();
+        let calls = masked.messages[0].tool_calls.clone().unwrap();
+        assert_eq!(calls[0]["function"]["arguments"], r#"{"to":"•••","card":"•••","n":7}"#);
+    }
+
+    #[tokio::test]
+    async fn a_member_written_twice_in_arguments_is_sent_once() {
+        let mut message = Message::new(Role::Assistant, "");
+        message.tool_calls = Some(json!([{ "function": { "arguments": r#"{"a":"bomb","a":"x"}"# } }]));
+        let sent = checked(DENY, conversation(vec![message])).await.unwrap();
+        assert_eq!(sent.messages[0].tool_calls.clone().unwrap()[0]["function"]["arguments"], r#"{"a":"x"}"#);
+    }
+
+    #[tokio::test]
+    async fn where_prompts_are_not_masked_findings_are_still_recorded() {
+        let flagged =
+            checked("moderation: { deny: [{ phrase: bomb }], mask: [email], prompt: deny }", prompt("a@example.com")).await.unwrap();
+        assert_eq!((said(&flagged), flagged.outcome), (vec!["a@example.com".to_owned()], Outcome::Flagged));
+        let off = checked("moderation: { deny: [{ phrase: bomb }], prompt: off }", prompt("bomb")).await.unwrap();
+        assert_eq!((off.outcome, off.findings.len()), (Outcome::Allowed, 0));
+    }
+
+    fn reading(files: &'static [(&'static str, &'static str)]) -> Tools<'static> {
+        let read: &'static dyn Fn(&Path) -> io::Result<String> = Box::leak(Box::new(move |path: &Path| {
+            let found = files.iter().find(|(name, _)| Path::new(name) == path);
+            found.map(|(_, text)| (*text).to_owned()).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+        }));
+        Tools { read, ledger: Arc::new(LocalLedger::new()), ..Tools::none() }
+    }
+
+    #[test]
+    fn a_file_has_phrases_patterns_comments_and_categories() {
+        let tools = reading(&[("rules/deny.txt", "\u{feff}# ours\nplain\n\ncategory: privacy\n/x[0-9]{2}/\n\\#tag\n  spaced out  \n")]);
+        let built = built_with("moderation: { deny: [rules/deny.txt] }", &tools);
+        for (text, category) in [
+            ("a plain b", Some(Category::TenantPolicy)),
+            ("a X42 b", Some(Category::Privacy)),
+            ("a #tag b", Some(Category::Privacy)),
+            ("a spaced out b", Some(Category::Privacy)),
+            ("# ours x4 tag category", None),
+        ] {
+            let (_, end) = crate::testing::run(crate::chain(std::slice::from_ref(&built), &mut turn()), &[text]);
+            let found = end.err().map(|stop| match stop {
+                Stop::Refused(refusal) => refusal.categories[0],
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(found, category, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_told_by_its_line() {
+        let tools = reading(&[("a.txt", "ok\ncategory: privcy\n/[a/\n"), ("b.txt", "# nothing\n"), ("c.txt", "ok\n/a*/\n")]);
+        let told = |yaml: &str| step(yaml).build(&tools).unwrap_err().iter().map(Problem::to_string).collect::<Vec<_>>().join("\n");
+        assert!(
+            told("moderation: { deny: [a.txt] }")
+                .contains("moderation.deny[0] (a.txt line 2): unknown category `privcy`, did you mean `privacy`?")
+        );
+        assert!(told("moderation: { deny: [b.txt, gone.txt] }").contains("b.txt has no phrase in it"));
+        assert!(told("moderation: { deny: [b.txt, gone.txt] }").contains("moderation.deny[1]: cannot read gone.txt"));
+        let unbounded = told("moderation: { deny: [c.txt] }");
+        assert!(unbounded.starts_with("moderation.deny[0] (c.txt line 2): the pattern \"a*\""), "{unbounded}");
+    }
+
+    #[test]
+    fn settings_that_would_do_nothing_are_refused() {
+        let at = |yaml: &str| problems(yaml).into_iter().map(|problem| problem.at).collect::<Vec<_>>();
+        assert_eq!(at("moderation"), ["moderation"]);
+        assert_eq!(at("moderation: { mask: [email], prompt: off, answer: off }"), ["moderation.answer", "moderation.mask"]);
+        assert_eq!(at("moderation: { mask: [email], prompt: deny }"), ["moderation.prompt"]);
+        assert_eq!(at("moderation: { mask: [email], with: '' }"), ["moderation.with"]);
+        assert_eq!(at("moderation: { mask: [email], with: a@example.com }"), ["moderation.with"]);
+        assert_eq!(at("moderation: { mask: [email], deny: [email] }"), ["moderation.mask[0]"]);
+        assert_eq!(at("moderation: { mask: [email] }\nmax_held: 100B"), ["max_held"]);
+        assert_eq!(at("moderation: { mask: [email] }\nlate: release"), ["late"]);
+        let error = serde_saphyr::from_str::<crate::Step>("moderation: { mask: [emial] }").unwrap_err().to_string();
+        assert!(error.contains("did you mean `email`?"), "{error}");
+    }
+
+    #[test]
+    fn a_replacement_of_ones_own_is_shown() {
+        check("moderation: { mask: [{ phrase: secret }], with: '[hidden]' }", "a secret", "a [hidden]");
+        assert_eq!(ended(MASK, &["a sec", "ret"]).0, "a •••");
+    }
+
+    #[test]
+    fn the_lists_never_show_in_debug_output() {
+        let shown = format!("{:?}", step("moderation: { deny: [{ phrase: hunter2 }, '/hunter[0-9]/'] }"));
+        assert!(!shown.contains("hunter"), "{shown}");
+    }
 }

@@ -32,11 +32,14 @@ pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("content-digest")
 pub fn strip_forged(headers: &mut HeaderMap) -> usize {
     // Names in a HeaderMap are lower case already.
     let forged: Vec<HeaderName> = headers.keys().filter(|name| is_forged(name.as_str())).cloned().collect();
-    forged.iter().map(|name| {
-        let fields = headers.get_all(name).iter().count();
-        headers.remove(name);
-        fields
-    }).sum()
+    forged
+        .iter()
+        .map(|name| {
+            let fields = headers.get_all(name).iter().count();
+            headers.remove(name);
+            fields
+        })
+        .sum()
 }
 
 fn is_forged(name: &str) -> bool {
@@ -191,5 +194,144 @@ impl Filter for Signs {
             signed.map_err(|error| tracing::error!(turn_id = who.turn, %error, "output verdict not signed")).ok()
         });
         record.seal = Some(seal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use headgate_contracts::{Batch, Source, Subject, TenantId};
+    use headgate_policy::{
+        ANY_TENANT, AUDIT, Constitution, Direction, Entry, Expect, Issuer, LEEWAY, Memory, ORCHESTRATOR, Policy, Rejected, Replays, Ring,
+    };
+
+    use super::*;
+    use crate::{
+        Chain,
+        testing::{built_with, problems, prompt, turn},
+    };
+
+    const NOW: u64 = 1_800_000_000;
+
+    fn policy() -> (PolicyInForce, Arc<Ring>) {
+        let ring = Arc::new(Ring::generate(NOW).unwrap());
+        let con = Constitution::from_markdown("1. Be kind.").unwrap().hash();
+        let issuer = Issuer { iss: "headgate".into(), pol: Policy { id: "default".into(), ver: "2026-11-21".into() }, con };
+        (PolicyInForce { signer: ring.clone(), issuer }, ring)
+    }
+
+    fn chain(policy: &PolicyInForce) -> Chain {
+        let tools = Tools { policy: Some(policy.clone()), now: || NOW, ..Tools::none() };
+        crate::chain(&[built_with("policy_headers", &tools)], &mut turn())
+    }
+
+    fn finding(category: Category, stage: Stage) -> Finding {
+        Finding { category, source: Source::Rule, stage, score: 1.0, rule: "r".into() }
+    }
+
+    #[tokio::test]
+    async fn a_dispatch_is_signed_over_its_exact_bytes_and_accepted_once() {
+        let (policy, ring) = policy();
+        let mut prompt = prompt("hello");
+        prompt.principal.tenant = "acme".parse::<TenantId>().unwrap();
+        prompt.principal.subject = "u1".parse::<Subject>().unwrap();
+        prompt.outcome = Outcome::Masked;
+        prompt.findings = vec![finding(Category::Pii, Stage::Input); 3];
+        chain(&policy).prompt(&mut prompt).await.unwrap();
+        let seal = prompt.seal.clone().unwrap();
+        let dispatch = Dispatch { method: "POST", path: "/v1/conversation/stream", body: b"{}" };
+        let headers = seal(&prompt, &dispatch).unwrap();
+        assert_eq!(headers[POLICY_VERSION], "2026-11-21");
+        assert_eq!(headers[CONSTITUTION_HASH], policy.issuer.con.to_string());
+        assert_eq!(headers[CONTENT_DIGEST], Digest::of(b"{}").to_string());
+
+        let policy_key = Ring::generate(NOW).unwrap();
+        let registry = Memory::new(10);
+        let entry = Entry::first(ANY_TENANT, "2026-11-21", policy.issuer.con, NOW);
+        registry.install(&policy_key.sign_entry(&entry).unwrap(), &policy_key.verifier(), NOW).unwrap();
+        let replays = Replays::new(100);
+        let (session, turn) = (prompt.session.to_string(), prompt.turn.to_string());
+        let expect = |body: &[u8]| Expect {
+            iss: "headgate",
+            aud: ORCHESTRATOR,
+            dir: Direction::Input,
+            tid: "acme",
+            sid: &session,
+            turn: &turn,
+            htm: Some("POST"),
+            htu: Some("/v1/conversation/stream"),
+            body: Digest::of(body),
+            now: NOW,
+            leeway: LEEWAY,
+        };
+        let token = headers[POLICY_VERDICT].to_str().unwrap();
+        let verifier = ring.verifier();
+        assert_eq!(verifier.verify(token, &expect(b"{} "), &registry, &replays).unwrap_err(), Rejected::Digest);
+        let claims = verifier.verify(token, &expect(b"{}"), &registry, &replays).unwrap();
+        assert_eq!((claims.dec, claims.cat), (Decision::Redact, vec!["pii".to_owned()]));
+        assert_eq!(claims.trc, Some(prompt.trace.trace_id_hex()));
+        assert_eq!(verifier.verify(token, &expect(b"{}"), &registry, &replays).unwrap_err(), Rejected::Replayed);
+        // A retry is a dispatch of its own.
+        let again = seal(&prompt, &dispatch).unwrap();
+        assert!(verifier.verify(again[POLICY_VERDICT].to_str().unwrap(), &expect(b"{}"), &registry, &replays).is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_client_learns_the_policy_in_force_and_gets_a_verdict_on_what_it_was_sent() {
+        let (policy, ring) = policy();
+        let (mut chain, mut prompt, mut head) = (chain(&policy), prompt("hello"), Head::default());
+        chain.prompt(&mut prompt).await.unwrap();
+        chain.head(&mut head).unwrap();
+        assert_eq!(head.headers[POLICY_VERSION], "2026-11-21");
+        assert_eq!(head.headers[CONSTITUTION_HASH], policy.issuer.con.to_string());
+        let mut record = Record::default();
+        chain.end(Ok(()), &mut Batch::new(), &mut record).unwrap();
+        // What other filters found is known only when the seal is used.
+        record.raise(Outcome::Blocked);
+        record.find(finding(Category::Hate, Stage::Output));
+        record.find(finding(Category::Pii, Stage::Input));
+        let emitted = Digest::of("safe prefix".as_bytes());
+        let token = record.seal.clone().unwrap()(&record, *emitted.as_bytes()).unwrap();
+        let claims = ring.verifier().open(&token, NOW);
+        let claims = claims.unwrap();
+        assert_eq!((claims.dir, claims.aud.as_str(), claims.dec), (Direction::Output, AUDIT, Decision::Deny));
+        assert_eq!((claims.bdg, claims.cat, claims.turn), (emitted, vec!["hate".to_owned()], prompt.turn.to_string()));
+    }
+
+    #[test]
+    fn without_a_policy_there_is_nothing_to_say() {
+        assert!(problems("policy_headers")[0].to_string().contains("constitution: constitution.md"));
+    }
+
+    #[test]
+    fn what_only_this_gateway_may_say_is_deleted_in_every_spelling() {
+        let mut headers = HeaderMap::new();
+        for forged in [
+            "Policy-Verdict",
+            "policy-verdict",
+            "POLICY_VERSION",
+            "x-policy-mode",
+            "X_Policy_Mode",
+            "constitution-hash",
+            "Constitution_Hash",
+            "x-constitution-hash",
+            "content-digest",
+            "Content_Digest",
+            "X-Content-Digest",
+            "x-gw-tenant",
+            "x_gw_tenant",
+            "x-headgate-turn",
+            "X_Headgate-Turn",
+        ] {
+            headers.append(HeaderName::from_bytes(forged.as_bytes()).unwrap(), HeaderValue::from_static("forged"));
+        }
+        let honest =
+            ["authorization", "content-type", "permissions-policy", "x-policyholder", "digest", "traceparent", "x-request-id", "policy"];
+        for name in honest {
+            headers.append(name, HeaderValue::from_static("honest"));
+        }
+        assert_eq!(strip_forged(&mut headers), 15);
+        assert!(headers.values().all(|value| value == "honest"));
+        assert_eq!(headers.len(), honest.len());
+        assert_eq!(strip_forged(&mut headers), 0);
     }
 }

@@ -56,9 +56,7 @@ impl table::Settings for Settings {
 
     fn build(&self, tools: &Tools<'_>) -> Result<Parts, Vec<Problem>> {
         if self.streams == Some(0) {
-            return Err(vec![
-                Problem::new("streams", "0: no turn could begin").expected("a number above 0").remedy("remove `streams`"),
-            ]);
+            return Err(vec![Problem::new("streams", "0: no turn could begin").expected("a number above 0").remedy("remove `streams`")]);
         }
         if self.requests.is_none() && self.output_tokens.is_none() && self.streams.is_none() {
             return Err(vec![
@@ -508,9 +506,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_flood_of_accounts_is_bounded_and_still_limited() {
         let ledger = LocalLedger::keeping(1_000);
-        let refused = (0..50_000)
-            .filter(|n| ledger.take_now(&Account::new(format!("{n}")), rate("5/h"), 1) != Taken::Yes)
-            .count();
+        let refused = (0..50_000).filter(|n| ledger.take_now(&Account::new(format!("{n}")), rate("5/h"), 1) != Taken::Yes).count();
         assert!(ledger.meter(rate("5/h")).limiter.len() <= 1_000 + SWEEP_USES as usize + CROWDS as usize);
         // 256 crowds of 5 an hour are far fewer than 49,000.
         assert!(refused > 40_000, "{refused}");

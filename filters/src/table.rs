@@ -14,7 +14,7 @@ use headgate_contracts::Turn;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
     Deserialize, Deserializer,
-    de::{self, MapAccess, Visitor, value::MapDeserializer},
+    de::{self, DeserializeSeed, MapAccess, Visitor, value::MapDeserializer},
 };
 
 use crate::{
@@ -186,11 +186,8 @@ impl Step {
             problems.push(Problem::new("on_fault", found).expected("refuse").remedy("remove `on_fault`"));
         }
         if !fits.hold {
-            let written = [
-                ("max_hold", terms.max_hold.is_some()),
-                ("max_held", terms.max_held.is_some()),
-                ("late", terms.late == Late::Release),
-            ];
+            let written =
+                [("max_hold", terms.max_hold.is_some()), ("max_held", terms.max_held.is_some()), ("late", terms.late == Late::Release)];
             for (term, _) in written.into_iter().filter(|(_, written)| *written) {
                 let found = format!("`{name}` never holds text, so `{term}` would do nothing");
                 problems.push(Problem::new(term, found).remedy(format!("remove `{term}`")));
@@ -326,9 +323,14 @@ fn misplaced(steps: &[Step]) -> Vec<Problem> {
             problems.push(Problem::new(&at, format!("`{name}` stands at [{before}] already")).remedy("remove one of the two"));
         }
         let Some(auth) = steps.iter().position(|step| matches!(step.spec, Spec::Auth(_))) else { continue };
-        if index < auth && matches!(step.spec, Spec::RateLimit(_)) {
+        let harm = match step.spec {
+            Spec::RateLimit(_) => "all clients would share one limit",
+            Spec::PolicyHeaders(_) => "answers would be signed for nobody",
+            _ => continue,
+        };
+        if index < auth {
             problems.push(
-                Problem::new(at, format!("`{name}` stands before `auth` at [{auth}], so all clients would share one limit"))
+                Problem::new(at, format!("`{name}` stands before `auth` at [{auth}], so {harm}"))
                     .expected("`auth` first")
                     .remedy(format!("move `{name}` below `auth`")),
             );
@@ -344,18 +346,32 @@ fn unknown_filter<E: de::Error>(name: &str) -> E {
     E::custom(format_args!("unknown filter `{name}`{near}; filters: {}", Spec::NAMES.join(", ")))
 }
 
-/// A key of a step's map. A type of its own, so that a format that keeps positions points at the key.
-struct Key(&'static str);
+/// The next key of a step's map, where it may stand after those seen. It is refused while it is read, so that a format that
+/// keeps positions points at the key and not at the step.
+struct Key<'a> {
+    seen: &'a [&'static str],
+}
 
-impl<'de> Deserialize<'de> for Key {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Key, D::Error> {
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    type Value = &'static str;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<&'static str, D::Error> {
         let name = Cow::<'de, str>::deserialize(from)?;
-        let known = Spec::NAMES.iter().chain(&TERMS).find(|known| **known == name);
-        known.map(|name| Key(name)).ok_or_else(|| {
+        let Some(known) = Spec::NAMES.iter().chain(&TERMS).find(|known| **known == name).copied() else {
             let near = did_you_mean(&name, Spec::NAMES.iter().chain(&TERMS).copied());
             let (filters, terms) = (Spec::NAMES.join(", "), TERMS.join(", "));
-            de::Error::custom(format_args!("unknown filter or term `{name}`{near}; filters: {filters}; terms: {terms}"))
-        })
+            return Err(de::Error::custom(format_args!("unknown filter or term `{name}`{near}; filters: {filters}; terms: {terms}")));
+        };
+        if self.seen.contains(&known) {
+            return Err(de::Error::custom(format_args!("`{known}` stands twice in one step")));
+        }
+        let first = self.seen.iter().find(|seen| Spec::NAMES.contains(seen));
+        match first.filter(|_| Spec::NAMES.contains(&known)) {
+            Some(first) => {
+                Err(de::Error::custom(format_args!("`{first}` and `{known}` in one step; begin `{known}` with a dash of its own")))
+            }
+            None => Ok(known),
+        }
     }
 }
 
@@ -376,10 +392,7 @@ impl<'de> Deserialize<'de> for Step {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Step, A::Error> {
                 let (mut spec, mut terms, mut seen) = (None::<Spec>, Terms::default(), Vec::new());
-                while let Some(Key(key)) = map.next_key()? {
-                    if seen.contains(&key) {
-                        return Err(de::Error::custom(format_args!("`{key}` stands twice in one step")));
-                    }
+                while let Some(key) = map.next_key_seed(Key { seen: &seen })? {
                     seen.push(key);
                     match key {
                         "mode" => terms.mode = map.next_value()?,
@@ -387,20 +400,11 @@ impl<'de> Deserialize<'de> for Step {
                         "max_held" => terms.max_held = map.next_value()?,
                         "late" => terms.late = map.next_value()?,
                         "on_fault" => terms.on_fault = map.next_value()?,
-                        name => match &spec {
-                            None => spec = Some(Spec::read(name, &mut map)?),
-                            Some(first) => {
-                                let first = first.name();
-                                return Err(de::Error::custom(format_args!(
-                                    "`{first}` and `{name}` in one step; begin `{name}` with a dash of its own"
-                                )));
-                            }
-                        },
+                        name => spec = Some(Spec::read(name, &mut map)?),
                     }
                 }
-                let spec = spec.ok_or_else(|| {
-                    de::Error::custom(format_args!("a step without a filter; filters: {}", Spec::NAMES.join(", ")))
-                })?;
+                let spec =
+                    spec.ok_or_else(|| de::Error::custom(format_args!("a step without a filter; filters: {}", Spec::NAMES.join(", "))))?;
                 Ok(Step { spec, terms })
             }
         }
@@ -426,5 +430,121 @@ impl JsonSchema for Step {
             }));
         }
         json_schema!({ "anyOf": forms })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{problems, step, turn};
+
+    const DENY: &str = "moderation: { deny: [{ phrase: bomb }] }";
+
+    fn refused(yaml: &str) -> String {
+        serde_saphyr::from_str::<Vec<Step>>(yaml).expect_err(yaml).to_string()
+    }
+
+    #[test]
+    fn a_step_is_a_name_or_a_map_with_terms_beside_it_in_any_order() {
+        for yaml in ["budget: { output_tokens: 5 }\nmode: shadow", "mode: shadow\nbudget: { output_tokens: 5 }"] {
+            let step = step(yaml);
+            assert_eq!((step.name(), step.terms.mode), ("budget", Mode::Shadow));
+        }
+        let terms = step(&format!("{DENY}\nmax_hold: 80ms\nmax_held: 32KiB\nlate: release\non_fault: pass")).terms;
+        assert_eq!(terms.max_hold(), Some(Duration::from_millis(80)));
+        assert_eq!((terms.max_held(), terms.late, terms.on_fault), (32 << 10, Late::Release, OnFault::Pass));
+        for yaml in ["policy_headers", "policy_headers:", "policy_headers: {}"] {
+            assert_eq!(step(yaml).name(), "policy_headers");
+        }
+    }
+
+    #[test]
+    fn faults_of_form_point_at_their_line_and_column() {
+        for (yaml, line, column, words) in [
+            ("- trace\n- moderatoin: {}", 2, 3, "did you mean `moderation`?"),
+            ("- trace\n- polcy_headers", 2, 3, "did you mean `policy_headers`?"),
+            ("- budget: { output_tokens: 5 }\n  max_hol: 5s", 2, 3, "did you mean `max_hold`?"),
+            ("- budget:\n    output_tokens: 5\n    output_byte: 5", 3, 5, "output_byte"),
+            ("- budget:\n    output_tokens: many", 2, 20, "many"),
+            ("- cancellation: { deadline: 10 }", 1, 29, "`10` is not a duration"),
+            ("- auth: { jwks: x }\n  mode: shadowy", 2, 9, "shadowy"),
+            ("- moderation:\n    deny: [rules/a.txt]\n    mask: [emial]", 3, 12, "did you mean `email`?"),
+            ("- rate_limit: { requests: 60/min }\n  budget: { output_tokens: 5 }", 2, 3, "`rate_limit` and `budget` in one step"),
+            ("- mode: shadow", 1, 3, "a step without a filter"),
+        ] {
+            let error = serde_saphyr::from_str::<Vec<Step>>(yaml).expect_err(yaml);
+            let place = error.location().map(|at| (at.line(), at.column()));
+            assert!(error.to_string().contains(words), "{yaml}: {error}");
+            assert_eq!(place, Some((line, column)), "{yaml}: {error}");
+        }
+        assert!(refused("- nonsense").contains("filters: trace, backpressure"));
+        assert!(refused("- 17").contains("a filter's name"));
+    }
+
+    #[test]
+    fn steps_read_from_json_too() {
+        let step: Step = serde_json::from_str(r#"{"budget":{"output_tokens":5},"mode":"shadow"}"#).unwrap();
+        assert_eq!(step, self::step("budget: { output_tokens: 5 }\nmode: shadow"));
+        assert!(serde_json::from_str::<Step>(r#"{"budget":{"output_tokens":5},"budget":{"output_tokens":6}}"#).is_err());
+    }
+
+    #[test]
+    fn terms_that_would_do_nothing_or_contradict_each_other_are_refused() {
+        let at = |yaml: &str| problems(yaml).into_iter().map(|problem| problem.at).collect::<Vec<_>>();
+        assert_eq!(at("trace: {}\nmode: shadow\non_fault: pass\nmax_hold: 5ms"), ["mode", "on_fault", "max_hold"]);
+        assert_eq!(at("budget: { output_tokens: 5 }\nlate: release\nmax_held: 5B"), ["max_held", "late"]);
+        assert_eq!(at(&format!("{DENY}\nlate: release")), ["late"]);
+        assert_eq!(at(&format!("{DENY}\nmax_hold: 0s\nmax_held: 1B")), ["max_hold", "max_held"]);
+    }
+
+    #[test]
+    fn the_defaults_stand_in_every_chain_once() {
+        let names = |yaml: &str| {
+            let steps: Vec<Step> = serde_saphyr::from_str(yaml).unwrap();
+            with_defaults(steps).iter().map(Step::name).collect::<Vec<_>>()
+        };
+        assert_eq!(names("[]"), DEFAULTS);
+        assert_eq!(names("- budget: { output_tokens: 5 }\n- trace"), ["backpressure", "cancellation", "budget", "trace"]);
+    }
+
+    fn build(yaml: &str) -> Result<Vec<Built>, Vec<String>> {
+        let steps: Vec<Step> = serde_saphyr::from_str(yaml).unwrap();
+        build_chain(&steps, &Tools::none()).map_err(|problems| problems.iter().map(Problem::to_string).collect())
+    }
+
+    #[test]
+    fn a_chain_tells_all_its_problems_at_once_by_their_places() {
+        let problems = build("- budget\n- rate_limit: { streams: 0 }\n  mode: shadow\n- trace\n- trace\n- auth").unwrap_err();
+        let places: Vec<_> = problems.iter().map(|problem| problem.split(": ").next().unwrap()).collect();
+        assert_eq!(places, ["[0].budget", "[1].rate_limit.streams", "[4].auth", "[1].rate_limit", "[3].trace"]);
+    }
+
+    #[test]
+    fn a_built_chain_knows_its_worst_delay_and_its_worst_unverified_bytes() {
+        let built = build(&format!("- {DENY}\n  max_hold: 80ms\n  late: release\n- budget: {{ output_tokens: 5 }}")).unwrap();
+        let facts: Vec<_> = built.iter().map(|b| (b.name, b.worst_delay(), b.worst_unverified_bytes())).collect();
+        let none = Some(Duration::ZERO);
+        assert_eq!(
+            facts,
+            [
+                ("trace", none, 0),
+                ("backpressure", none, 0),
+                ("cancellation", none, 0),
+                ("moderation", Some(Duration::from_millis(80)), 64 << 10),
+                ("budget", none, 0),
+            ]
+        );
+        let strict = build(&format!("- {DENY}")).unwrap();
+        assert_eq!((strict[3].worst_delay(), strict[3].worst_unverified_bytes()), (None, 0));
+        let chain = chain(&strict, &mut turn());
+        assert_eq!(chain.gates().iter().map(Gate::name).collect::<Vec<_>>(), ["trace", "backpressure", "cancellation", "moderation"]);
+    }
+
+    #[test]
+    fn the_schema_knows_every_filter_and_every_term() {
+        let schema = serde_json::to_string(&schemars::schema_for!(Vec<Step>)).unwrap();
+        for word in Spec::NAMES.iter().chain(&TERMS) {
+            assert!(schema.contains(&format!("\"{word}\"")), "{word}");
+        }
     }
 }

@@ -112,7 +112,7 @@ pub(crate) fn chunkings(text: &str) -> Vec<Vec<&str>> {
             .iter()
             .map(|_| {
                 state = state.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(1);
-                (state >> 33) % one_in == 0
+                (state >> 33).is_multiple_of(one_in)
             })
             .collect();
         ways.push(by(&|index| chance[index]));

@@ -69,7 +69,7 @@ impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let millis = self.0.as_millis();
         for (factor, unit) in [(86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s")] {
-            if millis > 0 && millis % factor == 0 {
+            if millis > 0 && millis.is_multiple_of(factor) {
                 return write!(f, "{}{unit}", millis / factor);
             }
         }
@@ -95,17 +95,16 @@ impl FromStr for Bytes {
             };
             number.checked_mul(factor)
         });
-        bytes.map(Bytes).ok_or(NotAQuantity {
-            found: text.into(),
-            expected: "a size: a whole number and a unit (B, KiB, MiB, GiB), such as `64KiB`",
-        })
+        bytes
+            .map(Bytes)
+            .ok_or(NotAQuantity { found: text.into(), expected: "a size: a whole number and a unit (B, KiB, MiB, GiB), such as `64KiB`" })
     }
 }
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (factor, unit) in [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
-            if self.0 > 0 && self.0 % factor == 0 {
+            if self.0 > 0 && self.0.is_multiple_of(factor) {
                 return write!(f, "{}{unit}", self.0 / factor);
             }
         }
@@ -144,15 +143,18 @@ impl FromStr for Rate {
             let count = u32::try_from(number.checked_mul(scale)?).ok().filter(|count| *count > 0)?;
             Some(Rate { count, per: Duration::from_secs(per) })
         });
-        rate.ok_or(NotAQuantity { found: text.into(), expected: "a rate: a number above 0, perhaps with k or M, and /s, /min, /h or /d, such as `60/min` or `100k/min`" })
+        rate.ok_or(NotAQuantity {
+            found: text.into(),
+            expected: "a rate: a number above 0, perhaps with k or M, and /s, /min, /h or /d, such as `60/min` or `100k/min`",
+        })
     }
 }
 
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (count, scale) = match self.count {
-            count if count % 1_000_000 == 0 => (count / 1_000_000, "M"),
-            count if count % 1_000 == 0 => (count / 1_000, "k"),
+            count if count.is_multiple_of(1_000_000) => (count / 1_000_000, "M"),
+            count if count.is_multiple_of(1_000) => (count / 1_000, "k"),
             count => (count, ""),
         };
         let per = match self.per.as_secs() {
