@@ -10,7 +10,7 @@ use crate::wire::chat::{Done, ErrorEvent, Gap, Open, TurnRequest};
 use crate::wire::conversation::{self, StepAnswer};
 use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
 use crate::wire::problem::{self, Problem};
-use crate::{Code, Message, Retry, Usage};
+use crate::{Code, Message, Retry, TurnId, Usage};
 
 /// All documents, as file name and content.
 ///
@@ -92,6 +92,27 @@ struct ToolEvent {
     /// Which answer of several; absent: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     choice: Option<u16>,
+}
+
+/// A frame from the gateway to the orchestrator.
+#[derive(JsonSchema)]
+#[schemars(tag = "type", rename_all = "snake_case")]
+#[allow(dead_code, reason = "the schema is all it is for; the orchestrator reads them")]
+enum DispatchFrame {
+    /// Dispatches a turn.
+    Turn {
+        /// Which.
+        turn_id: TurnId,
+        /// The body that a request would have, as a string: the verdict binds exactly its bytes.
+        payload: String,
+        /// The headers that a request would have.
+        headers: BTreeMap<String, String>,
+    },
+    /// Stops a turn.
+    Stop {
+        /// Which.
+        turn_id: TurnId,
+    },
 }
 
 /// A request for a chat completion: the members that are understood. Others are dropped.
@@ -285,6 +306,7 @@ fn openapi() -> Value {
     ]);
     let gateway = json!(["gateway"]);
     let orchestrator = json!(["orchestrator"]);
+    let probes = json!(["gateway", "orchestrator"]);
     json!({
         "openapi": "3.1.0",
         "info": {"title": "Headgate", "version": env!("CARGO_PKG_VERSION"), "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
@@ -329,6 +351,10 @@ fn openapi() -> Value {
                 "post": {"operationId": "stepConversation", "summary": "runs a turn and answers in one object", "tags": orchestrator, "parameters": dispatch, "requestBody": body("ConversationRequest"),
                     "responses": responses(json!({"200": {"description": "the answer", "content": {"application/json": {"schema": reference("StepAnswer")}}}}), &[DISPATCH, &[Code::UpstreamStalled]])},
             },
+            "/healthz": {"get": {"operationId": "isAlive", "summary": "whether the process is alive", "security": [], "tags": probes,
+                "responses": {"200": {"description": "it is"}}}},
+            "/readyz": {"get": {"operationId": "isReady", "summary": "whether new turns are taken", "security": [], "tags": probes,
+                "responses": {"200": {"description": "they are"}, "503": {"description": "they are not: it starts, or drains, or lacks what it needs"}}}},
             "/v1/conversation/turns/{turn_id}/cancel": {
                 "post": {"operationId": "cancelConversation", "summary": "cancels a turn, whether or not it is known", "tags": orchestrator, "parameters": [turn_id()],
                     "responses": responses(json!({"202": {"description": "it is not running any more, or will not be soon"}}), &[&[Code::InvalidRequest]])},
@@ -356,6 +382,7 @@ fn asyncapi() -> Value {
     message("error", "the answer failed", components.subschema_for::<ErrorEvent>().to_value());
     message("turn", "begins a turn", components.subschema_for::<TurnRequest>().to_value());
     message("frame", "a frame from the client", components.subschema_for::<ClientFrameShape>().to_value());
+    message("dispatch", "a frame from the gateway", components.subschema_for::<DispatchFrame>().to_value());
     message("conversation", "a dispatch of the gateway", components.subschema_for::<conversation::Body<'static>>().to_value());
 
     let events = ["open", "text", "tool", "usage", "gap", "done", "error"];
@@ -380,6 +407,7 @@ fn asyncapi() -> Value {
         "channels": {
             "chatStream": channel("/v1/chat/stream", "one turn over HTTP, answered by server-sent events", &with("turn", &events)),
             "chatSocket": channel("/v1/chat/stream", &format!("many turns over one WebSocket, subprotocol {SUBPROTOCOL}"), &with("frame", &events)),
+            "conversationSocket": channel("/v1/conversation/stream", "several dispatches over one WebSocket", &with("dispatch", &upstream_events)),
             "conversationStream": channel("/v1/conversation/stream", "one dispatch to the orchestrator, answered by server-sent events", &with("conversation", &upstream_events)),
         },
         "operations": {
@@ -387,6 +415,8 @@ fn asyncapi() -> Value {
             "sendEvents": operation("send", "chatStream", "the gateway answers it", &events),
             "receiveFrames": operation("receive", "chatSocket", "a client sends frames", &["frame"]),
             "sendFrames": operation("send", "chatSocket", "the gateway answers them", &events),
+            "receiveDispatches": operation("receive", "conversationSocket", "the orchestrator takes dispatches, and stops them", &["dispatch"]),
+            "sendDispatchEvents": operation("send", "conversationSocket", "the orchestrator answers them", &upstream_events),
             "receiveConversation": operation("receive", "conversationStream", "the orchestrator takes a dispatch", &["conversation"]),
             "sendConversationEvents": operation("send", "conversationStream", "the orchestrator answers it", &upstream_events),
         },

@@ -60,13 +60,16 @@ impl From<SseError> for Fault {
     }
 }
 
+/// The room that is kept while nothing is unfinished.
+const KEPT_BYTES: usize = 4 << 10;
+
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// Reads frames out of bytes.
 ///
 /// `push` what was read, then call `next` until it gives `None`. A frame with one line of data is lent straight from the
-/// buffer. Memory: [`Limits::max_event`], a line end, and the largest push. Work: every byte is looked at a fixed number of
-/// times, even when they come one by one.
+/// buffer. Memory: [`Limits::max_event`] twice, and the largest push; 4 KiB while nothing is unfinished. Work: every byte is
+/// looked at a fixed number of times, even when they come one by one.
 ///
 /// ```
 /// # use headgate_contracts::wire::sse::{Decoder, Limits};
@@ -164,7 +167,10 @@ impl Decoder {
         }
         match self.advance() {
             Ok(Some(fields)) => Ok(Some(self.lend(fields))),
-            Ok(None) => Ok(None),
+            Ok(None) => {
+                self.give_back();
+                Ok(None)
+            }
             Err(error) => {
                 self.failed = Some(error);
                 self.buffer = Vec::new();
@@ -296,6 +302,23 @@ impl Decoder {
     fn drop_idle_line(&mut self) {
         if matches!(self.fields, Fields { data: Data::None, event: None, id: None }) {
             self.frame = self.line;
+        }
+    }
+
+    /// Gives back the room that a burst took, once all of it has been lent: streams are idle most of the time.
+    fn give_back(&mut self) {
+        if self.frame == self.buffer.len() && self.buffer.capacity() > KEPT_BYTES {
+            self.buffer = Vec::new();
+            self.start_frame(0);
+        }
+        let is_joining = matches!(self.fields.data, Data::Joined);
+        if !is_joining && self.joined.capacity() > KEPT_BYTES {
+            self.joined = Vec::new();
+        }
+        for text in &mut self.replaced_text {
+            if text.capacity() > KEPT_BYTES {
+                *text = String::new();
+            }
         }
     }
 
@@ -540,6 +563,20 @@ mod tests {
             assert!(round == 0 || now == room, "round {round}: {now} bytes, before it {room}");
             room = now;
         }
+    }
+
+    #[test]
+    fn what_a_burst_took_is_given_back() {
+        let mut decoder = Decoder::new(Limits::default());
+        let mut burst = b"data: \xff\ndata: b\n\n".repeat(10_000);
+        burst.extend_from_slice(&[&b"data: a\ndata: "[..], &[0xff; 60_000], b"\n\n:\r"].concat());
+        decoder.push(&burst);
+        while decoder.next().unwrap().is_some() {}
+        let kept =
+            decoder.buffer.capacity() + decoder.joined.capacity() + decoder.replaced_text.iter().map(String::capacity).sum::<usize>();
+        assert!(kept <= 5 * KEPT_BYTES, "{kept} bytes");
+        decoder.push(b"\ndata: x\n\n");
+        assert_eq!(decoder.next().unwrap().map(|frame| frame.data.to_owned()).as_deref(), Some("x"));
     }
 
     #[test]
