@@ -11,7 +11,7 @@ use headgate_contracts::{
         problem::{self, Problem},
     },
 };
-use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited, combinators::UnsyncBoxBody};
 use hyper::body::{Body as _, Incoming};
 use tokio::time::timeout;
@@ -35,6 +35,10 @@ pub(crate) const STREAM: &str = "/v1/conversation/stream";
 const STEP: &str = "/v1/conversation/step";
 /// `POST`, with `{id}/cancel` behind it: stops a turn.
 const TURNS: &str = "/v1/conversation/turns/";
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// A longer one is nobody's key.
+const MAX_IDEMPOTENCY_KEY_BYTES: usize = 256;
 
 /// Answers one request. A panic costs this request alone.
 pub(crate) async fn answer(
@@ -128,6 +132,8 @@ pub(crate) fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched
         );
         return Err(Refused(fault.into(), Some(prompt.turn)));
     }
+    let key = verify::only(headers, &IDEMPOTENCY_KEY)?.and_then(|key| key.to_str().ok());
+    prompt.idempotency_key = key.filter(|key| key.len() <= MAX_IDEMPOTENCY_KEY_BYTES).map(str::to_owned);
     for name in [verify::VERDICT, verify::VERSION, verify::CONSTITUTION] {
         if let Some(value) = headers.get(&name) {
             prompt.headers.insert(name, value.clone());

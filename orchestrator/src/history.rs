@@ -124,6 +124,11 @@ impl History {
         self.bounds.session_bytes
     }
 
+    /// Whether messages like these can be remembered at all.
+    pub(crate) fn takes(&self, messages: &[Message]) -> bool {
+        messages.len() < self.bounds.messages && messages.iter().map(size).sum::<usize>() <= self.bounds.session_bytes
+    }
+
     /// What the model is to be sent for `new`: as it is where the client keeps the conversation, else after what is remembered.
     ///
     /// System messages in `new` stand in place of remembered ones, and a question whose answer was cut stands in place of itself.

@@ -62,6 +62,7 @@ impl Orchestrator {
     /// Adds the orchestrator's metrics to what is exported.
     pub fn register(&self, registry: &mut prometheus_client::registry::Registry) {
         self.metrics.register(registry);
+        registry.register_collector(Box::new(metrics::Upstreams(self.models.all().cloned().collect())));
     }
 
     /// Believes verdicts signed with these keys from now on: call it when the gateway's keys rotate.

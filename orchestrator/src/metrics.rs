@@ -1,9 +1,19 @@
 //! What operators see of the orchestrator: what it decided, how turns ended, how many are open, how fast they begin.
 
+use std::fmt;
+
 use headgate_contracts::{Code, End, ErrorType};
+use headgate_upstream::{EndpointHealth, Stats, Upstream};
 use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+    },
     registry::{Registry, Unit},
 };
 
@@ -138,6 +148,50 @@ impl Metrics {
             Err(stop) => (stop.word(), stop.code().as_str()),
         };
         self.turns.get_or_create(&Ended { route: route.as_str(), end, code }).inc();
+    }
+}
+
+/// What the upstreams of the models count, read when it is asked for.
+#[derive(Debug)]
+pub(crate) struct Upstreams(pub(crate) Vec<Upstream>);
+
+type Read = fn(&Stats) -> u64;
+
+/// Name, help, and where it stands.
+const UPSTREAM_COUNTERS: [(&str, &str, Read); 6] = [
+    ("orchestrator_model_opened", "Turns for which a model was asked", |stats| stats.opened.get()),
+    ("orchestrator_model_retried", "Turns for which a second endpoint was asked", |stats| stats.retried.get()),
+    ("orchestrator_model_connected", "Connections made to models", |stats| stats.connected.get()),
+    ("orchestrator_model_reused", "Turns on a connection kept from an earlier one", |stats| stats.reused.get()),
+    ("orchestrator_model_connect_failed", "Connections to models that could not be made", |stats| stats.connect_failed.get()),
+    ("orchestrator_model_left", "Answers that were left before their end", |stats| stats.left.get()),
+];
+
+impl Collector for Upstreams {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, read) in UPSTREAM_COUNTERS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for upstream in &self.0 {
+                let labels = [("upstream", upstream.name())];
+                ConstCounter::new(read(upstream.stats())).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let health: Vec<_> = self.0.iter().map(|upstream| (upstream.name(), upstream.health())).collect();
+        let ready: fn(&EndpointHealth) -> i64 = |endpoint| endpoint.ready.into();
+        let in_flight: fn(&EndpointHealth) -> i64 = |endpoint| i64::try_from(endpoint.in_flight).unwrap_or(i64::MAX);
+        for (name, help, read) in [
+            ("orchestrator_model_ready", "Whether an endpoint gets turns", ready),
+            ("orchestrator_model_in_flight", "Answers open on an endpoint", in_flight),
+        ] {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (upstream, endpoints) in &health {
+                for endpoint in endpoints {
+                    let labels = [("upstream", *upstream), ("endpoint", &endpoint.endpoint)];
+                    ConstGauge::new(read(endpoint)).encode(family.encode_family(&labels)?)?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 

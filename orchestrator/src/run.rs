@@ -4,18 +4,18 @@ use std::{panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use headgate_contracts::{
-    Batch, Code, Content, End, Fault, Finish, Gone, Message, Prompt, Role, Stop, TurnId, Usage, What,
+    Batch, Code, Content, End, Fault, Finish, Gone, Message, Prompt, Role, Settings, Stop, TurnId, Usage, What,
     wire::openai::{Completion, ToolCall},
 };
 use headgate_upstream::{Answer, Upstream};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::{Instrument, Span, field};
 
 use crate::{
     Orchestrator,
     history::Cut,
-    metrics::Route,
+    metrics::{Metrics, Route},
     runs::{Lease, Refused},
     socket::Request,
 };
@@ -34,8 +34,8 @@ pub(crate) struct Run {
     orchestrator: Arc<Orchestrator>,
     route: Route,
     prompt: Prompt,
-    /// What the request brought, before what is remembered was put in front of it.
-    brought: Vec<Message>,
+    /// What the request brought, before what is remembered was put in front of it; `None` where it is too long to be remembered.
+    brought: Option<Vec<Message>>,
     /// Given back when the turn ends.
     lease: Option<Lease>,
     answer: Option<Answer>,
@@ -76,7 +76,7 @@ impl Run {
             route,
             span: span(&prompt),
             prompt,
-            brought,
+            brought: orchestrator.history.takes(&brought).then_some(brought),
             lease: Some(lease),
             answer: None,
             first: None,
@@ -93,12 +93,14 @@ impl Run {
     pub(crate) async fn open(&mut self, caller: Option<&Request>) -> Result<(), Stop> {
         let upstream: Upstream = self.orchestrator.models.choose(self.prompt.settings.model.as_deref()).clone();
         let opening = upstream.open(&self.prompt).instrument(self.span.clone());
-        match within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator, opening).await {
+        match within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator.metrics, opening).await {
             Ok(answer) => self.answer = Some(answer),
             Err(stop) => return Err(self.end(stop)),
         }
-        // What was sent is not needed twice: an answer may take minutes.
+        // What was sent may be a megabyte, and an answer may take minutes: only what the record says is kept.
         self.prompt.messages = Vec::new();
+        self.prompt.metadata = Map::new();
+        self.prompt.settings = Settings { model: self.prompt.settings.model.take(), ..Settings::default() };
         self.first = Some(self.read(caller).await?);
         Ok(())
     }
@@ -128,7 +130,7 @@ impl Run {
         self.batch.clear();
         let Some(answer) = &mut self.answer else { return Ok(false) };
         let reading = answer.next(&mut self.batch).instrument(self.span.clone());
-        let read = within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator, reading).await;
+        let read = within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator.metrics, reading).await;
         match read.and_then(|more| self.take_note().map(|()| more)) {
             Ok(true) => Ok(true),
             Ok(false) => {
@@ -181,8 +183,8 @@ impl Run {
             self.orchestrator.metrics.ended(self.route, &end);
             let cut = if end.is_ok() { Cut::No } else { Cut::Yes };
             // Remembered before the place is given back and before the last event is sent: whoever reads it may ask at once.
-            if let Some(answer) = self.message() {
-                self.orchestrator.history.remember(lease.key(), &self.brought, answer, cut);
+            if let (Some(brought), Some(answer)) = (&self.brought, self.message()) {
+                self.orchestrator.history.remember(lease.key(), brought, answer, cut);
             }
         }
         self.write_down(&end, &model);
@@ -252,7 +254,7 @@ async fn within<T>(
     lease: &mut Option<Lease>,
     deadline: &mut Pin<Box<Sleep>>,
     caller: Option<&Request>,
-    orchestrator: &Orchestrator,
+    metrics: &Metrics,
     work: impl Future<Output = Result<T, Fault>>,
 ) -> Result<T, Stop> {
     let stopped = async {
@@ -275,7 +277,7 @@ async fn within<T>(
         done = AssertUnwindSafe(work).catch_unwind() => match done {
             Ok(done) => Ok(done?),
             Err(_) => {
-                orchestrator.metrics.panics.inc();
+                metrics.panics.inc();
                 Err(Fault::us(Code::InternalError).caused_by("a panic while the model was asked").into())
             }
         },
@@ -304,4 +306,25 @@ fn span(prompt: &Prompt) -> Span {
         end = field::Empty,
         code = field::Empty,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_while_the_model_is_read_is_a_fault_of_ours() {
+        let (metrics, mut deadline) = (Metrics::new(), Box::pin(sleep_until(Instant::now() + Duration::from_secs(60))));
+        let work = async { panic!("a fault in our own code") };
+        let stop = within::<()>(&mut None, &mut deadline, None, &metrics, work).await.unwrap_err();
+        assert_eq!((stop.code(), metrics.panics.get()), (Code::InternalError, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_in_the_last_moment_counts() {
+        let (metrics, mut deadline) = (Metrics::new(), Box::pin(sleep_until(Instant::now())));
+        assert!(within(&mut None, &mut deadline, None, &metrics, async { Ok(()) }).await.is_ok());
+        let never = std::future::pending::<Result<(), Fault>>();
+        assert_eq!(within(&mut None, &mut deadline, None, &metrics, never).await.unwrap_err().code(), Code::StreamLimitExceeded);
+    }
 }

@@ -242,7 +242,11 @@ async fn write(
                 }
                 Asked::Complain(fault) => vec![complaint(fault.into(), None)],
             },
-            Some(messages) = turns.next(), if !turns.is_empty() => messages,
+            messages = turns.next(), if !turns.is_empty() => match messages {
+                Some(messages) => messages,
+                // That was the last turn.
+                None => continue,
+            },
             _ = ping.tick() => vec![Message::Ping(bytes::Bytes::new())],
         };
         let sent = async {

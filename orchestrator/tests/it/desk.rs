@@ -20,16 +20,16 @@ use prometheus_client::registry::Registry as Metrics;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
-pub const STREAM: &str = "/v1/conversation/stream";
-pub const STEP: &str = "/v1/conversation/step";
-pub const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+pub(crate) const STREAM: &str = "/v1/conversation/stream";
+pub(crate) const STEP: &str = "/v1/conversation/step";
+pub(crate) const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
-pub struct Desk {
-    pub addr: SocketAddr,
-    pub orchestrator: Arc<Orchestrator>,
-    pub ring: Ring,
-    pub issuer: Issuer,
-    pub registry: Arc<Memory>,
+pub(crate) struct Desk {
+    pub(crate) addr: SocketAddr,
+    pub(crate) orchestrator: Arc<Orchestrator>,
+    pub(crate) ring: Ring,
+    pub(crate) issuer: Issuer,
+    pub(crate) registry: Arc<Memory>,
     policy_ring: Ring,
     metrics: Metrics,
     shutdown: Option<oneshot::Sender<()>>,
@@ -39,7 +39,7 @@ pub struct Desk {
 /// What was logged so far, by all tests: JSON lines.
 ///
 /// One subscriber for the whole binary, because tracing remembers what a thread without one thought of a place in the code.
-pub fn logged() -> String {
+pub(crate) fn logged() -> String {
     String::from_utf8(log().0.lock().unwrap().clone()).unwrap()
 }
 
@@ -66,16 +66,16 @@ fn log() -> &'static Log {
     })
 }
 
-pub fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
 }
 
 /// An upstream without health checks: what a script counts is then turns alone.
-pub fn upstream(url: &str) -> headgate_upstream::Upstream {
+pub(crate) fn upstream(url: &str) -> headgate_upstream::Upstream {
     upstream_with(url, |_| {})
 }
 
-pub fn upstream_with(url: &str, change: impl FnOnce(&mut headgate_upstream::Settings)) -> headgate_upstream::Upstream {
+pub(crate) fn upstream_with(url: &str, change: impl FnOnce(&mut headgate_upstream::Settings)) -> headgate_upstream::Upstream {
     let mut settings = headgate_upstream::Settings {
         protocol: Protocol::OpenAi,
         endpoints: vec![url.parse().unwrap()],
@@ -87,16 +87,16 @@ pub fn upstream_with(url: &str, change: impl FnOnce(&mut headgate_upstream::Sett
 }
 
 impl Desk {
-    pub async fn before(model: &Upstream) -> Desk {
+    pub(crate) async fn before(model: &Upstream) -> Desk {
         Desk::with(Models::new(upstream(&model.url())), Settings::default()).await
     }
 
-    pub async fn with(models: Models, settings: Settings) -> Desk {
+    pub(crate) async fn with(models: Models, settings: Settings) -> Desk {
         let registry = Arc::new(Memory::new(16));
         Desk::asking(models, settings, registry.clone(), registry).await
     }
 
-    pub async fn asking(models: Models, settings: Settings, registry: Arc<Memory>, asked: Arc<dyn Registry>) -> Desk {
+    pub(crate) async fn asking(models: Models, settings: Settings, registry: Arc<Memory>, asked: Arc<dyn Registry>) -> Desk {
         log();
         let (ring, policy_ring) = (Ring::generate(now()).unwrap(), Ring::generate(now()).unwrap());
         let con = Digest::of(b"constitution");
@@ -116,52 +116,52 @@ impl Desk {
     }
 
     /// Puts version 8 in force; what was in force becomes the previous one.
-    pub fn amend(&mut self, constitution: &[u8]) {
+    pub(crate) fn amend(&mut self, constitution: &[u8]) {
         let entry = Entry::first(ANY_TENANT, "7", self.issuer.con, now() - 1000).succeeded_by("8", Digest::of(constitution), now());
         self.registry.install(&self.policy_ring.sign_entry(&entry).unwrap(), &self.policy_ring.verifier(), now()).unwrap();
     }
 
     /// A turn of one user message.
-    pub fn turn(&self, session: &str, text: &str) -> Turn<'_> {
+    pub(crate) fn turn(&self, session: &str, text: &str) -> Turn<'_> {
         self.turn_of(session, json!([{"role": "user", "content": text}]))
     }
 
-    pub fn turn_of(&self, session: &str, messages: Value) -> Turn<'_> {
+    pub(crate) fn turn_of(&self, session: &str, messages: Value) -> Turn<'_> {
         let id = TurnId::fresh().to_string();
         let body = json!({"turn_id": id, "session_id": session, "tenant": "acme", "subject": "u1", "messages": messages, "model": "demo"});
         Turn { desk: self, id, path: STREAM, body, sign: Box::new(|_| {}) }
     }
 
-    pub async fn cancel(&self, turn: &str) -> u16 {
+    pub(crate) async fn cancel(&self, turn: &str) -> u16 {
         let call = Request::new("POST", &format!("/v1/conversation/turns/{turn}/cancel"));
         client::ask(self.addr, &call).await.unwrap().status
     }
 
     /// Begins the shutdown; the returned handle ends with it.
-    pub fn shut_down(&mut self) -> JoinHandle<()> {
+    pub(crate) fn shut_down(&mut self) -> JoinHandle<()> {
         let _ = self.shutdown.take().expect("it is running").send(());
         self.serving.take().expect("it is running")
     }
 
     /// The value of a series, e.g. `orchestrator_requests_total{route="stream",decision="accepted"}`; 0 where it never counted.
-    pub fn metric(&self, series: &str) -> u64 {
+    pub(crate) fn metric(&self, series: &str) -> u64 {
         let text = self.exported();
         let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         value.map_or(0, |value| value.parse::<f64>().unwrap() as u64)
     }
 
-    pub fn decided(&self, route: &str, decision: &str) -> u64 {
+    pub(crate) fn decided(&self, route: &str, decision: &str) -> u64 {
         self.metric(&format!("orchestrator_requests_total{{route=\"{route}\",decision=\"{decision}\"}}"))
     }
 
-    pub fn exported(&self) -> String {
+    pub(crate) fn exported(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
         text
     }
 
     /// Resolves when no turn is open.
-    pub async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         let idle = async {
             while self.orchestrator.open_turns() > 0 {
                 tokio::task::yield_now().await;
@@ -172,33 +172,33 @@ impl Desk {
 }
 
 /// A turn about to be dispatched.
-pub struct Turn<'a> {
+pub(crate) struct Turn<'a> {
     desk: &'a Desk,
-    pub id: String,
+    pub(crate) id: String,
     path: &'static str,
-    pub body: Value,
+    pub(crate) body: Value,
     sign: Box<dyn Fn(&mut Claims) + 'a>,
 }
 
 impl<'a> Turn<'a> {
-    pub fn step(mut self) -> Turn<'a> {
+    pub(crate) fn step(mut self) -> Turn<'a> {
         self.path = STEP;
         self
     }
 
-    pub fn with(mut self, member: &str, value: impl Into<Value>) -> Turn<'a> {
+    pub(crate) fn with(mut self, member: &str, value: impl Into<Value>) -> Turn<'a> {
         self.body[member] = value.into();
         self
     }
 
     /// Changes what the verdict claims before it is signed.
-    pub fn claiming(mut self, change: impl Fn(&mut Claims) + 'a) -> Turn<'a> {
+    pub(crate) fn claiming(mut self, change: impl Fn(&mut Claims) + 'a) -> Turn<'a> {
         self.sign = Box::new(change);
         self
     }
 
     /// The verdict's headers for these bytes, as the gateway would dispatch them.
-    pub fn headers(&self, method: &str, bytes: &[u8]) -> Vec<(&'static str, String)> {
+    pub(crate) fn headers(&self, method: &str, bytes: &[u8]) -> Vec<(&'static str, String)> {
         let text = |member: &str| self.body[member].as_str().unwrap();
         let facts = Facts {
             tid: text("tenant"),
@@ -220,33 +220,33 @@ impl<'a> Turn<'a> {
         ]
     }
 
-    pub fn request(&self) -> Request {
+    pub(crate) fn request(&self) -> Request {
         let body = self.body.to_string();
         let request = Request::new("POST", self.path).header("content-type", "application/json");
         let headers = self.headers("POST", body.as_bytes());
         headers.iter().fold(request, |request, (name, value)| request.header(name, value)).body(body)
     }
 
-    pub async fn reply(&self) -> Reply {
+    pub(crate) async fn reply(&self) -> Reply {
         client::ask(self.desk.addr, &self.request()).await.unwrap()
     }
 
-    pub async fn events(&self) -> Events {
+    pub(crate) async fn events(&self) -> Events {
         client::stream(self.desk.addr, &self.request(), client_kind()).await.unwrap()
     }
 
     /// The text of the whole answer.
-    pub async fn text(&self) -> String {
+    pub(crate) async fn text(&self) -> String {
         self.events().await.rest().await.unwrap().text()
     }
 }
 
-pub fn client_kind() -> headgate_testkit::answer::Kind {
+pub(crate) fn client_kind() -> headgate_testkit::answer::Kind {
     headgate_testkit::answer::Kind::Conversation
 }
 
 /// What a model was sent, as `role:text`.
-pub fn words(request: &headgate_testkit::upstream::Request) -> Vec<String> {
+pub(crate) fn words(request: &headgate_testkit::upstream::Request) -> Vec<String> {
     let body = request.json();
     let messages = body["messages"].as_array().unwrap();
     messages.iter().map(|message| format!("{}:{}", message["role"].as_str().unwrap(), message["content"].as_str().unwrap())).collect()

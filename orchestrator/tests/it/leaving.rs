@@ -39,6 +39,25 @@ async fn leaving_within_the_answer_stops_the_model() {
     assert_eq!(desk.decided("stream", "accepted"), 1);
 }
 
+/// A figure, not a check: `cargo test -p headgate-orchestrator --test it -- --ignored --nocapture goes_on`.
+#[tokio::test]
+#[ignore = "measures; prints how long the model goes on after its reader has left"]
+async fn how_long_the_model_goes_on_after_its_reader_left() {
+    let model = Upstream::always(half()).await;
+    let desk = Desk::before(&model).await;
+    let mut took = Vec::new();
+    for n in 1..=500 {
+        let mut events = desk.turn("s1", "one").events().await;
+        events.expect().await;
+        let left = tokio::time::Instant::now();
+        drop(events);
+        took.push(model.closed(n).await.at - left);
+        desk.idle().await;
+    }
+    took.sort_unstable();
+    println!("the model goes on for p50 {:?}, p99 {:?}, max {:?}", took[250], took[495], took[499]);
+}
+
 #[tokio::test]
 async fn leaving_before_the_first_byte_stops_the_model() {
     for step in [false, true] {

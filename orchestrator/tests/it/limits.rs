@@ -175,6 +175,11 @@ async fn operators_have_a_listener_of_their_own() {
     assert_eq!(metrics.header("content-type"), Some("application/openmetrics-text; version=1.0.0; charset=utf-8"));
     assert!(metrics.text().contains("orchestrator_requests_total{route=\"stream\",decision=\"accepted\"} 1"), "{}", metrics.text());
     assert!(metrics.text().contains("orchestrator_time_to_first_text_seconds_count 1"), "{}", metrics.text());
+    assert!(metrics.text().contains("orchestrator_model_opened_total{upstream=\"model\"} 1"), "{}", metrics.text());
+    let endpoint = format!("{{upstream=\"model\",endpoint=\"{}\"}}", model.addr());
+    for (series, value) in [("ready", 1), ("in_flight", 0)] {
+        assert!(metrics.text().contains(&format!("orchestrator_model_{series}{endpoint} {value}")), "{}", metrics.text());
+    }
     assert_eq!(ask(addr, &Request::get("/readyz")).await.unwrap().text(), "ready\n");
     assert_eq!(ask(addr, &Request::new("POST", "/healthz")).await.unwrap().status, 405);
     assert_eq!(ask(addr, &Request::new("POST", STREAM)).await.unwrap().status, 404);

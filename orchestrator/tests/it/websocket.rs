@@ -278,7 +278,7 @@ async fn what_is_no_frame_closes_the_socket_with_its_reason() {
 async fn a_fault_of_the_model_is_an_error_frame() {
     let answer = Answer::openai("demo", &["half", " whole"]).cut(Cut::Events);
     let begun = Script::new().read().sse().send(answer[0].clone()).send(answer[1].clone()).close();
-    let model = Upstream::each([Script::new().read().close(), Script::new().read().close(), begun]).await;
+    let model = Upstream::each([Script::new().read().close(), begun]).await;
     let desk = Desk::before(&model).await;
     let mut socket = Socket::open(&desk).await;
     let turn = desk.turn("s1", "one");
@@ -316,7 +316,8 @@ async fn a_shutdown_lets_the_turns_of_a_socket_end_and_then_says_goodbye() {
         assert_eq!(last["turn_id"], id);
         last = busy.frame().await;
     }
-    assert_eq!(busy.farewell().await, Some(CloseCode::Restart));
+    let farewell = within(Duration::from_secs(5), busy.farewell(), "the farewell, as soon as the last turn has ended");
+    assert_eq!(farewell.await, Some(CloseCode::Restart));
     drop((busy, idle));
     soon(shut_down, "the shutdown").await.unwrap();
 }
