@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use headgate_config::plan::Kind;
 use headgate_contracts::{
     Code, Credential, Fault, Gone, Head, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
     wire::{chat::TurnRequest, openai, problem::Problem},
@@ -14,7 +15,7 @@ use hyper::{Request, Response, body::Incoming};
 
 use crate::{
     body::Reply,
-    live::{App, Kind, Live, Route},
+    live::{App, Live, Route},
     page, proxy,
     serve::{Peer, Service},
     session::{Begun, identify},
@@ -70,7 +71,7 @@ async fn answer(
     if request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
         return Ok(preflight());
     }
-    match route.kind {
+    match route.plan.kind {
         Kind::Chat => match (request.method().clone(), turn_of(&route, request.uri().path())?) {
             (Method::POST, None) => chat(app, &route, request).await,
             (Method::GET | Method::CONNECT, None) if ws::asks(&request) => ws::upgrade(app, &route, request, peer),
@@ -94,7 +95,7 @@ fn not_allowed(message: &'static str) -> Stop {
 
 /// `/{turn_id}` and what follows it, below the route's path.
 fn turn_of<'a>(route: &Route, path: &'a str) -> Result<Option<(TurnId, &'a str)>, Stop> {
-    let Some(rest) = path.strip_prefix(&*route.base).and_then(|rest| rest.strip_prefix('/')) else { return Ok(None) };
+    let Some(rest) = path.strip_prefix(route.plan.path.base.as_str()).and_then(|rest| rest.strip_prefix('/')) else { return Ok(None) };
     let (id, rest) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     match id.parse() {
         Ok(turn) => Ok(Some((turn, rest))),
@@ -141,7 +142,7 @@ async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>) 
 /// The response of a streamed turn: begun when the answer begins, or after a heartbeat's time without one.
 async fn stream(route: &Route, begun: Begun, framing: Framing, is_h2: bool, trace: &Trace) -> Result<Response<Reply>, Stop> {
     let Begun { turn, mut drive, mut reader, .. } = begun;
-    let head = match begin(&mut drive, &mut reader, route.flow.heartbeat).await {
+    let head = match begin(&mut drive, &mut reader, route.plan.flow.heartbeat).await {
         Ok(head) => head,
         Err(stop) => return Ok(problem(&stop, Some(turn))),
     };
@@ -150,7 +151,7 @@ async fn stream(route: &Route, begun: Begun, framing: Framing, is_h2: bool, trac
         // An HTTP/2 stream whose window is shut does not poll its body, and then the turn could not watch its clock.
         drive = drive.detach();
     }
-    let mut response = Response::new(Reply::Turn(Box::new(Stream::new(drive, reader, turn, framing, route.flow.heartbeat, early))));
+    let mut response = Response::new(Reply::Turn(Box::new(Stream::new(drive, reader, turn, framing, route.plan.flow.heartbeat, early))));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
@@ -230,7 +231,7 @@ async fn stop(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<Inc
 async fn models(route: &Arc<Route>, request: &Request<Incoming>) -> Result<Response<Reply>, Stop> {
     identify(route, credential(request.headers())).await?;
     let mut body = Vec::new();
-    openai::models(&mut body, route.models.iter().map(String::as_str), 0);
+    openai::models(&mut body, route.plan.models.iter().map(String::as_str), 0);
     let mut response = Response::new(Reply::from(body));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
@@ -280,8 +281,8 @@ async fn read(route: &Route, request: Request<Incoming>) -> Result<(Facts, Bytes
         return Err(Fault::client(Code::UnsupportedMediaType).saying("the body must be application/json").into());
     }
     let facts = Facts::of(headers);
-    let body = Limited::new(request.into_body(), route.max_body).collect();
-    match tokio::time::timeout(route.body_time, body).await {
+    let body = Limited::new(request.into_body(), route.plan.body_bytes).collect();
+    match tokio::time::timeout(route.plan.body, body).await {
         Ok(Ok(body)) => Ok((facts, body.to_bytes())),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(Fault::client(Code::PayloadTooLarge).into()),
         Ok(Err(error)) => Err(Fault::client(Code::ProtocolError).caused_by(error).into()),

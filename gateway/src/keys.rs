@@ -16,6 +16,8 @@ use tokio::time::{Instant, timeout};
 
 /// Keys older than this are fetched again, so that a withdrawn key stops being good by itself.
 const REFETCH: Duration = Duration::from_secs(300);
+/// After a failed fetch.
+const RETRY: Duration = Duration::from_secs(5);
 /// Keys older than this are no keys any more: a provider that cannot be reached for so long cannot have withdrawn one either.
 const LIFETIME: Duration = Duration::from_secs(3600);
 /// The longest a fetch may take.
@@ -29,14 +31,33 @@ pub struct Fetched(Arc<RwLock<HashMap<String, (Arc<Keys>, Instant)>>>);
 
 impl Fetched {
     /// Fetches now, and again and again, for as long as the future is polled. A failed fetch leaves what is there.
-    pub async fn follow(self, urls: Vec<String>) {
+    pub async fn follow(self, url: String) {
         loop {
-            for url in &urls {
-                if let Err(fault) = fetch(&self, url).await {
-                    tracing::warn!(url, cause = fault.chain(), "cannot fetch keys");
-                }
-            }
-            tokio::time::sleep(REFETCH).await;
+            let failed = fetch(&self, &url).await.err().map(|fault| fault.chain());
+            pause(&url, failed).await;
+        }
+    }
+}
+
+/// Fetches a document of keys now, and again and again; `take` gets each.
+pub async fn follow(url: String, take: impl Fn(&str) -> Result<(), String> + Send + Sync) {
+    loop {
+        let body = match timeout(PATIENCE, get(&url)).await {
+            Ok(body) => body,
+            Err(_) => Err("no answer in time".to_owned()),
+        };
+        let taken = body.and_then(|body| take(&String::from_utf8_lossy(&body)));
+        pause(&url, taken.err()).await;
+    }
+}
+
+/// A failed fetch is tried again soon, a good one is good for a while.
+async fn pause(url: &str, failed: Option<String>) {
+    match failed {
+        None => tokio::time::sleep(REFETCH).await,
+        Some(cause) => {
+            tracing::warn!(url, cause, "cannot fetch keys");
+            tokio::time::sleep(RETRY).await;
         }
     }
 }

@@ -7,6 +7,8 @@
 
 pub mod admin;
 pub mod body;
+pub mod build;
+pub mod cli;
 pub mod drive;
 pub mod front;
 pub mod keys;
@@ -14,8 +16,10 @@ pub mod live;
 pub mod outbox;
 pub mod page;
 pub mod proxy;
+pub mod reload;
 pub mod serve;
 pub mod session;
+pub mod shell;
 pub mod sse;
 pub mod telemetry;
 pub mod tls;

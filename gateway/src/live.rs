@@ -2,10 +2,10 @@
 //!
 //! A turn keeps the routes it began with; a new configuration is for the turns after it.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use headgate_contracts::Flow;
+use headgate_config::plan::{self, Origins};
 use headgate_filters::Built;
 use headgate_policy::Ring;
 use headgate_upstream::{EndpointHealth, Upstream};
@@ -29,43 +29,14 @@ struct Shared {
     meters: Arc<Meters>,
 }
 
-/// What a route does with requests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Turns: server-sent events and WebSocket.
-    Chat,
-    /// OpenAI's chat completions and list of models.
-    OpenAi,
-    /// Whatever it is, passed on.
-    Proxy,
-}
-
 /// A route, ready to run.
 pub struct Route {
-    /// As metrics and logs know it: its path in the configuration.
-    pub name: Arc<str>,
-    /// The path; for `.../*` what stands before the star, without the slash.
-    pub base: Arc<str>,
-    /// Whether paths below `base` belong to it.
-    pub below: bool,
-    /// What it does.
-    pub kind: Kind,
+    /// What the configuration says of it.
+    pub plan: plan::Route,
     /// Whom it asks.
     pub upstream: Upstream,
     /// Its chain, in order.
     pub filters: Vec<Built>,
-    /// Its turns' bounds.
-    pub flow: Flow,
-    /// Origins of pages that may call it, besides its own; `*` is every origin.
-    pub origins: Vec<String>,
-    /// What `GET /v1/models` lists.
-    pub models: Vec<String>,
-    /// The largest body of a request, in bytes.
-    pub max_body: usize,
-    /// How long a body may take to arrive.
-    pub body_time: Duration,
-    /// What is taken off the front of a proxied path.
-    pub strip_prefix: Option<String>,
     /// Its metrics.
     pub meters: RouteMeters,
 }
@@ -83,28 +54,22 @@ pub struct Live {
 }
 
 impl Route {
-    /// Whether a path is this route's. A chat route has the paths of its turns too.
-    pub fn matches(&self, path: &str) -> bool {
-        match path.strip_prefix(&*self.base) {
-            Some("") => true,
-            Some(rest) => rest.starts_with('/') && (self.below || self.kind == Kind::Chat),
-            None => false,
-        }
-    }
-
     /// Whether a page of `origin` may call: one of the route's own list, or one that this very host served.
     pub fn allows(&self, origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
         let Ok(origin) = origin.to_str() else { return false };
         let authority = origin.split_once("://").map(|(_, authority)| authority);
         let own = authority.is_some() && authority == host.and_then(|host| host.to_str().ok());
-        own || self.origins.iter().any(|allowed| allowed == "*" || allowed == origin)
+        own || match &self.plan.origins {
+            Origins::Any => true,
+            Origins::Listed(listed) => listed.iter().any(|allowed| allowed == origin),
+        }
     }
 }
 
 impl Live {
     /// The route of a path.
     pub fn route(&self, path: &str) -> Option<&Arc<Route>> {
-        self.routes.iter().find(|route| route.matches(path))
+        self.routes.iter().find(|route| route.plan.path.fits(path))
     }
 
     /// The public keys, as RFC 7517 writes them.

@@ -20,6 +20,10 @@ use crate::{
 /// A client that leaves drops the response's body, and that closes the upstream's connection. Upgraded connections count as
 /// open ones in a drain, and end with the route's deadline.
 pub(crate) async fn pass(app: &App, route: &Arc<Route>, mut request: Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    let methods = &route.plan.methods;
+    if !methods.is_empty() && !methods.contains(request.method()) {
+        return Err(Fault::client(Code::MethodNotAllowed).into());
+    }
     identify(route, credential(request.headers())).await?;
     let place = app.drain().hold().ok_or_else(|| Stop::Failed(Fault::us(Code::Overloaded)))?;
     let trace = Trace::from_headers(request.headers());
@@ -29,12 +33,12 @@ pub(crate) async fn pass(app: &App, route: &Arc<Route>, mut request: Request<Inc
     let asks_upgrade = request.headers().contains_key(header::UPGRADE);
     // Taken before the request is given away: bytes after it wait for the 101.
     let client = asks_upgrade.then(|| hyper::upgrade::on(&mut request));
-    if let Some(prefix) = &route.strip_prefix {
+    if let Some(prefix) = &route.plan.strip_prefix {
         strip(&mut request, prefix);
     }
     let forwarded = route.upstream.forward(request).await?;
     if let (Some(tunnel), Some(client)) = (forwarded.tunnel, client) {
-        let deadline = route.flow.deadline;
+        let deadline = route.plan.flow.deadline;
         tokio::spawn(async move {
             let _place = place;
             if let Ok(client) = client.await {

@@ -42,8 +42,6 @@ pub struct Limits {
     pub head_bytes: usize,
     /// The most header fields.
     pub fields: usize,
-    /// The most connections at once, over all workers.
-    pub connections: usize,
 }
 
 impl Default for Limits {
@@ -54,7 +52,6 @@ impl Default for Limits {
             stall: Duration::from_secs(30),
             head_bytes: 64 << 10,
             fields: 100,
-            connections: 16_384,
         }
     }
 }
@@ -78,6 +75,7 @@ pub struct Peer {
 #[derive(Clone)]
 pub struct Drain {
     begun: watch::Sender<bool>,
+    ended: watch::Sender<bool>,
     open: Arc<tokio::sync::Semaphore>,
     all: u32,
 }
@@ -86,7 +84,7 @@ impl Drain {
     /// For so many connections at most.
     pub fn new(connections: usize) -> Drain {
         let all = connections.min(u32::MAX as usize) as u32;
-        Drain { begun: watch::channel(false).0, open: Arc::new(tokio::sync::Semaphore::new(all as usize)), all }
+        Drain { begun: watch::channel(false).0, ended: watch::channel(false).0, open: Arc::new(tokio::sync::Semaphore::new(all as usize)), all }
     }
 
     /// No new connections, no new requests on old ones; streams go on to their end.
@@ -103,6 +101,16 @@ impl Drain {
     pub async fn wait(&self) {
         // The sender is in self, so this cannot fail.
         let _ = self.begun.subscribe().wait_for(|begun| *begun).await;
+    }
+
+    /// Nothing is waited for any more: workers end, and with them what is still open.
+    pub fn end(&self) {
+        self.ended.send_replace(true);
+    }
+
+    /// Ready once [`Drain::end`] was called.
+    pub async fn ended(&self) {
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
     /// Ready once the last connection is closed, upgraded ones included.
@@ -262,11 +270,4 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
         let shut = Pin::new(&mut self.socket).poll_shutdown(cx);
         self.watch(cx, shut)
     }
-}
-
-/// A socket for `address`, shared by all workers.
-pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    let listener = std::net::TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
 }

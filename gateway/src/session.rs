@@ -52,7 +52,7 @@ impl Turns {
     /// Begins a turn: nothing happens yet, the drive has to be polled.
     pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Begun {
         let (id, session) = (prompt.turn, prompt.session.clone());
-        let mut turn = Turn { id, session: session.clone(), route: route.name.clone(), flow: route.flow.clone(), record: Record::default() };
+        let mut turn = Turn { id, session: session.clone(), route: route.plan.name.clone(), flow: route.plan.flow.clone(), record: Record::default() };
         let chain = headgate_filters::chain(&route.filters, &mut turn);
         let (outbox, reader) = outbox(&turn, voice);
         let owner = Arc::new(OnceLock::new());

@@ -32,8 +32,30 @@ pub struct Voice {
 
 enum Manner {
     Chat,
-    Chunks { envelope: Option<Envelope>, include_usage: bool, spoken: Vec<u16> },
+    Chunks(Box<Chunks>),
     Whole { envelope: Option<Envelope>, answer: Box<Completion> },
+}
+
+/// OpenAI's stream: all chunks of an answer have one id, the upstream's own where its chunks are passed on as they came.
+#[derive(Default)]
+struct Chunks {
+    include_usage: bool,
+    /// What the answer is called if no chunk of its upstream says so first.
+    ours: Option<Envelope>,
+    envelope: Option<Envelope>,
+    /// Chunks may be passed on as they came: the first one was, so the id is the upstream's.
+    passes: bool,
+    spoken: Vec<u16>,
+}
+
+/// What a chunk says about its answer.
+#[derive(serde::Deserialize)]
+struct Named<'a> {
+    #[serde(borrow)]
+    id: std::borrow::Cow<'a, str>,
+    #[serde(borrow)]
+    model: std::borrow::Cow<'a, str>,
+    created: u64,
 }
 
 impl Voice {
@@ -48,7 +70,7 @@ impl Voice {
 
     /// OpenAI's chunks.
     pub fn chunks(include_usage: bool) -> Voice {
-        Voice::new(Manner::Chunks { envelope: None, include_usage, spoken: Vec::new() })
+        Voice::new(Manner::Chunks(Box::new(Chunks { include_usage, ..Chunks::default() })))
     }
 
     /// One whole answer, as OpenAI writes it: a single payload at the end.
@@ -83,11 +105,7 @@ impl Voice {
                 };
                 written(Open::NAME, bytes, add, |bytes| open.write(bytes));
             }
-            Manner::Chunks { envelope: kept, spoken, .. } => {
-                let envelope = kept.insert(envelope());
-                spoken.push(0);
-                written("chunk", bytes, add, |bytes| envelope.role(bytes, 0));
-            }
+            Manner::Chunks(chunks) => chunks.ours = Some(envelope()),
             Manner::Whole { envelope: kept, .. } => *kept = Some(envelope()),
         }
     }
@@ -139,7 +157,7 @@ impl Voice {
                         let error = ErrorEvent { verdict, ..ErrorEvent::of(stop, Some(turn.id), seq.checked_sub(1)) };
                         written(ErrorEvent::NAME, bytes, add, |bytes| error.write(bytes));
                     }
-                    Manner::Chunks { .. } => {
+                    Manner::Chunks(_) => {
                         written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body()));
                     }
                     // The response's status says it.
@@ -160,13 +178,15 @@ impl Voice {
                 };
                 written(Done::NAME, bytes, add, |bytes| done.write(bytes));
             }
-            Manner::Chunks { envelope: Some(envelope), include_usage, spoken } => {
-                let finishes = finishes(&self.finishes, spoken, refusal);
+            Manner::Chunks(chunks) => {
+                chunks.speak(0, bytes, add);
+                let finishes = finishes(&self.finishes, &chunks.spoken, refusal);
+                let Some(envelope) = chunks.envelope(None) else { return };
                 for (index, (choice, finish)) in finishes.iter().enumerate() {
-                    let is_last = !*include_usage && index + 1 == finishes.len();
+                    let is_last = !chunks.include_usage && index + 1 == finishes.len();
                     written("chunk", bytes, add, |bytes| envelope.finish(bytes, *choice, *finish, is_last.then_some(tail)));
                 }
-                if *include_usage {
+                if chunks.include_usage {
                     written("chunk", bytes, add, |bytes| envelope.usage(bytes, record.usage, Some(tail)));
                 }
                 written("done", bytes, add, |bytes| bytes.extend_from_slice(DONE));
@@ -178,7 +198,30 @@ impl Voice {
                 }
                 written("answer", bytes, add, |bytes| answer.write(bytes, envelope, Some(tail)));
             }
-            Manner::Chunks { envelope: None, .. } | Manner::Whole { envelope: None, .. } => {}
+            Manner::Whole { envelope: None, .. } => {}
+        }
+    }
+}
+
+impl Chunks {
+    /// What all chunks have in common: as the first chunk of the upstream says, if one is passed on before we write any.
+    fn envelope(&mut self, raw: Option<&[u8]>) -> Option<Envelope> {
+        if self.envelope.is_none() {
+            let named = raw.and_then(|raw| serde_json::from_slice::<Named<'_>>(raw).ok());
+            self.passes = named.is_some();
+            self.envelope = named.map(|named| Envelope::new(&named.id, &named.model, named.created)).or_else(|| self.ours.take());
+        }
+        self.envelope.clone()
+    }
+
+    /// Says, once per choice, that the assistant speaks.
+    fn speak(&mut self, choice: u16, bytes: &mut Vec<u8>, add: Add<'_>) {
+        if self.spoken.contains(&choice) {
+            return;
+        }
+        if let Some(envelope) = self.envelope(None) {
+            self.spoken.push(choice);
+            written("chunk", bytes, add, |bytes| envelope.role(bytes, choice));
         }
     }
 }
@@ -191,7 +234,7 @@ impl Voice {
                 let error = ErrorEvent::of(stop, None, seq.checked_sub(1));
                 written(ErrorEvent::NAME, bytes, add, |bytes| error.write(bytes));
             }
-            Manner::Chunks { .. } => written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body())),
+            Manner::Chunks(_) => written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body())),
             Manner::Whole { .. } => {}
         }
     }
@@ -218,23 +261,24 @@ impl Manner {
                     add(name, start..bytes.len());
                 }
             }
-            Manner::Chunks { envelope: Some(envelope), spoken, .. } => {
+            Manner::Chunks(chunks) => {
+                let raw = event.raw.filter(|_| batch.dialect == Dialect::OpenAi).map(|raw| batch.wire(raw));
                 let choice = match event.what {
                     What::Text { lane, .. } => lane.choice,
                     What::Tool { choice, .. } => choice,
                     What::Finish { .. } | What::Usage(_) | What::Note => return,
                 };
-                if !spoken.contains(&choice) {
-                    spoken.push(choice);
-                    written("chunk", bytes, add, |bytes| envelope.role(bytes, choice));
+                if chunks.envelope.is_none() {
+                    drop(chunks.envelope(raw));
                 }
-                written("chunk", bytes, add, |bytes| match (event.raw, batch.dialect) {
-                    (Some(raw), Dialect::OpenAi) => bytes.extend_from_slice(batch.wire(raw)),
+                chunks.speak(choice, bytes, add);
+                let Chunks { envelope: Some(envelope), passes, .. } = &**chunks else { return };
+                written("chunk", bytes, add, |bytes| match raw {
+                    Some(raw) if *passes => bytes.extend_from_slice(raw),
                     _ => drop(envelope.event(bytes, batch, event)),
                 });
             }
             Manner::Whole { answer, .. } => answer.add_event(batch, event),
-            Manner::Chunks { envelope: None, .. } => {}
         }
     }
 }

@@ -168,7 +168,7 @@ enum Wish {
 impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     fn new(socket: WebSocketStream<S>, app: App, route: Arc<Route>, facts: Facts, credential: Credential) -> Socket<S> {
         let now = Instant::now();
-        let alarm = Box::pin(sleep(route.flow.heartbeat));
+        let alarm = Box::pin(sleep(route.plan.flow.heartbeat));
         Socket {
             socket,
             app,
@@ -444,7 +444,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     /// Pings after silence; gives up on a peer that does not answer, or does not finish the closing handshake.
     fn watch(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         std::task::ready!(self.alarm.as_mut().poll(cx));
-        let (now, heartbeat) = (Instant::now(), self.route.flow.heartbeat);
+        let (now, heartbeat) = (Instant::now(), self.route.plan.flow.heartbeat);
         let lost = self.pinged.is_some_and(|pinged| self.heard < pinged && now - pinged >= PONG_PATIENCE);
         if lost {
             self.close_with(CloseCode::Library(Code::RequestTimeout.close().unwrap_or(3008)), "no answer to a ping");

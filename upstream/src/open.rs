@@ -134,7 +134,7 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
             None => connect(shared, &endpoint).await?,
         };
         let bytes = request.bytes_for(&endpoint).map_err(Failed::finally)?;
-        let mut cancel = Cancel::arm(shared, &lease, prompt.turn, || prompt.trace.child().traceparent());
+        let mut cancel = Cancel::arm(shared, &lease, prompt.turn, || prompt.trace.traceparent());
         match exchange(&mut io, &bytes, &settings.limits).await {
             Ok(begun) => {
                 return match form(shared, &begun) {

@@ -84,7 +84,8 @@ impl<'a> TurnRequest<'a> {
         if let Some(authorization) = self.authorization {
             headers.entry(AUTHORIZATION).or_insert_with(|| authorization.clone());
         }
-        let trace = self.prompt.trace.child();
+        // Our own span is the parent: what travels is what a collector has been shown.
+        let trace = &self.prompt.trace;
         insert(&mut headers, TRACEPARENT, &trace.traceparent());
         match &trace.state {
             Some(state) => insert(&mut headers, TRACESTATE, state),

@@ -14,11 +14,11 @@ pub enum Format {
     Text,
 }
 
-/// Begins logging, once per process. `HEADGATE_LOG` chooses what is logged, e.g. `info,headgate=debug` (default `info`).
+/// Begins logging, once per process. `level` is what is logged, e.g. `info,headgate=debug`; `HEADGATE_LOG` overrules it.
 ///
 /// Errors: the collector's address is not one.
-pub fn begin(format: Format, collector: Option<(&str, f64)>) -> Result<Option<Flush>, opentelemetry_otlp::ExporterBuildError> {
-    let filter = EnvFilter::try_from_env("HEADGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+pub fn begin(format: Format, level: &str, collector: Option<(&str, f64)>) -> Result<Option<Flush>, opentelemetry_otlp::ExporterBuildError> {
+    let filter = EnvFilter::try_from_env("HEADGATE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     // Fields of spans stay out of the lines: what a line has to say it says itself.
     let lines = match format {
         Format::Json => fmt::layer().json().flatten_event(true).with_current_span(false).with_span_list(false).with_writer(std::io::stderr).boxed(),

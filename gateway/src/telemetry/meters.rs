@@ -32,8 +32,14 @@ struct Families {
     holds: Family<HoldLabels, Histogram>,
     text: Family<RouteLabels, Counter>,
     connections: Gauge,
+    reloads: Family<ResultLabels, Counter>,
     ready: Family<EndpointLabels, Gauge>,
     in_flight: Family<EndpointLabels, Gauge>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ResultLabels {
+    result: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -103,6 +109,7 @@ impl Default for Meters {
             registry.register_with_unit(name, help, Unit::Seconds, family);
         }
         registry.register("headgate_connections", "Client connections open now", f.connections);
+        registry.register("headgate_config_reload", "Configurations read anew, by what became of them", f.reloads);
         registry.register("headgate_upstream_ready", "Whether an endpoint answers: 1 or 0", f.ready);
         registry.register("headgate_upstream_in_flight", "Answers that an endpoint is giving now", f.in_flight);
         registry.register_with_unit("headgate_hold", "How long text waited in a filter's gate", Unit::Seconds, f.holds);
@@ -124,6 +131,11 @@ impl Meters {
             text: families.text.get_or_create(&labels).clone(),
             families: families.clone(),
         }
+    }
+
+    /// A configuration was read anew: `taken` or `refused`.
+    pub fn reloaded(&self, result: &'static str) {
+        self.families.reloads.get_or_create(&ResultLabels { result }).inc();
     }
 
     /// Brings the gauges up to date that are read, not kept.

@@ -75,7 +75,7 @@ impl Watch {
             trace_id = self.trace.trace_id_hex(),
             span_id = self.trace.span_id_hex(),
             parent_span_id = self.trace.parent_id_hex(),
-            route = &*self.route.name,
+            route = &*self.route.plan.name,
             turn_id = %self.turn,
             session_id = %prompt.session,
             tenant = %prompt.principal.tenant,
@@ -196,7 +196,7 @@ impl Drop for Watch {
                 target: "headgate::turn",
                 end = "failed",
                 code,
-                route = &*self.route.name,
+                route = &*self.route.plan.name,
                 turn_id = %self.turn,
                 trace_id = self.trace.trace_id_hex(),
                 "turn broke off"

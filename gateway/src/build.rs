@@ -1,0 +1,200 @@
+//! From a checked plan to what runs: routes, orchestrator, model.
+
+use std::{collections::BTreeSet, path::Path, sync::Arc};
+
+use headgate_config::plan::{self, Plan, PolicyKey, Protocol, VerdictKeys};
+use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_chain, unix_now};
+use headgate_orchestrator::{Bounds, Models, Orchestrator};
+use headgate_policy::{ANY_TENANT, Entry, KeyFault, Memory, Ring, Verifier};
+use headgate_slm::Slm;
+use headgate_upstream::{Settings, Upstream, settings};
+
+use crate::{
+    keys::Fetched,
+    live::{Live, Route},
+    telemetry::Meters,
+    tls::{Tls, Unusable},
+};
+
+/// Why a plan that was checked cannot run here.
+#[derive(Debug, thiserror::Error)]
+pub enum Unbuildable {
+    /// An upstream cannot be set up.
+    #[error("upstream `{name}` cannot be set up")]
+    Upstream {
+        /// Which.
+        name: String,
+        /// Why.
+        source: settings::Invalid,
+    },
+    /// A chain cannot be built, though it was when it was checked: a file has changed since.
+    #[error("route `{route}`: {}", problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("; "))]
+    Chain {
+        /// Which.
+        route: Arc<str>,
+        /// Why.
+        problems: Vec<Problem>,
+    },
+    /// The signing key cannot be read or made.
+    #[error("the policy's signing key cannot be used")]
+    Key(#[from] KeyFault),
+    /// The signing key cannot sign.
+    #[error("the policy's signing key cannot sign: {0}")]
+    Unsigned(#[from] headgate_policy::Unsigned),
+    /// The registry does not take our own policy.
+    #[error("the policy registry refuses the policy: {0}")]
+    Registry(#[from] headgate_policy::NotInstalled),
+    /// The certificate cannot be used.
+    #[error("the certificate cannot be used")]
+    Tls(#[from] Unusable),
+    /// The model cannot be loaded.
+    #[error("the model cannot be loaded")]
+    Model(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// An orchestrator is to believe the gateway's keys, and there are none.
+    #[error("the orchestrator believes this gateway's verdicts, but no policy is in force that signs them")]
+    NoKeys,
+}
+
+/// What outlives an exchange of configurations: counters of limits, fetched keys, the signing keys.
+#[derive(Clone)]
+pub struct Lasting {
+    /// Counters of limits.
+    pub ledger: Arc<LocalLedger>,
+    /// Identity providers' keys.
+    pub keys: Fetched,
+    /// Our signing keys.
+    pub ring: Option<Arc<Ring>>,
+    /// Metrics.
+    pub meters: Arc<Meters>,
+}
+
+impl Lasting {
+    /// For a first plan.
+    pub fn of(plan: &Plan) -> Result<Lasting, Unbuildable> {
+        let ring = match plan.policy.as_ref().map(|policy| &policy.key) {
+            None => None,
+            Some(PolicyKey::Generated) => Some(Ring::generate(unix_now())?),
+            Some(PolicyKey::File(path)) => Some(Ring::load_or_generate(path, unix_now())?),
+        };
+        Ok(Lasting { ledger: Arc::new(LocalLedger::new()), keys: Fetched::default(), ring: ring.map(Arc::new), meters: Arc::default() })
+    }
+}
+
+/// The gateway's part of a plan.
+pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
+    let policy = match (&plan.policy, &lasting.ring) {
+        (Some(policy), Some(ring)) => Some(PolicyInForce { signer: ring.clone(), issuer: policy.issuer.clone() }),
+        _ => None,
+    };
+    let read = |path: &Path| plan.read(path);
+    let tools = Tools { read: &read, ledger: lasting.ledger.clone(), keys: Arc::new(lasting.keys.clone()), policy, now: unix_now };
+    let mut upstreams: Vec<Upstream> = Vec::new();
+    let mut routes = Vec::new();
+    for route in &plan.routes {
+        let upstream = match upstreams.iter().find(|upstream| upstream.name() == route.upstream) {
+            Some(upstream) => upstream.clone(),
+            None => {
+                upstreams.push(upstream(plan, &route.upstream)?);
+                upstreams[upstreams.len() - 1].clone()
+            }
+        };
+        let filters = build_chain(&route.steps, &tools).map_err(|problems| Unbuildable::Chain { route: route.name.clone(), problems })?;
+        routes.push(Arc::new(Route { plan: route.clone(), upstream, filters, meters: lasting.meters.route(&route.name) }));
+    }
+    Ok(Live { routes, page: plan.page, ring: lasting.ring.clone(), shown: plan.summary().to_json() })
+}
+
+/// Where identity providers publish their keys, once each.
+pub fn key_urls(plan: &Plan) -> BTreeSet<String> {
+    let steps = plan.routes.iter().flat_map(|route| &route.steps);
+    steps.filter_map(|step| if let Spec::Auth(auth) = &step.spec { auth.jwks.clone() } else { None }).collect()
+}
+
+/// The upstream of that name.
+pub fn upstream(plan: &Plan, name: &str) -> Result<Upstream, Unbuildable> {
+    // A checked plan names no upstream that it does not have.
+    let settings = plan.upstreams.get(name).map(told).unwrap_or_default();
+    Upstream::new(name, settings).map_err(|source| Unbuildable::Upstream { name: name.to_owned(), source })
+}
+
+fn told(upstream: &plan::Upstream) -> Settings {
+    Settings {
+        protocol: match upstream.protocol {
+            Protocol::Orchestrator => headgate_upstream::Protocol::Orchestrator,
+            Protocol::OpenAi => headgate_upstream::Protocol::OpenAi,
+        },
+        endpoints: upstream.endpoints.clone(),
+        timeouts: settings::Timeouts {
+            connect: upstream.connect,
+            first_byte: upstream.first_byte,
+            idle: upstream.idle,
+            total: upstream.total,
+        },
+        retry: settings::Retry { attempts: upstream.retries, share: upstream.retry_share, floor: upstream.retry_floor },
+        limits: settings::Limits {
+            line: upstream.line_bytes,
+            event: upstream.event_bytes,
+            head: upstream.head_bytes,
+            fields: upstream.head_fields,
+            whole: upstream.whole_bytes,
+        },
+        authorization: upstream.authorization.clone(),
+        model: upstream.model.clone(),
+        tls: settings::Tls { ca: upstream.ca.clone() },
+        balance: match upstream.balance {
+            plan::Balance::LeastBusy => settings::Balance::LeastBusy,
+            plan::Balance::RoundRobin => settings::Balance::RoundRobin,
+            plan::Balance::Session => settings::Balance::Session,
+        },
+        health: settings::Health {
+            interval: upstream.health_interval,
+            failures: upstream.health_failures,
+            successes: upstream.health_successes,
+        },
+        idle: settings::Idle { max: upstream.kept, timeout: upstream.kept_for },
+        path: None,
+    }
+}
+
+/// The certificate of a plan, read.
+pub fn tls(plan: &Plan) -> Result<Option<Tls>, Unbuildable> {
+    Ok(plan.tls.as_ref().map(|tls| Tls::load(&tls.certificate, &tls.key)).transpose()?)
+}
+
+/// The orchestrator's part of a plan, and the URL of keys it must follow, if any.
+pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -> Result<Arc<Orchestrator>, Unbuildable> {
+    let verifier = match &told.keys {
+        VerdictKeys::Own => lasting.ring.as_ref().ok_or(Unbuildable::NoKeys)?.verifier(),
+        VerdictKeys::Jwks(jwks) => Verifier::from_jwks(jwks)?,
+        // Nothing is believed until the keys have been fetched.
+        VerdictKeys::Url(_) => Verifier::from_jwks(r#"{"keys":[]}"#)?,
+    };
+    let registry = Memory::new(10_000);
+    if let Some(policy) = &plan.policy {
+        // In one process the policy is known first-hand; the entry is signed all the same, as the registry takes no other.
+        let own = Ring::generate(unix_now())?;
+        let entry = own.sign_entry(&Entry::first(ANY_TENANT, &policy.issuer.pol.ver, policy.constitution.hash(), 0))?;
+        registry.install(&entry, &own.verifier(), unix_now())?;
+    }
+    let mut models = Models::new(upstream(plan, &told.upstream)?);
+    for (model, name) in &told.models {
+        models = models.with(model, upstream(plan, name)?);
+    }
+    let mut settings = headgate_orchestrator::Settings { issuer: told.issuer.clone(), drain: plan.drain, ..Default::default() };
+    settings.history =
+        Bounds { sessions: told.sessions, messages: told.session_messages, session_bytes: told.session_bytes, bytes: told.history_bytes };
+    settings.limits.connections = told.connections;
+    settings.limits.turns = told.turns;
+    settings.limits.turn = told.turn;
+    settings.limits.body = told.body_bytes;
+    settings.limits.text = told.answer_bytes;
+    Ok(Arc::new(Orchestrator::new(settings, models, verifier, Arc::new(registry))))
+}
+
+/// The embedded model, or the one of the plan's file.
+pub fn slm(told: &plan::Slm) -> Result<Arc<Slm>, Unbuildable> {
+    Ok(Arc::new(match &told.model {
+        None => Slm::embedded(),
+        Some(path) => Slm::load(path).map_err(|error| Unbuildable::Model(error.into()))?,
+    }))
+}

@@ -1,0 +1,5 @@
+//! Whole-gateway scenarios over real sockets, in one binary: a scripted model on one side, a strict client on the other.
+
+mod support;
+
+mod streams;
