@@ -119,6 +119,8 @@ impl From<(Stop, Option<TurnId>)> for Refused {
 pub(crate) fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched: &Dispatched<'_>) -> Result<Prompt, Refused> {
     let mut prompt = prompt(conversation::Request::parse(dispatched.body)?);
     prompt.trace = Trace::from_headers(headers);
+    let key = verify::only(headers, &IDEMPOTENCY_KEY)?.and_then(|key| key.to_str().ok());
+    prompt.idempotency_key = key.filter(|key| key.len() <= MAX_IDEMPOTENCY_KEY_BYTES).map(str::to_owned);
     let judged = orchestrator.court.judge(headers, dispatched, &prompt);
     if let Err(fault) = judged {
         tracing::warn!(
@@ -132,8 +134,6 @@ pub(crate) fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched
         );
         return Err(Refused(fault.into(), Some(prompt.turn)));
     }
-    let key = verify::only(headers, &IDEMPOTENCY_KEY)?.and_then(|key| key.to_str().ok());
-    prompt.idempotency_key = key.filter(|key| key.len() <= MAX_IDEMPOTENCY_KEY_BYTES).map(str::to_owned);
     for name in [verify::VERDICT, verify::VERSION, verify::CONSTITUTION] {
         if let Some(value) = headers.get(&name) {
             prompt.headers.insert(name, value.clone());

@@ -22,9 +22,8 @@ pub(crate) fn body(run: Run, request: Request) -> Body {
     let begin = Reading { run: Box::new(run), request, events: Events::default(), begun: false };
     let frames = stream::unfold(Some(begin), |reading| async {
         let mut reading = reading?;
-        let (written, next) = reading.step().await;
-        let left = next.is_none().then_some(());
-        Some((written.map(Frame::data), left.map_or(Some(reading), |()| None)))
+        let (written, goes_on) = reading.step().await;
+        Some((written.map(Frame::data), goes_on.then_some(reading)))
     });
     BodyExt::boxed_unsync(StreamBody::new(frames))
 }
@@ -36,35 +35,33 @@ struct Reading {
     begun: bool,
 }
 
-/// Whether the stream goes on.
-struct More;
-
 impl Reading {
-    async fn step(&mut self) -> (io::Result<Bytes>, Option<More>) {
+    /// What is to be written next, and whether the stream goes on after it.
+    async fn step(&mut self) -> (io::Result<Bytes>, bool) {
         if !self.begun {
             self.begun = true;
             self.events.open(&self.run);
         }
-        let more = match self.run.advance(Some(&self.request)).await {
+        let goes_on = match self.run.advance(Some(&self.request)).await {
             Ok(true) => {
                 self.events.batch(&self.run);
-                Some(More)
+                true
             }
             Ok(false) => {
                 self.events.done(&self.run);
-                None
+                false
             }
-            Err(Stop::Gone(Gone::Left)) => return (Err(io::ErrorKind::ConnectionAborted.into()), None),
+            Err(Stop::Gone(Gone::Left)) => return (Err(io::ErrorKind::ConnectionAborted.into()), false),
             Err(stop) => {
                 self.events.error(&self.run, &stop);
-                None
+                false
             }
         };
-        (Ok(self.events.take()), more)
+        (Ok(self.events.take()), goes_on)
     }
 }
 
-/// Writes events, reusing its buffers as far as the body lets it.
+/// Writes events. What was written is given away; the next batch gets as much room at once.
 #[derive(Default)]
 struct Events {
     out: Vec<u8>,
