@@ -48,6 +48,7 @@ function piece(text) {
 export class Answer {
   #lanes = new Map();
   #framed = false;
+  #settled = false;
 
   constructor(prompt, transport) {
     this.body = el("div", { className: "lanes" });
@@ -55,6 +56,7 @@ export class Answer {
     this.troubles = el("ul", { className: "troubles", hidden: true });
     this.badge = el("span", { className: "badge waiting" }, "waiting");
     this.measures = el("span", { className: "measures" });
+    this.held = el("span", { className: "measure check", hidden: true });
     this.facts = el("dl", { className: "facts" });
     this.verdict = el("section", { className: "verdict", hidden: true });
     this.more = el("details", { className: "more" }, el("summary", {}, "Details"), this.facts, this.verdict);
@@ -63,7 +65,7 @@ export class Answer {
       { className: "turn", ariaBusy: "true" },
       el("p", { className: "asked" }, el("span", { className: "unseen" }, "You: "), prompt),
       el("div", { className: "answer" }, el("span", { className: "unseen" }, "Answer: "), this.body, this.notice, this.troubles,
-        el("p", { className: "line" }, this.badge, this.measures), this.more),
+        el("p", { className: "line" }, this.badge, this.measures, this.held), this.more),
     );
     this.transport = transport;
   }
@@ -134,10 +136,12 @@ export class Answer {
   }
 
   #settle(turn) {
+    this.#measure(turn);
+    if (this.#settled) return;
+    this.#settled = true;
     const { word, tone, lines, advice } = explain(turn.end);
     this.element.ariaBusy = "false";
     this.#badge(word, tone);
-    this.#measure(turn);
     // Bullets in an answer that nothing was masked in are the model's own.
     if (word === "allowed") this.body.querySelectorAll(".mask").forEach((mark) => mark.replaceWith(mark.textContent));
     const masked = this.body.querySelectorAll(".mask").length;
@@ -193,7 +197,9 @@ export class Answer {
       el("li", { className: `check ${answer}` }, el("b", {}, what), " ", why)));
     const worst = found.some(([, answer]) => answer === "no") ? "no" : found.some(([, answer]) => answer === "unknown") ? "unknown" : "yes";
     const words = { yes: "verdict verified", no: "verdict does not hold", unknown: "verdict not checked" };
-    this.measures.append(el("span", { className: `measure check ${worst}` }, words[worst]));
+    this.held.className = `measure check ${worst}`;
+    this.held.textContent = words[worst];
+    this.held.hidden = false;
   }
 }
 

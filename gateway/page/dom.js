@@ -11,17 +11,19 @@ export function el(name, properties = {}, ...children) {
 }
 
 const SVG = "http://www.w3.org/2000/svg";
+// In pixels.
 const WIDTH = 96;
 const HEIGHT = 18;
 
 // A row of bars; heights from 0 to 1.
 export function sparkline(bars, label) {
   const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  const step = Math.min(WIDTH / bars.length, 5);
+  svg.setAttribute("width", (bars.length * step).toFixed(2));
+  svg.setAttribute("height", HEIGHT);
   svg.setAttribute("class", "spark");
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", label);
-  const step = Math.min(WIDTH / bars.length, 6);
   const path = document.createElementNS(SVG, "path");
   const lines = bars.map((bar, index) => `M${((index + 0.5) * step).toFixed(2)} ${HEIGHT}v-${Math.max(1, bar * HEIGHT).toFixed(2)}`);
   path.setAttribute("d", lines.join(""));
