@@ -254,6 +254,7 @@ impl Batch {
 
     /// Adds an event of another batch, with its words and payload.
     pub fn push_from(&mut self, from: &Batch, event: Event) {
+        self.dialect = from.dialect;
         let raw = event.raw.map(|span| self.keep_wire(from.wire(span)));
         let what = match event.what {
             What::Text { lane, text } => What::Text { lane, text: self.keep_text(from.text(text)) },

@@ -121,7 +121,8 @@ fn told(upstream: &plan::Upstream) -> Settings {
     Settings {
         protocol: match upstream.protocol {
             Protocol::Orchestrator => headgate_upstream::Protocol::Orchestrator,
-            Protocol::OpenAi => headgate_upstream::Protocol::OpenAi,
+            // Only proxied: nothing is asked of it in any protocol of ours.
+            Protocol::OpenAi | Protocol::Http => headgate_upstream::Protocol::OpenAi,
         },
         endpoints: upstream.endpoints.clone(),
         timeouts: settings::Timeouts {

@@ -116,7 +116,7 @@ impl Process {
         // The model first, then who asks it: nobody finds the next one missing.
         if let Some(told) = &plan.slm {
             let (listener, address) = adopt(bind(sockets.slm, told.listen, "slm.listen")?, "slm.listen")?;
-            let options = headgate_slm::Options { pace: told.pace, debug_requests: told.debug_requests, drain: plan.drain, ..Default::default() };
+            let options = headgate_slm::Options { pace: told.pace, drain: plan.drain, ..Default::default() };
             model.spawn(headgate_slm::serve(listener, build::slm(told)?, options, closed()));
             slm_at = Some(address);
         }

@@ -2,14 +2,14 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
 
-use headgate_filters::unix_now;
+use headgate_filters::{auth::KeyHash, unix_now};
 use headgate_slm::{Options, Slm};
 use tokio::net::TcpListener;
 
 use super::{
     EX_CONFIG, EX_UNAVAILABLE, fail,
-    key::Key,
     run::{begin_logs, told_to_stop},
+    token,
 };
 use crate::shell::{Process, Sockets};
 
@@ -45,7 +45,7 @@ pub async fn run(args: Args) -> ExitCode {
     if args.print_config {
         return print(CONFIG);
     }
-    let token = match Key::fresh() {
+    let token = match token::fresh() {
         Ok(token) => token,
         Err(error) => return fail(&error, EX_UNAVAILABLE),
     };
@@ -71,7 +71,7 @@ pub async fn run(args: Args) -> ExitCode {
             "HEADGATE_DEV_ORCHESTRATOR" => orchestrator.clone(),
             "HEADGATE_DEV_SLM" => slm.clone(),
             "HEADGATE_DEV_MODEL_SERVER" => args.model_server.as_ref().map_or_else(|| format!("http://{slm}"), ToString::to_string),
-            "HEADGATE_DEV_KEY" => token.hash(),
+            "HEADGATE_DEV_KEY" => KeyHash::of(&token).to_string(),
             _ => return std::env::var(name).ok(),
         })
     };
@@ -97,7 +97,7 @@ pub async fn run(args: Args) -> ExitCode {
         Err(error) => return fail(&error, EX_UNAVAILABLE),
     };
     if let Some(clients) = process.clients {
-        greet(&clients.to_string(), process.admin, token.reveal());
+        greet(&clients.to_string(), process.admin, &token);
     }
     told_to_stop().await;
     let ended = tokio::select! {

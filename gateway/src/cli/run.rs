@@ -34,11 +34,12 @@ pub enum Part {
 }
 
 impl Part {
-    fn of(self, plan: Plan) -> Plan {
-        match self {
-            Part::All => plan,
-            Part::Orchestrator => Plan { routes: Vec::new(), listen: None, admin: None, slm: None, ..plan },
+    fn of(self, mut plan: Plan) -> Plan {
+        if self == Part::Orchestrator {
+            plan.routes.clear();
+            (plan.listen, plan.admin, plan.slm) = (None, None, None);
         }
+        plan
     }
 }
 

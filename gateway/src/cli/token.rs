@@ -55,7 +55,7 @@ pub fn run(args: Args) -> ExitCode {
 }
 
 /// `hg_` and 64 hexadecimal digits: 256 random bits.
-fn fresh() -> io::Result<String> {
+pub(super) fn fresh() -> io::Result<String> {
     let mut bytes = [0; 32];
     let random = rustls::crypto::aws_lc_rs::default_provider().secure_random;
     random.fill(&mut bytes).map_err(|_| io::Error::other("the system gives no random bytes"))?;

@@ -22,7 +22,7 @@ fn model(texts: &[&str]) -> Script {
 #[tokio::test]
 async fn an_answer_streams_to_its_end() {
     let upstream = Upstream::always(model(&["Hello", " there", ", é!"])).await;
-    let gateway = Setup::default().start(&upstream.url()).await;
+    let gateway = Setup::new().start(&upstream.url()).await;
     let answer = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap().rest().await.unwrap();
     assert_eq!(answer.text(), "Hello there, é!");
     assert_eq!((answer.outcome(), answer.finish()), ("allowed", "stop"));
@@ -31,7 +31,7 @@ async fn an_answer_streams_to_its_end() {
 #[tokio::test]
 async fn a_phrase_cut_over_three_events_is_masked_and_the_verdict_says_so() {
     let upstream = Upstream::always(model(&["Write to bob", "@exam", "ple.com now"])).await;
-    let gateway = Setup::chain(json!([{"moderation": {"mask": ["email"]}}, "policy_headers"])).start(&upstream.url()).await;
+    let gateway = Setup::chain(&["moderation: { mask: [email] }", "policy_headers"]).start(&upstream.url()).await;
     let answer = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap().rest().await.unwrap();
     assert_eq!(answer.text(), "Write to ••• now");
     assert_eq!(answer.outcome(), "masked");
@@ -41,8 +41,7 @@ async fn a_phrase_cut_over_three_events_is_masked_and_the_verdict_says_so() {
 #[tokio::test]
 async fn a_denied_phrase_cuts_the_answer_before_its_first_byte() {
     let upstream = Upstream::always(model(&["The name is blue", "bird, and", " more"])).await;
-    let mut setup = Setup::chain(json!([{"moderation": {"deny": ["deny.txt"]}}]));
-    setup.files.insert("deny.txt", "bluebird\n");
+    let setup = Setup::chain(&["moderation: { deny: [deny.txt] }"]).file("deny.txt", "bluebird\n");
     let gateway = setup.start(&upstream.url()).await;
     let answer = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap().rest().await.unwrap();
     assert_eq!(answer.text(), "The name is ");
@@ -54,20 +53,20 @@ async fn a_client_who_leaves_stops_the_model_before_the_first_byte_too() {
     let here = Arc::new(Notify::new());
     let silent = Script::new().read().tell(&here).stall();
     let upstream = Upstream::always(silent).await;
-    let gateway = Setup::default().start(&upstream.url()).await;
+    let gateway = Setup::new().start(&upstream.url()).await;
     let mut client = Http1::connect(gateway.addr).await;
     client.send(&Request::turn("hi")).await;
     soon(here.notified(), "the model to be asked").await;
     client.abort();
     within(Duration::from_secs(1), upstream.closed(1), "the model to be stopped").await;
-    within(Duration::from_secs(1), async { while gateway.app.turns().len() > 0 { tokio::task::yield_now().await } }, "the turn to end").await;
+    within(Duration::from_secs(1), async { while gateway.process.app.turns().len() > 0 { tokio::task::yield_now().await } }, "the turn to end").await;
 }
 
 #[tokio::test]
 async fn a_client_who_leaves_in_the_middle_stops_the_model() {
     let begun = Answer::openai("demo", &["Hello"]).events()[..2].concat();
     let upstream = Upstream::always(Script::new().read().sse().send(begun).stall()).await;
-    let gateway = Setup::default().start(&upstream.url()).await;
+    let gateway = Setup::new().start(&upstream.url()).await;
     let mut events = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap();
     while events.expect().await.name != "text" {}
     events.into_inner().abort();
@@ -79,7 +78,7 @@ async fn an_upstream_that_is_cut_is_an_error_and_never_an_end() {
     let whole = Answer::openai("demo", &["Hello", " there"]).events().concat();
     for at in (0..whole.len()).step_by(7) {
         let upstream = Upstream::always(Script::new().read().sse().send(whole[..at].to_vec()).reset()).await;
-        let gateway = Setup::default().start(&upstream.url()).await;
+        let gateway = Setup::new().start(&upstream.url()).await;
         match stream(gateway.addr, &Request::turn("hi"), Kind::Client).await {
             Ok(events) => {
                 let answer = events.rest().await.unwrap();
@@ -93,7 +92,7 @@ async fn an_upstream_that_is_cut_is_an_error_and_never_an_end() {
 #[tokio::test]
 async fn without_a_model_the_status_says_so() {
     let refusing = headgate_testkit::upstream::Refusing::start();
-    let gateway = Setup::default().start(&format!("http://{}", refusing.addr())).await;
+    let gateway = Setup::new().start(&format!("http://{}", refusing.addr())).await;
     let reply = ask(gateway.addr, &Request::turn("hi")).await.unwrap();
     assert_eq!((reply.status, reply.problem().unwrap().as_str()), (502, "upstream_connect_failed"));
 }
@@ -101,7 +100,7 @@ async fn without_a_model_the_status_says_so() {
 #[tokio::test]
 async fn openai_clients_get_chunks_or_one_whole_answer() {
     let upstream = Upstream::always(model(&["Hello", " there"])).await;
-    let gateway = Setup::default().start(&upstream.url()).await;
+    let gateway = Setup::new().start(&upstream.url()).await;
     let chunks = stream(gateway.addr, &Request::completion("demo", "hi"), Kind::OpenAi).await.unwrap().rest().await.unwrap();
     assert_eq!(chunks.text(), "Hello there");
     let reply = ask(gateway.addr, &Request::post("/v1/chat/completions", &json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}))).await.unwrap();

@@ -1,104 +1,125 @@
-//! A gateway for a test: one chat route, one OpenAI route, a chain as the test wants it.
+//! A whole gateway for a test: its config, its workers, on ports that the system chose.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{fmt::Write, net::SocketAddr, sync::OnceLock};
 
-use headgate_gateway::{
-    live::{App, Kind, Live, Route},
-    serve::{Limits, serve},
-    telemetry::Meters,
-};
-use headgate_contracts::Flow;
-use headgate_filters::{PolicyInForce, Step, Tools, build_chain};
-use headgate_policy::{Issuer, Policy, Ring};
-use headgate_upstream::{Protocol, Settings, Upstream};
-use serde_json::{Value, json};
+use headgate_config::Plan;
+use headgate_gateway::shell::{Process, Sockets};
 
 /// A gateway that runs.
 pub(crate) struct Gateway {
-    /// Where.
-    pub addr: SocketAddr,
-    /// What its workers share.
-    pub app: App,
+    /// Where clients connect.
+    pub(crate) addr: SocketAddr,
+    /// Where operators look.
+    pub(crate) admin: SocketAddr,
+    /// The process, to be stopped, or looked into.
+    pub(crate) process: Process,
+    /// Holds the files that the config names.
+    pub(crate) folder: tempfile::TempDir,
 }
 
-/// What a test changes about it.
+/// What a test changes about it, as lines of its config.
 pub(crate) struct Setup {
-    /// The chain, as the config would write it.
-    pub chain: Value,
-    /// The upstreams' protocol.
-    pub protocol: Protocol,
-    /// Everything else about the upstream.
-    pub upstream: Settings,
-    /// The routes' bounds.
-    pub flow: Flow,
-    /// Files that the chain names.
-    pub files: BTreeMap<&'static str, &'static str>,
-    /// Origins of pages.
-    pub origins: Vec<String>,
-}
-
-impl Default for Setup {
-    fn default() -> Setup {
-        Setup {
-            chain: json!([]),
-            protocol: Protocol::OpenAi,
-            upstream: Settings::default(),
-            flow: Flow::default(),
-            files: BTreeMap::new(),
-            origins: Vec::new(),
-        }
-    }
+    filters: String,
+    upstream: String,
+    route: String,
+    top: String,
+    protocol: &'static str,
+    files: Vec<(&'static str, String)>,
 }
 
 impl Setup {
-    /// With this chain.
-    pub(crate) fn chain(chain: Value) -> Setup {
-        Setup { chain, ..Setup::default() }
+    /// No filters but the defaults.
+    pub(crate) fn new() -> Setup {
+        Setup { filters: String::new(), upstream: String::new(), route: String::new(), top: String::new(), protocol: "openai", files: Vec::new() }
     }
 
-    /// Starts it in front of `upstream`.
-    pub(crate) async fn start(self, upstream: &str) -> Gateway {
-        let mut settings = self.upstream;
-        settings.endpoints = vec![upstream.parse().expect("an address")];
-        settings.protocol = self.protocol;
-        settings.health.interval = None;
-        let upstream = Upstream::new("model", settings).expect("settings that fit");
-        let ring = Arc::new(Ring::generate(headgate_filters::unix_now()).expect("a key"));
-        let steps: Vec<Step> = serde_json::from_value(self.chain).expect("a chain");
-        let steps = headgate_filters::with_defaults(steps);
-        let files = self.files;
-        let read = move |path: &std::path::Path| {
-            let text = path.to_str().and_then(|path| files.get(path));
-            text.map(|text| text.to_string()).ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotFound))
-        };
-        let constitution = headgate_policy::Constitution::from_markdown("# 1 Be kind\n\nBe kind.\n").expect("a constitution");
-        let issuer = Issuer { iss: "headgate".into(), pol: Policy { id: "test".into(), ver: "1".into() }, con: constitution.hash() };
-        let policy = PolicyInForce { signer: ring.clone(), issuer };
-        let tools = Tools { read: &read, policy: Some(policy), ..Tools::none() };
-        let meters = Arc::new(Meters::default());
-        let mut routes = Vec::new();
-        for (path, kind) in [("/v1/chat/stream", Kind::Chat), ("/v1/chat/completions", Kind::OpenAi), ("/v1/models", Kind::OpenAi), ("/files", Kind::Proxy)] {
-            routes.push(Arc::new(Route {
-                name: path.into(),
-                base: path.into(),
-                below: kind == Kind::Proxy,
-                kind,
-                upstream: upstream.clone(),
-                filters: build_chain(&steps, &tools).unwrap_or_else(|problems| panic!("{problems:?}")),
-                flow: self.flow.clone(),
-                origins: self.origins.clone(),
-                models: vec!["demo".into()],
-                max_body: 1 << 20,
-                body_time: Duration::from_secs(30),
-                strip_prefix: None,
-                meters: meters.route(path),
-            }));
+    /// With these filters, one a line, as the config has them: `moderation: { mask: [email] }`.
+    pub(crate) fn chain(filters: &[&str]) -> Setup {
+        let mut setup = Setup::new();
+        for filter in filters {
+            let _ = writeln!(setup.filters, "      - {filter}");
         }
-        let live = Live { routes, page: false, ring: Some(ring), shown: Value::Null };
-        let app = App::new(live, meters, 1_000);
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let addr = listener.local_addr().expect("an address");
-        tokio::spawn(serve(listener, None, Limits::default(), app.clone(), app.drain().clone()));
-        Gateway { addr, app }
+        setup
     }
+
+    /// With these settings of the upstream: `timeouts: { idle: 1s }`.
+    pub(crate) fn upstream(mut self, settings: &str) -> Setup {
+        let _ = writeln!(self.upstream, "    {settings}");
+        self
+    }
+
+    /// With these settings of all routes: `origins: [...]`.
+    pub(crate) fn route(mut self, settings: &str) -> Setup {
+        let _ = writeln!(self.route, "    {settings}");
+        self
+    }
+
+    /// With these settings at the top: `limits: {...}`.
+    pub(crate) fn top(mut self, settings: &str) -> Setup {
+        let _ = writeln!(self.top, "{settings}");
+        self
+    }
+
+    /// With an upstream that speaks the orchestrator's protocol.
+    pub(crate) fn orchestrated(mut self) -> Setup {
+        self.protocol = "orchestrator";
+        self
+    }
+
+    /// With a file beside the config.
+    pub(crate) fn file(mut self, name: &'static str, text: impl Into<String>) -> Setup {
+        self.files.push((name, text.into()));
+        self
+    }
+
+    fn yaml(&self, url: &str) -> String {
+        let Setup { filters, upstream, route, top, protocol, .. } = self;
+        let filters = if filters.is_empty() { String::new() } else { format!("    filters:\n{filters}") };
+        let mut yaml = format!(
+            "listen: 127.0.0.1:1\nadmin: {{ listen: \"127.0.0.1:2\" }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\" }}\n{top}\
+             upstreams:\n  model:\n    protocol: {protocol}\n    endpoints: [\"{url}\"]\n    health: {{ interval: 0s }}\n{upstream}routes:\n"
+        );
+        for path in ["/v1/chat/stream", "/v1/chat/completions", "/v1/models"] {
+            let models = if path == "/v1/models" { "    models: [demo]\n" } else { "" };
+            let _ = write!(yaml, "  - path: {path}\n    upstream: model\n{models}{filters}{route}");
+        }
+        yaml
+    }
+
+    /// The plan in front of `url`, and the folder with its files.
+    pub(crate) fn plan(&self, url: &str) -> (Plan, tempfile::TempDir) {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("constitution.md"), "# Ours\n\n## 1 Be kind\n\nBe kind.\n").expect("a file");
+        for (name, text) in &self.files {
+            std::fs::write(folder.path().join(name), text).expect("a file");
+        }
+        let yaml = self.yaml(url);
+        std::fs::write(folder.path().join("headgate.yaml"), &yaml).expect("a file");
+        match headgate_config::load(&folder.path().join("headgate.yaml"), None, &|_| None) {
+            Ok(plan) => (plan, folder),
+            Err(faults) => panic!("{faults}\n{yaml}"),
+        }
+    }
+
+    /// Starts it in front of `url`.
+    pub(crate) async fn start(self, url: &str) -> Gateway {
+        let (plan, folder) = self.plan(url);
+        start(&plan, folder).await
+    }
+}
+
+/// Starts a plan on ports that the system chooses.
+pub(crate) async fn start(plan: &Plan, folder: tempfile::TempDir) -> Gateway {
+    let any = || std::net::TcpListener::bind("127.0.0.1:0").ok();
+    let sockets = Sockets { clients: any(), admin: any(), orchestrator: None, slm: None };
+    let process = Process::start(plan, sockets).await.expect("a process");
+    Gateway { addr: process.clients.expect("an address"), admin: process.admin.expect("an address"), process, folder }
+}
+
+/// An API key, and the line of an `auth` filter that takes it.
+pub(crate) fn key() -> (&'static str, &'static str) {
+    static LINE: OnceLock<String> = OnceLock::new();
+    let key = "hg_0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    let hash = headgate_filters::auth::KeyHash::of(key);
+    (key, LINE.get_or_init(|| format!("auth: {{ keys: [{{ key: \"{hash}\", tenant: acme, subject: u1 }}] }}")))
 }
