@@ -215,13 +215,15 @@ async fn write(
     mut asked: mpsc::Receiver<Asked>,
     mut closed: watch::Receiver<bool>,
 ) -> Option<CloseCode> {
-    let mut turns: SelectAll<BoxStream<'static, Vec<Message>>> = SelectAll::new();
+    let mut turns: SelectAll<BoxStream<'static, Written>> = SelectAll::new();
+    // Not their number in the set: a stream that has given its last is taken out only when it is asked again.
+    let mut open = 0;
     let mut ping = interval(PING);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ping.reset();
     let mut draining = false;
     loop {
-        if draining && turns.is_empty() {
+        if draining && open == 0 {
             return Some(CloseCode::Restart);
         }
         let messages = tokio::select! {
@@ -231,20 +233,23 @@ async fn write(
                 continue;
             }
             frame = asked.recv() => match frame? {
-                Asked::Turn { turn_id, .. } if turns.len() >= orchestrator.settings.limits.socket_turns => {
+                Asked::Turn { turn_id, .. } if open >= orchestrator.settings.limits.socket_turns => {
                     let full = Fault::client(Code::Overloaded).saying("the socket has as many open turns as it may");
                     orchestrator.metrics.undecided(Route::WebSocket).refused(full.code);
                     vec![complaint(full.into(), Some(turn_id))]
                 }
                 Asked::Turn { turn_id, payload, headers } => {
+                    open += 1;
                     turns.push(turn(orchestrator.clone(), turn_id, payload, headers));
                     continue;
                 }
                 Asked::Complain(fault) => vec![complaint(fault.into(), None)],
             },
-            messages = turns.next(), if !turns.is_empty() => match messages {
-                Some(messages) => messages,
-                // That was the last turn.
+            written = turns.next(), if !turns.is_empty() => match written {
+                Some(Written { messages, last }) => {
+                    open -= usize::from(last);
+                    messages
+                }
                 None => continue,
             },
             _ = ping.tick() => vec![Message::Ping(bytes::Bytes::new())],
@@ -262,8 +267,15 @@ async fn write(
     }
 }
 
+/// The frames of one batch of a turn.
+struct Written {
+    messages: Vec<Message>,
+    /// Whether the turn has ended with them.
+    last: bool,
+}
+
 /// The events of one turn, batch by batch.
-fn turn(orchestrator: Arc<Orchestrator>, turn_id: TurnId, payload: String, headers: HeaderMap) -> BoxStream<'static, Vec<Message>> {
+fn turn(orchestrator: Arc<Orchestrator>, turn_id: TurnId, payload: String, headers: HeaderMap) -> BoxStream<'static, Written> {
     enum State {
         Asked { payload: String, headers: HeaderMap },
         Open(Box<Turn>),
@@ -277,13 +289,17 @@ fn turn(orchestrator: Arc<Orchestrator>, turn_id: TurnId, payload: String, heade
                     Ok(run) => {
                         let mut turn = Box::new(Turn { run, seq: 0, object: Vec::new() });
                         let open = turn.event(Open::NAME, |run, object| sse::open(run).write(object));
-                        Some((vec![open], State::Open(turn)))
+                        Some((Written { messages: vec![open], last: false }, State::Open(turn)))
                     }
-                    Err(Refused(stop, turn)) => Some((vec![complaint(stop, turn.or(Some(turn_id)))], State::Over)),
+                    Err(Refused(stop, turn)) => {
+                        let messages = vec![complaint(stop, turn.or(Some(turn_id)))];
+                        Some((Written { messages, last: true }, State::Over))
+                    }
                 },
                 State::Open(mut turn) => {
-                    let (messages, more) = turn.step().await;
-                    Some((messages, if more { State::Open(turn) } else { State::Over }))
+                    let written = turn.step().await;
+                    let next = if written.last { State::Over } else { State::Open(turn) };
+                    Some((written, next))
                 }
                 State::Over => None,
             }
@@ -324,18 +340,22 @@ struct Turn {
 }
 
 impl Turn {
-    async fn step(&mut self) -> (Vec<Message>, bool) {
+    async fn step(&mut self) -> Written {
         match self.run.advance(None).await {
             Ok(true) => {
                 let mut messages = Vec::with_capacity(self.run.batch.events().len());
                 for at in 0..self.run.batch.events().len() {
                     messages.extend(self.written(at));
                 }
-                (messages, true)
+                Written { messages, last: false }
             }
-            Ok(false) => (vec![self.event(Done::NAME, |run, object| sse::done(run).write(object))], false),
+            Ok(false) => {
+                let done = self.event(Done::NAME, |run, object| sse::done(run).write(object));
+                Written { messages: vec![done], last: true }
+            }
             Err(stop) => {
-                (vec![self.event(ErrorEvent::NAME, |run, object| ErrorEvent::of(&stop, Some(run.turn), None).write(object))], false)
+                let error = self.event(ErrorEvent::NAME, |run, object| ErrorEvent::of(&stop, Some(run.turn), None).write(object));
+                Written { messages: vec![error], last: true }
             }
         }
     }

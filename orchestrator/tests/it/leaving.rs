@@ -55,7 +55,7 @@ async fn how_long_the_model_goes_on_after_its_reader_left() {
         desk.idle().await;
     }
     took.sort_unstable();
-    println!("the model goes on for p50 {:?}, p99 {:?}, max {:?}", took[250], took[495], took[499]);
+    eprintln!("the model goes on for p50 {:?}, p99 {:?}, max {:?}", took[250], took[495], took[499]);
 }
 
 #[tokio::test]

@@ -257,6 +257,19 @@ async fn a_socket_has_no_more_turns_than_it_may() {
 }
 
 #[tokio::test]
+async fn whoever_read_the_end_may_ask_at_once_on_the_same_socket() {
+    let model = Upstream::always(saying(&["yes"])).await;
+    let limits = Limits { socket_turns: 1, session_grace: Duration::ZERO, ..Limits::default() };
+    let desk = Desk::with(Models::new(upstream(&model.url())), Settings { limits, ..Settings::default() }).await;
+    let mut socket = Socket::open(&desk).await;
+    for n in 0..50 {
+        let turn = desk.turn("s1", &n.to_string());
+        socket.send(&dispatch(&turn)).await;
+        assert_eq!(text(&socket.turn(&turn.id).await), "yes");
+    }
+}
+
+#[tokio::test]
 async fn what_is_no_frame_closes_the_socket_with_its_reason() {
     let model = Upstream::always(half()).await;
     let limits = Limits { body: 1000, ..Limits::default() };
