@@ -185,7 +185,9 @@ impl Check<'_> {
         if file.listen.is_none() && !file.routes.is_empty() {
             self.refuse(
                 &listen,
-                problem("there are routes, but nowhere to connect").expected("an address with a port").remedy("add `listen: 127.0.0.1:8080`"),
+                problem("there are routes, but nowhere to connect")
+                    .expected("an address with a port")
+                    .remedy("add `listen: 127.0.0.1:8080`"),
             );
         }
         if file.listen.is_some() && file.routes.is_empty() && !file.page && !self.was_struck(&root.key("routes")) {
@@ -218,7 +220,8 @@ impl Check<'_> {
                 Some((first, other)) => {
                     // Said where it is written: a default gives way.
                     let (at, beside) = if self.is_written(path) { (path, *first) } else { (*first, path) };
-                    let found = format!("`{address}` is the address of `{beside}` too{}", if *other == address { "" } else { ", as one of all" });
+                    let found =
+                        format!("`{address}` is the address of `{beside}` too{}", if *other == address { "" } else { ", as one of all" });
                     self.refuse(&at.clone(), problem(found).expected("an address of its own").remedy("choose another port"));
                 }
             }
@@ -242,7 +245,12 @@ impl Check<'_> {
         let certificate = self.names(&at.key("certificate"), &tls.certificate, "the certificate");
         let key = self.names(&at.key("key"), &tls.key, "the key");
         if certificate.is_some() && certificate == key {
-            self.refuse(&at.key("key"), problem("the file of the certificate").expected("a file of its own").remedy("keep the key in a file that only the gateway can read"));
+            self.refuse(
+                &at.key("key"),
+                problem("the file of the certificate")
+                    .expected("a file of its own")
+                    .remedy("keep the key in a file that only the gateway can read"),
+            );
         }
         Some(plan::Tls { certificate: certificate?, key: key? })
     }
@@ -345,7 +353,7 @@ impl Check<'_> {
             idle: timeouts.idle.0,
             total: timeouts.total.0,
             retries: upstream.retry.attempts,
-            retry_share: upstream.retry.share,
+            retry_share: upstream.retry.share as f32,
             retry_floor: upstream.retry.floor,
             balance: upstream.balance,
             health_interval: Some(upstream.health.interval.0).filter(|interval| !interval.is_zero()),
@@ -381,7 +389,10 @@ impl Check<'_> {
             }
         }
         if upstream.authorization.is_some() && upstream.endpoints.iter().any(|endpoint| !secure(endpoint) && !near(endpoint)) {
-            self.warn(&at.key("authorization"), problem("the secret travels in plain text").remedy("write `https://` where the way is not private"));
+            self.warn(
+                &at.key("authorization"),
+                problem("the secret travels in plain text").remedy("write `https://` where the way is not private"),
+            );
         }
         if self.is_written(&at.key("balance")) && upstream.endpoints.len() == 1 {
             self.warn(&at.key("balance"), problem("there is one endpoint, so there is nothing to choose").remedy("remove `balance`"));
@@ -390,8 +401,7 @@ impl Check<'_> {
 
     /// A secret that stands in a variable or a file; as text in the config it would be in everybody's copy of it.
     fn secret(&mut self, secret: &file::SecretText, at: &Path) -> Option<Secret> {
-        let from_variable =
-            matches!(self.tree.find(at).map(|node| &node.value), Some(Value::Scalar(Scalar { written: Some(_), .. })));
+        let from_variable = matches!(self.tree.find(at).map(|node| &node.value), Some(Value::Scalar(Scalar { written: Some(_), .. })));
         let text = match secret.0.strip_prefix("file:") {
             Some(path) => self.text(at, FilePath::new(path), "the secret")?.trim_end_matches(['\n', '\r']).to_owned(),
             None if from_variable => secret.0.clone(),
@@ -454,7 +464,11 @@ impl Check<'_> {
         let issuer = Issuer { iss: policy.issuer.clone(), pol: headgate_policy::Policy { id, ver }, con: constitution.hash() };
         let used = file.routes.iter().flat_map(|route| &route.filters).any(|step| matches!(step.spec, Spec::PolicyHeaders(_)));
         if !used && file.orchestrator.is_none() && !self.was_struck(&Path::root().key("routes")) {
-            self.warn(at, problem("no route has `policy_headers`, so nothing is signed").remedy("add `policy_headers` to the filters of a route, or remove `policy`"));
+            self.warn(
+                at,
+                problem("no route has `policy_headers`, so nothing is signed")
+                    .remedy("add `policy_headers` to the filters of a route, or remove `policy`"),
+            );
         }
         Some(Some(plan::Policy { constitution, issuer, key }))
     }
@@ -530,7 +544,11 @@ impl Check<'_> {
 
         // A policy that cannot be told is no reason to complain about its absence.
         let in_force = match policy {
-            None => Some(stand_in(Issuer { iss: "x".into(), pol: headgate_policy::Policy { id: "x".into(), ver: "x".into() }, con: headgate_policy::Digest::of(b"") })),
+            None => Some(stand_in(Issuer {
+                iss: "x".into(),
+                pol: headgate_policy::Policy { id: "x".into(), ver: "x".into() },
+                con: headgate_policy::Digest::of(b""),
+            })),
             Some(policy) => policy.as_ref().map(|policy| stand_in(policy.issuer.clone())),
         };
         let built = {
@@ -596,7 +614,9 @@ impl Check<'_> {
                 let found = format!("`{}` is no call of OpenAI's that is spoken here", route.path);
                 self.refuse(
                     &at.key("path"),
-                    problem(found).expected("a path that ends in `/chat/completions` or `/models`").remedy("write `/v1/chat/completions`, or `kind: proxy` to pass it through unread"),
+                    problem(found)
+                        .expected("a path that ends in `/chat/completions` or `/models`")
+                        .remedy("write `/v1/chat/completions`, or `kind: proxy` to pass it through unread"),
                 );
             }
             Kind::Chat | Kind::OpenAi | Kind::Proxy => {}
@@ -617,17 +637,13 @@ impl Check<'_> {
         }
     }
 
-    fn upstream_named<'b>(
-        &mut self,
-        name: &str,
-        upstreams: &'b BTreeMap<String, plan::Upstream>,
-        at: &Path,
-    ) -> Option<&'b plan::Upstream> {
+    fn upstream_named<'b>(&mut self, name: &str, upstreams: &'b BTreeMap<String, plan::Upstream>, at: &Path) -> Option<&'b plan::Upstream> {
         let found = upstreams.get(name);
         if found.is_none() && !self.was_struck(&Path::root().key("upstreams").key(name)) {
             let near = did_you_mean(name, upstreams.keys().map(String::as_str));
             let names: Vec<String> = upstreams.keys().map(|name| format!("`{name}`")).collect();
-            let expected = if names.is_empty() { "a name of `upstreams`, which has none".to_owned() } else { format!("one of {}", names.join(", ")) };
+            let expected =
+                if names.is_empty() { "a name of `upstreams`, which has none".to_owned() } else { format!("one of {}", names.join(", ")) };
             self.refuse(at, problem(format!("unknown upstream `{name}`{near}")).expected(expected).remedy("add it to `upstreams`"));
         }
         found
@@ -654,8 +670,12 @@ impl Check<'_> {
 
     fn limits_of_route(&mut self, file: &File, route: &file::Route, kind: Kind, at: &Path) -> file::Limits {
         let (own, at) = (&route.limits, at.key("limits"));
-        let written =
-            [("body", own.body.is_some()), ("body_bytes", own.body_bytes.is_some()), ("heartbeat", own.heartbeat.is_some()), ("answer_bytes", own.answer_bytes.is_some())];
+        let written = [
+            ("body", own.body.is_some()),
+            ("body_bytes", own.body_bytes.is_some()),
+            ("heartbeat", own.heartbeat.is_some()),
+            ("answer_bytes", own.answer_bytes.is_some()),
+        ];
         if kind == Kind::Proxy {
             for (name, _) in written.into_iter().filter(|(_, written)| *written) {
                 let found = format!("a `proxy` route passes bodies through as they come, so `{name}` would do nothing");
@@ -688,7 +708,12 @@ impl Check<'_> {
             let (at, name) = (at.index(index), step.name());
             if kind == Kind::Proxy && !matches!(step.spec, Spec::Auth(_) | Spec::Cancellation(_)) {
                 let found = format!("a `proxy` route reads no prompt and no answer, so `{name}` would do nothing");
-                self.refuse(&at.key(name), problem(found).expected("`auth` and `cancellation`").remedy(format!("remove `{name}`, or make the route `chat` or `openai`")));
+                self.refuse(
+                    &at.key(name),
+                    problem(found)
+                        .expected("`auth` and `cancellation`")
+                        .remedy(format!("remove `{name}`, or make the route `chat` or `openai`")),
+                );
             }
             match &step.spec {
                 Spec::RateLimit(_) if kind != Kind::Proxy && !has(route, "auth") => {
@@ -701,8 +726,14 @@ impl Check<'_> {
                 }
                 Spec::Cancellation(settings) => match settings.on_disconnect.0 {
                     OnDisconnect::Grace(_) | OnDisconnect::Drain(_) if kind != Kind::Chat => {
-                        let found = format!("a client of an `{kind}` route cannot come back for its answer, so `{}` would only waste it", settings.on_disconnect);
-                        self.refuse(&at.key(name).key("on_disconnect"), problem(found).expected("`cancel`").remedy("remove `on_disconnect`"));
+                        let found = format!(
+                            "a client of an `{kind}` route cannot come back for its answer, so `{}` would only waste it",
+                            settings.on_disconnect
+                        );
+                        self.refuse(
+                            &at.key(name).key("on_disconnect"),
+                            problem(found).expected("`cancel`").remedy("remove `on_disconnect`"),
+                        );
                     }
                     OnDisconnect::Grace(_) | OnDisconnect::Drain(_) | OnDisconnect::Cancel => {}
                 },
@@ -738,8 +769,15 @@ impl Check<'_> {
                 let tokens = settings.output_tokens.map(|tokens| u64::from(tokens) * headgate_filters::budget::BYTES_PER_TOKEN);
                 for (name, limit) in [("output_tokens", tokens), ("output_bytes", settings.output_bytes.map(|bytes| bytes.0))] {
                     if limit.is_some_and(|limit| limit > answer) {
-                        let found = format!("the budget of {} can never be used up: `answer_bytes` ends the answer after {}", Bytes(limit.unwrap_or(0)), Bytes(answer));
-                        self.refuse(&filters.index(index).key("budget").key(name), problem(found).remedy("lower the budget, or raise `limits.answer_bytes`"));
+                        let found = format!(
+                            "the budget of {} can never be used up: `answer_bytes` ends the answer after {}",
+                            Bytes(limit.unwrap_or(0)),
+                            Bytes(answer)
+                        );
+                        self.refuse(
+                            &filters.index(index).key("budget").key(name),
+                            problem(found).remedy("lower the budget, or raise `limits.answer_bytes`"),
+                        );
                     }
                 }
             }
@@ -753,15 +791,25 @@ impl Check<'_> {
             let (deadline_is, first) = (Span(flow.deadline), Span(upstream.first_byte));
             self.refuse(
                 &deadline,
-                problem(format!("turns of `{}` end after {deadline_is}, before the upstream's first byte is given up on, after {first}", route.path))
-                    .expected(format!("`cancellation.deadline` at least {first}"))
-                    .remedy(format!("raise `cancellation.deadline`, or shorten `upstreams.{}.timeouts.first_byte`", route.upstream)),
+                problem(format!(
+                    "turns of `{}` end after {deadline_is}, before the upstream's first byte is given up on, after {first}",
+                    route.path
+                ))
+                .expected(format!("`cancellation.deadline` at least {first}"))
+                .remedy(format!("raise `cancellation.deadline`, or shorten `upstreams.{}.timeouts.first_byte`", route.upstream)),
             );
         }
         if flow.heartbeat >= flow.deadline {
-            let path = if route.limits.heartbeat.is_some() { at.key("limits").key("heartbeat") } else { Path::root().key("limits").key("heartbeat") };
+            let path = if route.limits.heartbeat.is_some() {
+                at.key("limits").key("heartbeat")
+            } else {
+                Path::root().key("limits").key("heartbeat")
+            };
             let found = format!("no heartbeat would ever be sent: turns of `{}` end after {}", route.path, Span(flow.deadline));
-            self.refuse(&path, problem(found).expected(format!("less than {}", Span(flow.deadline))).remedy("remove it: the default is 15s"));
+            self.refuse(
+                &path,
+                problem(found).expected(format!("less than {}", Span(flow.deadline))).remedy("remove it: the default is 15s"),
+            );
         }
         self.guards(route, kind, built, at);
     }
@@ -780,7 +828,10 @@ impl Check<'_> {
             self.warn(&at.key("path"), problem(found).remedy("add e.g. `- moderation: { mask: [email, credit_card, api_key] }`"));
         } else if built.iter().filter(watching).all(|built| built.terms.mode == Mode::Shadow) {
             let index = route.filters.iter().position(|step| matches!(step.spec, Spec::Moderation(_))).unwrap_or(0);
-            self.warn(&at.key("filters").index(index).key("mode"), problem("every `moderation` here is shadowed: what it finds is recorded and leaves all the same"));
+            self.warn(
+                &at.key("filters").index(index).key("mode"),
+                problem("every `moderation` here is shadowed: what it finds is recorded and leaves all the same"),
+            );
         }
         if !has(route, "auth") {
             self.warn(&at.key("path"), problem("anybody who can connect may call this").remedy("add `- auth: ...` to the route's filters"));
@@ -869,7 +920,8 @@ impl Check<'_> {
     /// Upstreams that nobody asks.
     fn unused(&mut self, file: &File) {
         let of_routes = file.routes.iter().map(|route| &route.upstream);
-        let of_orchestrator = file.orchestrator.iter().flat_map(|orchestrator| orchestrator.models.values().chain([&orchestrator.upstream]));
+        let of_orchestrator =
+            file.orchestrator.iter().flat_map(|orchestrator| orchestrator.models.values().chain([&orchestrator.upstream]));
         let used: BTreeSet<&String> = of_routes.chain(of_orchestrator).collect();
         let (routes, orchestrator) = (Path::root().key("routes"), Path::root().key("orchestrator"));
         if self.was_struck(&routes) || self.was_struck(&orchestrator) {
@@ -884,7 +936,12 @@ impl Check<'_> {
     fn slm(&mut self, slm: Option<&file::Slm>, at: &Path) -> Option<plan::Slm> {
         let slm = slm?;
         if slm.pace.is_some_and(|pace| !(0.1..=10_000.0).contains(&pace)) {
-            self.refuse(&at.key("pace"), problem(format!("`{}`", slm.pace.unwrap_or_default())).expected("0.1 to 10000 tokens per second").remedy("remove `pace` to let it run as fast as it goes"));
+            self.refuse(
+                &at.key("pace"),
+                problem(format!("`{}`", slm.pace.unwrap_or_default()))
+                    .expected("0.1 to 10000 tokens per second")
+                    .remedy("remove `pace` to let it run as fast as it goes"),
+            );
         }
         let model = match &slm.model {
             Some(path) => Some(self.names(&at.key("model"), path, "the model")?),
@@ -897,7 +954,11 @@ impl Check<'_> {
         if let Some(sampling) = written.sampling {
             self.within(&at.key("sampling"), sampling, 0.0..=1.0);
             if written.otlp.is_none() && !self.was_struck(&at.key("otlp")) {
-                self.refuse(&at.key("sampling"), problem("traces are sent nowhere, so there is nothing to choose from").remedy("add `otlp: http://127.0.0.1:4318`, or remove `sampling`"));
+                self.refuse(
+                    &at.key("sampling"),
+                    problem("traces are sent nowhere, so there is nothing to choose from")
+                        .remedy("add `otlp: http://127.0.0.1:4318`, or remove `sampling`"),
+                );
             }
         }
         if let Some(problem) = written.otlp.as_ref().and_then(|endpoint| forbidden(&endpoint.0)) {
@@ -998,7 +1059,9 @@ fn stand_in(issuer: Issuer) -> PolicyInForce {
 /// Where no endpoint may be: what clouds tell their machines, secrets among it, is found at such addresses.
 fn forbidden(uri: &http::Uri) -> Option<Problem> {
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.').to_ascii_lowercase();
-    let refused = |why: &str| Some(problem(format!("`{host}` {why}")).expected("the name or the address of a service").remedy("name the service itself"));
+    let refused = |why: &str| {
+        Some(problem(format!("`{host}` {why}")).expected("the name or the address of a service").remedy("name the service itself"))
+    };
     if matches!(host.as_str(), "metadata" | "metadata.google.internal" | "instance-data" | "instance-data.ec2.internal") {
         return refused("answers with the cloud's metadata");
     }
@@ -1019,13 +1082,17 @@ fn forbidden(uri: &http::Uri) -> Option<Problem> {
     };
     let v6_forbidden = match address {
         IpAddr::V6(address) => {
-            address.is_unicast_link_local() || address.is_multicast() || address.is_unspecified() || address == Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)
+            address.is_unicast_link_local()
+                || address.is_multicast()
+                || address.is_unspecified()
+                || address == Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)
         }
         IpAddr::V4(_) => false,
     };
     // 168.63.129.16 and 100.100.100.200 are metadata services too, of Azure and of Alibaba.
     let metadata = [Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(100, 100, 100, 200)];
-    let v4_forbidden = v4.is_some_and(|v4| v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.octets()[0] == 0 || metadata.contains(&v4));
+    let v4_forbidden =
+        v4.is_some_and(|v4| v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.octets()[0] == 0 || metadata.contains(&v4));
     if v4_forbidden || v6_forbidden { refused("is a link-local, metadata or unspecified address, never a service") } else { None }
 }
 

@@ -155,7 +155,9 @@ impl fmt::Display for Delay {
         match self {
             Delay::None => f.write_str("none"),
             Delay::Milliseconds(millis) => write!(f, "at most {}", Span(Duration::from_millis(*millis))),
-            Delay::UntilDecided { bytes } => write!(f, "clean text none; what may become a match until it is decided, at most {bytes} bytes of text"),
+            Delay::UntilDecided { bytes } => {
+                write!(f, "clean text none; what may become a match until it is decided, at most {bytes} bytes of text")
+            }
         }
     }
 }
@@ -245,9 +247,10 @@ impl Plan {
 impl Summary<'_> {
     /// `{"ok": true, "routes": [...], "memory_ceiling_bytes": n, "warnings": [...]}`.
     pub fn to_json(&self) -> serde_json::Value {
-        let routes = self.0.routes.iter().map(|route| {
-            serde_json::json!({ "path": route.name, "kind": route.kind, "upstream": route.upstream, "effect": route.effect })
-        });
+        let routes =
+            self.0.routes.iter().map(
+                |route| serde_json::json!({ "path": route.name, "kind": route.kind, "upstream": route.upstream, "effect": route.effect }),
+            );
         serde_json::json!({
             "ok": true,
             "environment": self.0.environment.map(|environment| environment.name()),

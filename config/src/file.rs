@@ -385,7 +385,7 @@ pub struct Retry {
     /// Tries after the first. At most 3.
     pub attempts: u32,
     /// Retries as a share of all turns of the last ten seconds, from 0 to 1: a sick upstream is not asked twice by everybody.
-    pub share: f32,
+    pub share: f64,
     /// Retries per second that are allowed whatever the share says.
     pub floor: u32,
 }
@@ -581,7 +581,8 @@ impl FromStr for Origin {
         if text == "any" {
             return Ok(Origin::Any);
         }
-        let bad = || Err(format!("`{text}` is not an origin: scheme, host and perhaps a port, such as `https://app.example.com`, or `any`"));
+        let bad =
+            || Err(format!("`{text}` is not an origin: scheme, host and perhaps a port, such as `https://app.example.com`, or `any`"));
         let lower = text.to_ascii_lowercase();
         let Some((scheme, rest)) = lower.split_once("://") else { return bad() };
         let Ok(authority) = rest.parse::<http::uri::Authority>() else { return bad() };
@@ -692,7 +693,9 @@ impl FromStr for VerdictKeys {
         }
         match text.parse::<Endpoint>() {
             Ok(Endpoint(uri)) => Ok(VerdictKeys::Url(uri)),
-            Err(_) => Err(format!("`{text}` is not `own`, a file (`file:keys/gateway.jwks.json`) or a URL (`http://gateway:9090/jwks.json`)")),
+            Err(_) => {
+                Err(format!("`{text}` is not `own`, a file (`file:keys/gateway.jwks.json`) or a URL (`http://gateway:9090/jwks.json`)"))
+            }
         }
     }
 }

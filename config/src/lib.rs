@@ -11,6 +11,7 @@
 //! | [`plan`] | the config as it is used |
 //! | [`effect`] | what a route comes to: delays, bounds, memory |
 //! | `fault` | what is wrong, as compilers show it |
+//! | [`schema`] | the schema for editors, the reference for people |
 //!
 //! [`load`] is the only thing here that reads files.
 
@@ -30,6 +31,7 @@ pub mod file;
 mod overlay;
 pub mod plan;
 mod read;
+pub mod schema;
 mod tree;
 mod variables;
 
@@ -131,7 +133,9 @@ fn text_of(path: &Path) -> Result<String, Box<Fault>> {
     let mut bytes = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes));
     if let Err(error) = read {
-        return Err(Fault::of_file(&name, format!("cannot read the config: {error}")).remedy("name the file to use, or make it readable").into());
+        return Err(Fault::of_file(&name, format!("cannot read the config: {error}"))
+            .remedy("name the file to use, or make it readable")
+            .into());
     }
     if bytes.len() > MAX_BYTES {
         return Err(too_large(&name).into());

@@ -107,7 +107,9 @@ impl Overlay<'_> {
                 continue;
             };
             let of_base = match base.value_of("routes") {
-                Some(Value::List(list)) => list.iter_mut().map(|(_, node)| node).find(|node| node.get("path").and_then(Node::text) == Some(&name)),
+                Some(Value::List(list)) => {
+                    list.iter_mut().map(|(_, node)| node).find(|node| node.get("path").and_then(Node::text) == Some(&name))
+                }
                 _ => None,
             };
             let Some(of_base) = of_base else {

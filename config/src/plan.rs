@@ -14,7 +14,7 @@ use headgate_filters::Step;
 use headgate_policy::{Constitution, Issuer};
 
 pub use crate::file::{Balance, Kind, Logs, Protocol};
-use crate::{Environment, effect::Effect, fault::Fault};
+use crate::{Environment, Faults, effect::Effect, fault::Fault};
 
 /// A config, checked. A turn keeps the plan it began with.
 #[derive(Debug, Clone)]
@@ -62,6 +62,14 @@ impl Plan {
     /// that nothing is used which was not checked.
     pub fn read(&self, path: &Path) -> io::Result<String> {
         self.files.again(path)
+    }
+
+    /// What refuses a checked plan after all, because of `setting`: for what only the libraries that will use it can find.
+    pub fn refused(&self, setting: &str, found: String, remedy: &str) -> Faults {
+        let file = self.files.unread.first().map(|path| path.display().to_string()).unwrap_or_default();
+        let mut fault = Fault::of_file(&file, found).remedy(remedy);
+        fault.path = setting.to_owned();
+        Faults::one(fault)
     }
 
     /// All files whose change is a change of the config: it and its overlay, lists, documents, certificates, secrets.

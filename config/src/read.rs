@@ -6,8 +6,9 @@
 use std::{collections::HashSet, fmt};
 
 use serde::{
-    Deserializer, forward_to_deserialize_any,
+    Deserializer,
     de::{self, DeserializeOwned, DeserializeSeed, EnumAccess, Expected, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor},
+    forward_to_deserialize_any,
 };
 
 use crate::{
@@ -71,8 +72,11 @@ impl Why {
         match self {
             Why::Unknown { name, expected } => {
                 let near = did_you_mean(&name, expected.iter().copied());
-                at(key, format!("unknown setting `{name}`{near}"))
-                    .expected(if expected.is_empty() { "no settings here".into() } else { format!("one of {}", list(expected)) })
+                at(key, format!("unknown setting `{name}`{near}")).expected(if expected.is_empty() {
+                    "no settings here".into()
+                } else {
+                    format!("one of {}", list(expected))
+                })
             }
             Why::UnknownWord { word, expected } => {
                 let near = did_you_mean(&word, expected.iter().copied());

@@ -11,12 +11,7 @@ use crate::{
 const MAX_VALUE_BYTES: usize = 64 << 10;
 
 /// Puts variables into every scalar. Scalars that name a variable which is not set, or badly, are struck out and their paths given.
-pub(crate) fn expand(
-    root: &mut Node,
-    sources: &[Source],
-    vars: &dyn Fn(&str) -> Option<String>,
-    faults: &mut Vec<Fault>,
-) -> Vec<Path> {
+pub(crate) fn expand(root: &mut Node, sources: &[Source], vars: &dyn Fn(&str) -> Option<String>, faults: &mut Vec<Fault>) -> Vec<Path> {
     let mut bad = Vec::new();
     visit(root, &Path::root(), &mut |scalar, place, path| {
         if !scalar.text.contains("${") {
@@ -61,8 +56,9 @@ impl Bad {
     fn fault(&self, sources: &[Source], place: Place, path: &Path) -> Fault {
         let fault = |found: String| Fault::at(sources, place, path, found);
         match &self.why {
-            Why::Unset(name) => fault(format!("the variable `{name}` is not set"))
-                .remedy(format!("set `{name}`, or give a default: `${{{name}:-...}}`")),
+            Why::Unset(name) => {
+                fault(format!("the variable `{name}` is not set")).remedy(format!("set `{name}`, or give a default: `${{{name}:-...}}`"))
+            }
             Why::Unclosed => fault("`${` without a `}`".into()).remedy("close it, or write `$${` for a `${` that is meant as it stands"),
             Why::NoName => fault("`${` without the name of a variable".into())
                 .expected("`${NAME}` or `${NAME:-default}`")
