@@ -331,6 +331,11 @@ fn is_iban(text: &[u8]) -> bool {
 }
 
 fn is_ipv6(text: &[u8]) -> bool {
+    // Asked at every colon and digit: most are refused by their colons, without being parsed.
+    let colons = text.iter().filter(|b| **b == b':').count();
+    if !(matches!(colons, 6 | 7) || (colons < 8 && text.windows(2).any(|pair| pair == b"::"))) {
+        return false;
+    }
     let parsed = std::str::from_utf8(text).ok().and_then(|text| text.parse::<std::net::Ipv6Addr>().ok());
     parsed.is_some_and(|address| {
         let groups = text.split(|b| *b == b':').filter(|group| !group.is_empty()).count();

@@ -291,7 +291,12 @@ impl Matcher {
 
     /// The longest match, in normalised bytes.
     fn memory(&self) -> usize {
-        self.phrases.as_ref().map_or(0, |phrases| phrases.longest).max(self.patterns.longest)
+        self.phrases_reach().max(self.patterns.longest)
+    }
+
+    /// The longest phrase, in normalised bytes.
+    fn phrases_reach(&self) -> usize {
+        self.phrases.as_ref().map_or(0, |phrases| phrases.longest)
     }
 
     /// The rule for text stretched by invisible characters: the last one.

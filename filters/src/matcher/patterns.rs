@@ -130,6 +130,8 @@ pub(super) struct Machine {
     pub(super) dfa: dense::DFA<Vec<u32>>,
     /// By state: can a match still come after it?
     alive: Vec<bool>,
+    /// By state: alive, and no match.
+    quiet: Vec<bool>,
     /// By pattern.
     pub(super) goals: Vec<Goal>,
     /// A check looks at the text between start and end, so threads of different starts must not be merged.
@@ -165,7 +167,7 @@ impl Machine {
             .build_from_nfa(&nfa)
             .map_err(|error| error.to_string())?;
         let checked = goals.iter().any(|goal| goal.check.is_some());
-        let mut machine = Machine { dfa, alive: Vec::new(), goals, checked, ascii: true };
+        let mut machine = Machine { dfa, alive: Vec::new(), quiet: Vec::new(), goals, checked, ascii: true };
         machine.measure()?;
         Ok(machine)
     }
@@ -208,19 +210,21 @@ impl Machine {
                 alive_now.extend(before.get(index(state)).into_iter().flatten());
             }
         }
-        let leads_beyond = |state: usize| {
-            let state = StateID::new_unchecked(state << dfa.stride2());
-            (0x80..=0xff).any(|byte| alive.get(index(dfa.next_state(state, byte))).copied().unwrap_or(false))
-        };
-        let ascii = !(0..alive.len()).any(|state| alive[state] && leads_beyond(state));
-        (self.alive, self.ascii) = (alive, ascii);
+        let state = |index: usize| StateID::new_unchecked(index << dfa.stride2());
+        let is_alive = |state: StateID| alive.get(index(state)).copied().unwrap_or(false);
+        let (mut quiet, mut ascii) = (vec![false; alive.len()], true);
+        for (i, quiet) in quiet.iter_mut().enumerate().filter(|(i, _)| is_alive(state(*i))) {
+            *quiet = !dfa.is_match_state(state(i));
+            ascii &= !(0x80..=0xff).any(|byte| is_alive(dfa.next_state(state(i), byte)));
+        }
+        (self.alive, self.quiet, self.ascii) = (alive, quiet, ascii);
         Ok(())
     }
 
     /// Nothing ends in this state, and something may after it.
     #[inline]
     pub(super) fn is_quiet(&self, state: StateID) -> bool {
-        !self.dfa.is_special_state(state) && self.is_alive(state)
+        self.quiet.get(state.as_usize() >> self.dfa.stride2()).copied().unwrap_or(false)
     }
 
     #[inline]

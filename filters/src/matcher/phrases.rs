@@ -106,6 +106,7 @@ impl Phrases {
     /// Reads on while no phrase ends and `other` agrees to the byte, in lower case.
     #[inline]
     pub(super) fn coast(&self, state: &mut StateID, run: &[u8], other: impl FnMut(u8) -> bool) {
+        #[inline]
         fn of<A: Automaton>(automaton: &A, state: &mut StateID, run: &[u8], mut other: impl FnMut(u8) -> bool) {
             let mut now = *state;
             for byte in run {

@@ -10,7 +10,7 @@ use super::{
     detectors::{self, Tail},
     found::Found,
     normal::{self, Composer, Part},
-    patterns::{Behind, Goal, LONGEST},
+    patterns::{Behind, Goal, LONGEST, Machine, Patterns},
     places::Places,
 };
 
@@ -224,7 +224,7 @@ impl Scan {
     /// Each byte is one character that joins nothing before it.
     fn ascii(&mut self, matcher: &Matcher, run: &[u8]) {
         self.flush(matcher);
-        self.places.ascii(self.fed, self.at, matcher.memory());
+        self.places.ascii(self.fed, self.at, matcher.phrases_reach());
         let mut rest = run;
         loop {
             rest = rest.get(self.coast(matcher, rest)..).unwrap_or_default();
@@ -242,48 +242,30 @@ impl Scan {
         if self.threads.len() + self.checked.len() > 1 || !(self.ended.is_empty() && self.going.is_empty()) {
             return 0;
         }
-        let Matcher { patterns, phrases, .. } = matcher;
-        let (fed, at) = (self.fed, self.at);
-        let machine = |thread: &Thread| patterns.machines.get(thread.machine as usize);
-        // The pattern forming, and where in this run it began.
-        let mut forming = self.threads.pop().or(self.checked.pop()).and_then(|thread| Some((machine(&thread)?, thread, None)));
-        let (mut behind, mut read) = (self.behind, 0);
-        let mut patterns_agree = |byte: u8| {
-            let begins = patterns.begins(behind, byte);
-            if let Some((machine, thread, _)) = &mut forming {
-                let next = machine.dfa.next_state(thread.state, byte);
-                let quiet = machine.is_quiet(next);
-                if begins || (!quiet && machine.dfa.is_match_state(next)) {
-                    return false;
-                }
-                thread.state = next;
-                if !quiet {
-                    forming = None;
-                }
-            } else if begins {
-                let [starter] = patterns.starters(behind, byte) else { return false };
-                let thread = Thread { start: at + read, from: fed + read, machine: starter.machine, state: starter.state };
-                forming = machine(&thread).map(|machine| (machine, thread, Some(read)));
-            }
-            behind = Behind::of(byte);
-            read += 1;
-            true
+        let thread = self.threads.pop().or(self.checked.pop());
+        let mut coast = Coast {
+            patterns: &matcher.patterns,
+            fed: self.fed,
+            at: self.at,
+            behind: self.behind,
+            forming: thread.and_then(|thread| Some((matcher.patterns.machines.get(thread.machine as usize)?, thread, None))),
+            read: 0,
         };
-        match (phrases, &mut self.phrase) {
-            (Some(phrases), Some(state)) => phrases.coast(state, run, patterns_agree),
-            (_, _) => _ = run.iter().all(|byte| patterns_agree(byte.to_ascii_lowercase())),
+        match (&matcher.phrases, &mut self.phrase) {
+            (Some(phrases), Some(state)) => phrases.coast(state, run, |byte| coast.takes(byte)),
+            (_, _) => _ = run.iter().all(|byte| coast.takes(byte.to_ascii_lowercase())),
         }
+        let Coast { behind, forming, read, .. } = coast;
         if read > 0 {
-            (self.behind, self.fed, self.at, self.end) = (behind, fed + read, at + read, at + read);
+            (self.behind, self.fed, self.at) = (behind, self.fed + read as u64, self.at + read as u64);
+            self.end = self.at;
         }
-        let read = usize::try_from(read).unwrap_or(run.len());
         match forming {
             Some((machine, thread, begun)) if machine.checked => {
                 if begun.is_some() {
                     (self.text_from, _) = (thread.from, self.text.clear());
                 }
-                let begun = begun.and_then(|begun| usize::try_from(begun).ok()).unwrap_or(0);
-                self.text.extend(run.iter().take(read).skip(begun).map(u8::to_ascii_lowercase));
+                self.text.extend(run.iter().take(read).skip(begun.unwrap_or(0)).map(u8::to_ascii_lowercase));
                 self.checked.push(thread);
             }
             Some((_, thread, _)) => self.threads.push(thread),
@@ -312,7 +294,11 @@ impl Scan {
             return self.invisible(matcher, start);
         }
         let (mut composer, end) = (std::mem::take(&mut self.composer), self.at);
-        normal::decompose(c, |part| composer.take(part, start, end, |part| self.feed(matcher, part)));
+        if normal::is_inert(c) {
+            composer.take_inert(c, start, end, |part| self.feed(matcher, part));
+        } else {
+            normal::decompose(c, |part| composer.take(part, start, end, |part| self.feed(matcher, part)));
+        }
         self.composer = composer;
     }
 
@@ -338,16 +324,16 @@ impl Scan {
 
     /// Feeds a decomposed character to the automata.
     fn feed(&mut self, matcher: &Matcher, part: Part) {
-        self.places.character(self.fed, part.start, matcher.memory());
+        self.places.character(self.fed, part.start, matcher.phrases_reach());
+        if part.joins {
+            self.ended.clear();
+            self.going.clear();
+        } else {
+            self.character_stands(matcher);
+        }
         let mut bytes = [0; 4];
         for (i, byte) in part.c.encode_utf8(&mut bytes).bytes().enumerate() {
             let begins = i == 0 && !part.joins;
-            if i == 0 && part.joins {
-                self.ended.clear();
-                self.going.clear();
-            } else if begins {
-                self.character_stands(matcher);
-            }
             self.step(matcher, byte, begins);
             if begins {
                 self.tails(byte);
@@ -414,6 +400,9 @@ impl Scan {
 
     /// The patterns' step. A match shows one byte after its end; it counts if a new character begins there (`begins`).
     fn step(&mut self, matcher: &Matcher, byte: u8, begins: bool) {
+        if self.threads.is_empty() && self.checked.is_empty() {
+            return self.text.clear();
+        }
         let Scan { threads, checked, text, text_from, going, found, end, fed, .. } = self;
         let mut reached = |thread: &Thread, goal: &Goal| {
             if begins && goal.accepts(text, thread.from - *text_from) {
@@ -472,6 +461,45 @@ impl Scan {
                 }
             }
         }
+    }
+}
+
+/// The patterns' part of the fast path.
+struct Coast<'m> {
+    patterns: &'m Patterns,
+    fed: u64,
+    at: u64,
+    behind: Behind,
+    /// The pattern forming, and where in this run it began.
+    forming: Option<(&'m Machine, Thread, Option<usize>)>,
+    read: usize,
+}
+
+impl Coast<'_> {
+    /// Takes the byte, unless something happens with it that needs the slow path.
+    #[inline(always)]
+    fn takes(&mut self, byte: u8) -> bool {
+        let begins = self.patterns.begins(self.behind, byte);
+        if let Some((machine, thread, _)) = &mut self.forming {
+            let next = machine.dfa.next_state(thread.state, byte);
+            let quiet = machine.is_quiet(next);
+            if begins || (!quiet && machine.dfa.is_match_state(next)) {
+                return false;
+            }
+            thread.state = next;
+            if !quiet {
+                self.forming = None;
+            }
+        } else if begins {
+            let [starter] = self.patterns.starters(self.behind, byte) else { return false };
+            let Some(machine) = self.patterns.machines.get(starter.machine as usize) else { return false };
+            let read = self.read as u64;
+            let thread = Thread { start: self.at + read, from: self.fed + read, machine: starter.machine, state: starter.state };
+            self.forming = Some((machine, thread, Some(self.read)));
+        }
+        self.behind = Behind::of(byte);
+        self.read += 1;
+        true
     }
 }
 

@@ -364,6 +364,23 @@ fn letters_beyond_ascii_can_be_written_in_patterns() {
 }
 
 #[test]
+fn clean_text_allocates_nothing() {
+    let mut builder = MatcherBuilder::new();
+    builder.phrase("bomb", DENY, "test").pattern("[a-z]{3}-[0-9]{4}", MASK, "test");
+    Detector::ALL.into_iter().for_each(|detector| _ = builder.detector(detector, MASK));
+    let matcher = builder.build().unwrap();
+    let (mut scan, mut out) = (matcher.scan(), Edits::default());
+    let mut read = || {
+        for piece in ["The bo", "x has ", "3 abc-12 parts, l'été", " fini\u{301}", ": 日本", " ada@home 4111 1111 -- "] {
+            scan.push(&matcher, piece, &mut out);
+        }
+    };
+    read(); // the scan takes what memory it needs for forming matches
+    assert_eq!(allocation_counter::measure(read).count_total, 0);
+    assert!(out.masks.is_empty() && out.hits.is_empty());
+}
+
+#[test]
 fn debug_shows_no_text() {
     let (matcher, mut out) = (matcher(&[Phrase("hunter2", MASK), Pattern("hunter[0-9]", MASK)]), Edits::default());
     let mut scan = matcher.scan();
@@ -644,6 +661,7 @@ fn no_character_becomes_invisible_or_changes_when_it_is_normalised_twice() {
         once.chars().for_each(|c| normal::decompose(c, |c| twice.push(c)));
         assert!(!once.is_empty() && !once.chars().any(normal::is_invisible), "{c:?}");
         assert_eq!(once, twice, "{c:?}");
+        assert!(!normal::is_inert(c) || (once == c.to_string() && !normal::may_join(c)), "{c:?}");
     }
 }
 
