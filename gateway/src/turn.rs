@@ -27,16 +27,12 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
     chain.prompt(prompt).await?;
     watch.admitted(prompt);
     let mut answer: Answer = upstream.open(prompt).await?;                      // retries live in here: before the first byte only
+    let mut batch = Batch::new();
+    let mut more = answer.next(&mut batch).await?;                              // the first events say whose answer it is
     chain.head(&mut answer.head)?;
     outbox.open(turn, answer.head.clone());
-    let mut batch = Batch::new();
-    loop {
-        batch.clear();
-        select! { biased;
-            () = chain.ripen() => {}                                            // a waited-for verdict came, or a hold ran out
-            more = answer.next(&mut batch), if chain.has_room() => if !more? { return Ok(()) },
-        }
-        watch.read(&batch);
+    while more {
+        watch.read();
         let passed = chain.pass(&mut batch);                                    // in: what came; out: what may go
         outbox.send(&batch).await?;                                             // waits while the client is behind: the backpressure
         watch.sent(&batch);
@@ -44,7 +40,13 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
         if outbox.text_bytes() > turn.flow.max_text {
             return Err(over("route.max_text"));
         }
+        batch.clear();
+        select! { biased;
+            () = chain.ripen() => {}                                            // a waited-for verdict came, or a hold ran out
+            next = answer.next(&mut batch), if chain.has_room() => more = next?,
+        }
     }
+    Ok(())
 }
 
 fn over(rule: &'static str) -> Stop {

@@ -36,26 +36,16 @@ enum Manner {
     Whole { envelope: Option<Envelope>, answer: Box<Completion> },
 }
 
-/// OpenAI's stream: all chunks of an answer have one id, the upstream's own where its chunks are passed on as they came.
+/// OpenAI's stream.
 #[derive(Default)]
 struct Chunks {
     include_usage: bool,
-    /// What the answer is called if no chunk of its upstream says so first.
-    ours: Option<Envelope>,
+    /// What all chunks have in common: the upstream's own id where it names one.
     envelope: Option<Envelope>,
-    /// Chunks may be passed on as they came: the first one was, so the id is the upstream's.
+    /// The upstream names its answer, so its chunks may be passed on as they came beside ours.
     passes: bool,
+    /// The choices of which it was said that the assistant speaks.
     spoken: Vec<u16>,
-}
-
-/// What a chunk says about its answer.
-#[derive(serde::Deserialize)]
-struct Named<'a> {
-    #[serde(borrow)]
-    id: std::borrow::Cow<'a, str>,
-    #[serde(borrow)]
-    model: std::borrow::Cow<'a, str>,
-    created: u64,
 }
 
 impl Voice {
@@ -105,7 +95,11 @@ impl Voice {
                 };
                 written(Open::NAME, bytes, add, |bytes| open.write(bytes));
             }
-            Manner::Chunks(chunks) => chunks.ours = Some(envelope()),
+            Manner::Chunks(chunks) => {
+                chunks.envelope = Some(envelope());
+                chunks.passes = !head.id.is_empty();
+                chunks.speak(0, bytes, add);
+            }
             Manner::Whole { envelope: kept, .. } => *kept = Some(envelope()),
         }
     }
@@ -179,9 +173,8 @@ impl Voice {
                 written(Done::NAME, bytes, add, |bytes| done.write(bytes));
             }
             Manner::Chunks(chunks) => {
-                chunks.speak(0, bytes, add);
                 let finishes = finishes(&self.finishes, &chunks.spoken, refusal);
-                let Some(envelope) = chunks.envelope(None) else { return };
+                let Some(envelope) = &chunks.envelope else { return };
                 for (index, (choice, finish)) in finishes.iter().enumerate() {
                     let is_last = !chunks.include_usage && index + 1 == finishes.len();
                     written("chunk", bytes, add, |bytes| envelope.finish(bytes, *choice, *finish, is_last.then_some(tail)));
@@ -204,22 +197,12 @@ impl Voice {
 }
 
 impl Chunks {
-    /// What all chunks have in common: as the first chunk of the upstream says, if one is passed on before we write any.
-    fn envelope(&mut self, raw: Option<&[u8]>) -> Option<Envelope> {
-        if self.envelope.is_none() {
-            let named = raw.and_then(|raw| serde_json::from_slice::<Named<'_>>(raw).ok());
-            self.passes = named.is_some();
-            self.envelope = named.map(|named| Envelope::new(&named.id, &named.model, named.created)).or_else(|| self.ours.take());
-        }
-        self.envelope.clone()
-    }
-
     /// Says, once per choice, that the assistant speaks.
     fn speak(&mut self, choice: u16, bytes: &mut Vec<u8>, add: Add<'_>) {
         if self.spoken.contains(&choice) {
             return;
         }
-        if let Some(envelope) = self.envelope(None) {
+        if let Some(envelope) = &self.envelope {
             self.spoken.push(choice);
             written("chunk", bytes, add, |bytes| envelope.role(bytes, choice));
         }
@@ -262,19 +245,15 @@ impl Manner {
                 }
             }
             Manner::Chunks(chunks) => {
-                let raw = event.raw.filter(|_| batch.dialect == Dialect::OpenAi).map(|raw| batch.wire(raw));
                 let choice = match event.what {
                     What::Text { lane, .. } => lane.choice,
                     What::Tool { choice, .. } => choice,
                     What::Finish { .. } | What::Usage(_) | What::Note => return,
                 };
-                if chunks.envelope.is_none() {
-                    drop(chunks.envelope(raw));
-                }
                 chunks.speak(choice, bytes, add);
                 let Chunks { envelope: Some(envelope), passes, .. } = &**chunks else { return };
-                written("chunk", bytes, add, |bytes| match raw {
-                    Some(raw) if *passes => bytes.extend_from_slice(raw),
+                written("chunk", bytes, add, |bytes| match event.raw {
+                    Some(raw) if *passes && batch.dialect == Dialect::OpenAi => bytes.extend_from_slice(batch.wire(raw)),
                     _ => drop(envelope.event(bytes, batch, event)),
                 });
             }

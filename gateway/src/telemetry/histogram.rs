@@ -49,10 +49,14 @@ impl Tally {
         self.nanos = self.nanos.saturating_add(duration.as_nanos() as u64);
     }
 
-    /// Counts several of about the same length.
-    pub fn add_many(&mut self, duration: Duration, count: u32) {
-        self.buckets[bucket(duration)] += count;
-        self.nanos = self.nanos.saturating_add((duration.as_nanos() as u64).saturating_mul(count.into()));
+    /// Counts several that lie below a bound; their sum comes with [`Tally::correct_sum`].
+    pub fn add_many(&mut self, bound: Duration, count: u32) {
+        self.buckets[bucket(bound)] += count;
+    }
+
+    /// The sum of all that was counted, where it is known exactly.
+    pub fn correct_sum(&mut self, sum: Duration) {
+        self.nanos = sum.as_nanos() as u64;
     }
 }
 

@@ -195,6 +195,7 @@ impl RouteMeters {
         let labels = HoldLabels { route: self.route.clone(), filter: gate.name() };
         let mut tally = Tally::default();
         holds.each(|wait, count| tally.add_many(wait, count));
+        tally.correct_sum(holds.total);
         self.families.holds.get_or_create(&labels).merge(&tally);
     }
 }

@@ -94,7 +94,7 @@ impl Watch {
     }
 
     /// A batch came from the upstream.
-    pub fn read(&mut self, _batch: &Batch) {
+    pub fn read(&mut self) {
         self.read = Instant::now();
     }
 
