@@ -71,6 +71,8 @@ impl Chain {
 
     /// Nothing more will come. In: how the turn would end. Out: what was still held and may go, and how the turn does end:
     /// a refusal of held text lies earlier in the text than any end after it, and so it wins.
+    ///
+    /// What filters report counts all they were shown: also what a later filter then cut.
     pub fn end(&mut self, end: End, batch: &mut Batch, record: &mut Record) -> End {
         batch.clear();
         // Gates before a refusing one have nothing more to say: what they hold lies behind the cut.
