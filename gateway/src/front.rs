@@ -64,7 +64,7 @@ async fn answer(
     }
     let Some(route) = route else {
         return match live.page {
-            true => page::answer(&request).ok_or_else(|| Fault::client(Code::NotFound).into()),
+            true => page::answer(&request).or_else(|| page::keys(&request, live.jwks()?)).ok_or_else(|| Fault::client(Code::NotFound).into()),
             false => Err(Fault::client(Code::NotFound).into()),
         };
     };

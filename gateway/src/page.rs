@@ -63,6 +63,19 @@ pub fn answer<B>(request: &Request<B>) -> Option<Response<Reply>> {
     Some(response)
 }
 
+/// The public keys that verdicts are checked by, for the page: it may ask nobody but its own origin. `None` for any other request.
+pub fn keys<B>(request: &Request<B>, jwks: String) -> Option<Response<Reply>> {
+    if request.uri().path() != "/.well-known/jwks.json" || request.method() != Method::GET {
+        return None;
+    }
+    let mut response = Response::new(Reply::from(jwks));
+    // RFC 7517 section 8.5.1.
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/jwk-set+json"));
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    Some(response)
+}
+
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeSet, fs, path::Path};
@@ -104,9 +117,13 @@ mod tests {
 
     #[test]
     fn what_is_no_file_of_the_page_is_not_answered() {
-        for (method, path) in
-            [(Method::GET, "/app.js/"), (Method::GET, "/../app.js"), (Method::GET, "/v1/chat/stream"), (Method::POST, "/"), (Method::OPTIONS, "/")]
-        {
+        for (method, path) in [
+            (Method::GET, "/app.js/"),
+            (Method::GET, "/../app.js"),
+            (Method::GET, "/v1/chat/stream"),
+            (Method::POST, "/"),
+            (Method::OPTIONS, "/"),
+        ] {
             assert!(ask(method.clone(), path).is_none(), "{method} {path}");
         }
         assert!(ask(Method::GET, "/?x=1").is_some(), "a query changes nothing");
@@ -118,7 +135,9 @@ mod tests {
         let served: BTreeSet<&str> = ASSETS.iter().map(|asset| asset.path).collect();
         for asset in ASSETS {
             let text = std::str::from_utf8(asset.bytes).unwrap();
-            let foreign = text.match_indices("://").filter(|(at, _)| !text[..*at].ends_with("http") || !text[*at..].starts_with("://www.w3.org/2000/svg"));
+            let foreign = text
+                .match_indices("://")
+                .filter(|(at, _)| !text[..*at].ends_with("http") || !text[*at..].starts_with("://www.w3.org/2000/svg"));
             assert_eq!(foreign.count(), 0, "{} names another host", asset.path);
             for (lead, base) in [("from \"./", "/"), ("src=\"", ""), ("href=\"/", "/")] {
                 for (at, _) in text.match_indices(lead) {
@@ -128,6 +147,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_keys_are_at_their_one_place() {
+        let ask = |path: &str| keys(&Request::builder().uri(path).body(()).unwrap(), "{}".to_owned());
+        assert_eq!(ask("/.well-known/jwks.json").unwrap().headers()[header::CONTENT_TYPE], "application/jwk-set+json");
+        assert!(ask("/jwks.json").is_none());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-
+pub mod chat;
 pub mod check;
 pub mod dev;
 pub mod run;
@@ -41,8 +41,8 @@ enum Command {
     Schema(schema::Args),
     /// Make an API key.
     Token(token::Args),
-
-
+    /// Talk through a gateway from this terminal.
+    Chat(chat::Args),
     /// Print completions for a shell.
     #[command(after_help = "Example: headgate completions bash > /etc/bash_completion.d/headgate")]
     Completions {
@@ -77,7 +77,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Schema(args) => schema::run(args),
         Command::Token(args) => token::run(args),
-
+        Command::Chat(args) => block_on(chat::run(args)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "headgate", &mut std::io::stdout());
             ExitCode::SUCCESS

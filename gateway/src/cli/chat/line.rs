@@ -1,0 +1,476 @@
+//! Carries turns to a gateway and events back: over server-sent events or a WebSocket.
+
+use std::{io, sync::Arc, time::Duration};
+
+use futures_util::{SinkExt, StreamExt};
+use headgate_contracts::{
+    Secret, TurnId,
+    wire::{chat::TurnRequest, frames, problem, sse},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+use tokio_tungstenite::{
+    WebSocketStream, client_async_with_config,
+    tungstenite::{self, Message, client::IntoClientRequest, protocol::WebSocketConfig},
+};
+
+use super::tale::{Event, Said};
+
+/// The chat route where the URL names none.
+const DEFAULT_PATH: &str = "/v1/chat/stream";
+/// How long a connection may take to be made, TLS and WebSocket handshakes included.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// The largest event that is read, in bytes; the gateway's are at most 128 KiB.
+const MAX_EVENT_BYTES: usize = 256 << 10;
+
+/// A gateway's chat route, and how to get there.
+pub(super) struct Place {
+    host: String,
+    port: u16,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    authority: HeaderValue,
+    path: String,
+}
+
+/// Why a URL is no place to go.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BadUrl {
+    #[error("--url must begin with http:// or https://")]
+    Scheme,
+    #[error("--url must name a host, such as http://127.0.0.1:8080")]
+    Host,
+    #[error("--url must not hold a name or password: use --token")]
+    UserInfo,
+    #[error("--url must not have a query: it names the chat route and nothing else")]
+    Query,
+    #[error("this system has no certificates to check a server by; name some in SSL_CERT_FILE")]
+    NoRoots,
+    #[error("cannot speak TLS")]
+    Tls(#[from] rustls::Error),
+}
+
+impl Place {
+    pub(super) fn of(url: &Uri) -> Result<Place, BadUrl> {
+        let is_tls = match url.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
+            _ => return Err(BadUrl::Scheme),
+        };
+        let authority = url.authority().ok_or(BadUrl::Host)?;
+        if authority.as_str().contains('@') {
+            return Err(BadUrl::UserInfo);
+        }
+        if url.query().is_some() {
+            return Err(BadUrl::Query);
+        }
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let tls = match is_tls {
+            false => None,
+            true => Some((connector()?, ServerName::try_from(host.clone()).map_err(|_| BadUrl::Host)?)),
+        };
+        let path = match url.path().trim_end_matches('/') {
+            "" => DEFAULT_PATH,
+            path => path,
+        };
+        Ok(Place {
+            port: authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 }),
+            authority: HeaderValue::from_str(authority.as_str()).map_err(|_| BadUrl::Host)?,
+            path: path.to_owned(),
+            host,
+            tls,
+        })
+    }
+
+    /// Whether others on the way can read along.
+    pub(super) fn is_exposed(&self) -> bool {
+        let is_here = self.host == "localhost" || self.host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+        self.tls.is_none() && !is_here
+    }
+
+    async fn connect(&self) -> io::Result<Box<dyn Wire>> {
+        let connecting = async {
+            let tcp = TcpStream::connect((&*self.host, self.port)).await?;
+            tcp.set_nodelay(true)?;
+            Ok(match &self.tls {
+                None => Box::new(tcp) as Box<dyn Wire>,
+                Some((tls, name)) => Box::new(tls.connect(name.clone(), tcp).await?),
+            })
+        };
+        timeout(CONNECT_PATIENCE, connecting).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    }
+}
+
+fn connector() -> Result<TlsConnector, BadUrl> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if roots.is_empty() {
+        return Err(BadUrl::NoRoots);
+    }
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
+
+/// Why there is no event.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The gateway said why.
+    Problem(Box<Said>),
+    /// The connection could not be made, or broke.
+    Broken(String),
+    /// What came is not what a gateway sends; the words never quote it.
+    Nonsense(&'static str),
+}
+
+impl Trouble {
+    fn broken(error: impl std::error::Error) -> Trouble {
+        let mut words = error.to_string();
+        let mut next = error.source();
+        while let Some(cause) = next {
+            words = format!("{words}: {cause}");
+            next = cause.source();
+        }
+        Trouble::Broken(words)
+    }
+}
+
+/// The way to a gateway, and the stream that is being read.
+pub(super) struct Line {
+    place: Place,
+    token: Option<Secret>,
+    carrier: Carrier,
+    /// How many turns there were: a WebSocket names them before the gateway does.
+    turns: u32,
+    /// The turn, as soon as the gateway named it.
+    turn: Option<TurnId>,
+}
+
+enum Carrier {
+    Sse(Option<Stream>),
+    WebSocket(Option<Box<WebSocketStream<Box<dyn Wire>>>>),
+}
+
+struct Stream {
+    body: Incoming,
+    decoder: sse::Decoder,
+}
+
+impl Line {
+    pub(super) fn new(place: Place, token: Option<Secret>, is_websocket: bool) -> Line {
+        let carrier = if is_websocket { Carrier::WebSocket(None) } else { Carrier::Sse(None) };
+        Line { place, token, carrier, turns: 0, turn: None }
+    }
+
+    /// The turn whose stream this is, where the gateway has named it.
+    pub(super) fn turn(&self) -> Option<TurnId> {
+        self.turn
+    }
+
+    /// Begins a turn. Its events are what [`Line::next`] gives.
+    pub(super) async fn begin(&mut self, request: &TurnRequest) -> Result<(), Trouble> {
+        self.turns += 1;
+        self.turn = None;
+        if let Carrier::WebSocket(_) = self.carrier {
+            let reference = self.reference();
+            return self.send(&ClientTurn { kind: "turn", reference: &reference, turn: request }).await;
+        }
+        let body = serde_json::to_vec(request).map_err(Trouble::broken)?;
+        let request =
+            Request::post(&self.place.path).header(header::CONTENT_TYPE, "application/json").header(header::ACCEPT, "text/event-stream");
+        self.open(request, body).await
+    }
+
+    /// Takes up the stream of a turn after event number `after`.
+    pub(super) async fn resume(&mut self, turn: TurnId, after: Option<u64>) -> Result<(), Trouble> {
+        self.turn = Some(turn);
+        if let Carrier::WebSocket(socket) = &mut self.carrier {
+            *socket = None;
+            return self.send(&ClientResume { kind: "resume", turn_id: turn, after }).await;
+        }
+        let mut request = Request::get(format!("{}/{turn}", self.place.path)).header(header::ACCEPT, "text/event-stream");
+        if let Some(after) = after {
+            request = request.header("last-event-id", format!("{turn}:{after}"));
+        }
+        self.open(request, Vec::new()).await
+    }
+
+    /// Asks the gateway to stop a turn; its end still comes.
+    pub(super) async fn stop(&mut self, turn: TurnId) -> Result<(), Trouble> {
+        if let Carrier::WebSocket(_) = self.carrier {
+            return self.send(&ClientStop { kind: "stop", turn_id: turn }).await;
+        }
+        let response = self.ask(Request::post(format!("{}/{turn}/stop", self.place.path)), Vec::new()).await?;
+        if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
+    }
+
+    /// The next event; `None`: the stream is over. Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Option<Event>, Trouble> {
+        match &mut self.carrier {
+            Carrier::Sse(None) | Carrier::WebSocket(None) => Ok(None),
+            Carrier::Sse(Some(stream)) => loop {
+                if let Some(frame) = stream.decoder.next().map_err(|_| Trouble::Nonsense("an event that is too large"))? {
+                    let seq = frame.id.and_then(|id| id.rsplit_once(':')).and_then(|(_, seq)| seq.parse().ok());
+                    return Event::of_sse(frame.event, self.turn, seq, frame.data).map(Some);
+                }
+                match stream.body.frame().await {
+                    None => return Ok(None),
+                    Some(Err(error)) => return Err(Trouble::broken(error)),
+                    Some(Ok(frame)) => {
+                        if let Some(bytes) = frame.data_ref() {
+                            stream.decoder.push(bytes);
+                        }
+                    }
+                }
+            },
+            Carrier::WebSocket(Some(socket)) => {
+                let reference = reference(self.turns);
+                loop {
+                    let text = match socket.next().await {
+                        None | Some(Ok(Message::Close(_))) => return Ok(None),
+                        Some(Err(error)) => return Err(Trouble::broken(error)),
+                        Some(Ok(Message::Binary(_))) => return Err(Trouble::Nonsense("a binary message")),
+                        // tungstenite answers pings itself, with the next read.
+                        Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
+                        Some(Ok(Message::Text(text))) => text,
+                    };
+                    let mut event = Event::of_frame(text.as_str())?;
+                    let is_ours = match (self.turn, event.said.turn_id) {
+                        (Some(ours), theirs) => theirs == Some(ours),
+                        (None, _) if event.said.kind == "open" => event.said.reference.as_deref() == Some(&reference),
+                        // An error that names no turn is about what was sent last.
+                        (None, _) => event.said.kind == "error" && event.said.reference.as_deref().is_none_or(|theirs| theirs == reference),
+                    };
+                    if !is_ours {
+                        continue;
+                    }
+                    self.turn = self.turn.or(event.said.turn_id);
+                    // An error without a number is not of the stream: the turn was not begun, or cannot be taken up again.
+                    if event.said.kind == "error" && event.said.seq.is_none() {
+                        event.said.raw = Some(event.frame);
+                        return Err(Trouble::Problem(Box::new(event.said)));
+                    }
+                    return Ok(Some(event));
+                }
+            }
+        }
+    }
+
+    /// Keeps an open WebSocket alive while there is no turn; ready when the gateway has closed it. Cancel safe.
+    pub(super) async fn idle(&mut self) {
+        if let Carrier::WebSocket(open @ Some(_)) = &mut self.carrier {
+            while let Some(socket) = open {
+                match socket.next().await {
+                    None | Some(Err(_) | Ok(Message::Close(_))) => *open = None,
+                    Some(Ok(_)) => {}
+                }
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Leaves the turn.
+    pub(super) fn drop_stream(&mut self) {
+        match &mut self.carrier {
+            Carrier::Sse(stream) => *stream = None,
+            Carrier::WebSocket(socket) => *socket = None,
+        }
+    }
+
+    /// Says goodbye.
+    pub(super) async fn close(&mut self) {
+        if let Carrier::WebSocket(Some(socket)) = &mut self.carrier {
+            // A gateway that does not answer is left all the same.
+            let _ = timeout(Duration::from_secs(1), socket.as_mut().close(None)).await;
+        }
+        self.drop_stream();
+    }
+
+    fn reference(&self) -> String {
+        reference(self.turns)
+    }
+
+    async fn open(&mut self, request: http::request::Builder, body: Vec<u8>) -> Result<(), Trouble> {
+        self.carrier = Carrier::Sse(None);
+        let response = self.ask(request, body).await?;
+        if response.status() != StatusCode::OK {
+            return Err(problem_of(response).await);
+        }
+        if !is_kind(response.headers(), "text/event-stream") {
+            return Err(Trouble::Nonsense("an answer that is not text/event-stream: is this a chat route?"));
+        }
+        let named = response.headers().get("x-headgate-turn").and_then(|turn| turn.to_str().ok()).and_then(|turn| turn.parse().ok());
+        self.turn = self.turn.or(named);
+        let limits = sse::Limits { max_line: MAX_EVENT_BYTES, max_event: MAX_EVENT_BYTES };
+        self.carrier = Carrier::Sse(Some(Stream { body: response.into_body(), decoder: sse::Decoder::new(limits) }));
+        Ok(())
+    }
+
+    /// One request on a connection of its own, which lives as long as the response is read.
+    async fn ask(&self, request: http::request::Builder, body: Vec<u8>) -> Result<Response<Incoming>, Trouble> {
+        let mut request = request.body(Full::<Bytes>::from(body)).map_err(Trouble::broken)?;
+        self.sign(request.headers_mut())?;
+        request.headers_mut().insert(header::HOST, self.place.authority.clone());
+        let wire = self.place.connect().await.map_err(Trouble::broken)?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(wire)).await.map_err(Trouble::broken)?;
+        // Ends with the response: with its last byte, or when its body is dropped.
+        tokio::spawn(connection);
+        sender.send_request(request).await.map_err(Trouble::broken)
+    }
+
+    fn sign(&self, headers: &mut HeaderMap) -> Result<(), Trouble> {
+        if let Some(token) = &self.token {
+            let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose()))
+                .map_err(|_| Trouble::Nonsense("a token that no header can hold"))?;
+            value.set_sensitive(true);
+            headers.insert(header::AUTHORIZATION, value);
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, frame: &impl serde::Serialize) -> Result<(), Trouble> {
+        let text = serde_json::to_string(frame).map_err(Trouble::broken)?;
+        if let Carrier::WebSocket(None) = self.carrier {
+            let socket = timeout(CONNECT_PATIENCE, self.shake_hands()).await;
+            self.carrier =
+                Carrier::WebSocket(Some(Box::new(socket.map_err(|_| Trouble::Broken("the handshake took too long".to_owned()))??)));
+        }
+        let Carrier::WebSocket(Some(socket)) = &mut self.carrier else { return Err(Trouble::Nonsense("no socket")) };
+        socket.send(Message::text(text)).await.map_err(Trouble::broken)
+    }
+
+    async fn shake_hands(&self) -> Result<WebSocketStream<Box<dyn Wire>>, Trouble> {
+        let authority = self.place.authority.to_str().map_err(Trouble::broken)?;
+        let mut request = format!("ws://{authority}{}", self.place.path).into_client_request().map_err(Trouble::broken)?;
+        self.sign(request.headers_mut())?;
+        request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(frames::SUBPROTOCOL));
+        debug_assert_eq!(request.method(), Method::GET);
+        let wire = self.place.connect().await.map_err(Trouble::broken)?;
+        let config = WebSocketConfig::default().max_message_size(Some(MAX_EVENT_BYTES)).max_frame_size(Some(MAX_EVENT_BYTES));
+        match client_async_with_config(request, wire, Some(config)).await {
+            Ok((socket, _)) => Ok(socket),
+            Err(tungstenite::Error::Http(response)) => Err(said_by(response.status(), response.body().as_deref().unwrap_or_default())),
+            Err(error) => Err(Trouble::broken(error)),
+        }
+    }
+}
+
+fn reference(turns: u32) -> String {
+    format!("turn-{turns}")
+}
+
+#[derive(serde::Serialize)]
+struct ClientTurn<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    #[serde(rename = "ref")]
+    reference: &'a str,
+    #[serde(flatten)]
+    turn: &'a TurnRequest,
+}
+
+#[derive(serde::Serialize)]
+struct ClientResume {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    turn_id: TurnId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    after: Option<u64>,
+}
+
+#[derive(serde::Serialize)]
+struct ClientStop {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    turn_id: TurnId,
+}
+
+fn is_kind(headers: &HeaderMap, kind: &str) -> bool {
+    let named = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).and_then(|value| value.split(';').next());
+    named.is_some_and(|named| named.trim().eq_ignore_ascii_case(kind))
+}
+
+async fn problem_of(response: Response<Incoming>) -> Trouble {
+    let status = response.status();
+    let wait = response
+        .headers()
+        .get(HeaderName::from_static("retry-after"))
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.parse::<u64>().ok());
+    let body = timeout(CONNECT_PATIENCE, Limited::new(response.into_body(), problem::MAX_BODY_BYTES).collect()).await;
+    let body = body.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+    let mut trouble = said_by(status, &body);
+    if let (Trouble::Problem(said), Some(wait)) = (&mut trouble, wait) {
+        said.retry_after_ms.get_or_insert(wait.saturating_mul(1000));
+    }
+    trouble
+}
+
+/// What a body that should be a problem says; the status alone, where it says nothing.
+fn said_by(status: StatusCode, body: &[u8]) -> Trouble {
+    let mut said: Said = serde_json::from_slice(body).unwrap_or_default();
+    said.raw = std::str::from_utf8(body).ok().filter(|_| said.code.is_some()).map(str::to_owned);
+    said.code.get_or_insert_with(|| format!("http_{}", status.as_u16()));
+    said.message = said.detail.take().or(said.message);
+    Trouble::Problem(Box::new(said))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(url: &str) -> Result<Place, BadUrl> {
+        Place::of(&url.parse().unwrap())
+    }
+
+    #[test]
+    fn a_url_names_the_gateway_and_may_name_the_route() {
+        for (url, host, port, path) in [
+            ("http://127.0.0.1:8080", "127.0.0.1", 8080, "/v1/chat/stream"),
+            ("http://gate/", "gate", 80, "/v1/chat/stream"),
+            ("http://[::1]:9000/team/chat/", "::1", 9000, "/team/chat"),
+        ] {
+            let place = place(url).unwrap_or_else(|error| panic!("{url}: {error}"));
+            assert_eq!((&*place.host, place.port, &*place.path), (host, port, path), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_url_that_would_be_misread_is_refused() {
+        assert!(matches!(place("ftp://gate/"), Err(BadUrl::Scheme)));
+        assert!(matches!(place("/v1/chat"), Err(BadUrl::Scheme)));
+        assert!(matches!(place("http://me:secret@gate/"), Err(BadUrl::UserInfo)));
+        assert!(matches!(place("http://gate/?token=x"), Err(BadUrl::Query)));
+    }
+
+    #[test]
+    fn a_token_is_exposed_only_where_others_can_read_along() {
+        for (url, exposed) in
+            [("http://127.0.0.1:1", false), ("http://localhost:1", false), ("http://[::1]", false), ("http://10.0.0.1", true)]
+        {
+            assert_eq!(place(url).map(|place| place.is_exposed()).ok(), Some(exposed), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_body_that_is_no_problem_counts_by_its_status() {
+        for body in [&b""[..], b"<html>502 Bad Gateway</html>", b"{\"code\": 7}", b"[]", b"\xff"] {
+            let Trouble::Problem(said) = said_by(StatusCode::BAD_GATEWAY, body) else { panic!("a problem") };
+            assert_eq!(said.code.as_deref(), Some("http_502"));
+        }
+    }
+}
