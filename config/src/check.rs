@@ -28,6 +28,8 @@ use crate::{
     tree::{Node, Path, Scalar, Source, Step as PathStep, Value},
 };
 
+/// The most routes, and the most upstreams.
+const MOST_NAMED: usize = 1000;
 /// The most of a request's body, whatever a config says: it is held whole, to be judged and signed.
 const MOST_BODY: u64 = 16 << 20;
 /// The most text of an answer, whatever a config says.
@@ -45,6 +47,12 @@ pub(crate) fn check(
 ) -> Option<Plan> {
     let root = Path::root();
     let mut check = Check { tree, sources, struck, environment, disk, faults };
+    for (name, count) in [("upstreams", file.upstreams.len()), ("routes", file.routes.len())] {
+        if count > MOST_NAMED {
+            check.refuse(&root.key(name), problem(format!("{count} of them")).expected(format!("at most {MOST_NAMED}")));
+            return None;
+        }
+    }
     check.addresses(file, &root);
     check.limits(&file.limits, &root.key("limits"));
     check.span(&root.key("drain").key("timeout"), file.drain.timeout, seconds(0)..=seconds(3600));
@@ -60,7 +68,7 @@ pub(crate) fn check(
     let limits = &file.limits;
     Some(Plan {
         environment,
-        listen: file.listen.filter(|_| !file.routes.is_empty() || file.page),
+        listen: file.listen.map(|listen| listen.0).filter(|_| !file.routes.is_empty() || file.page),
         admin: match file.admin.listen {
             AdminListen::Off => None,
             AdminListen::At(address) => Some(address),
@@ -120,12 +128,17 @@ impl Check<'_> {
     }
 
     fn say(&mut self, path: &Path, problem: Problem, and: impl FnOnce(Fault) -> Fault) {
-        let path = self.written_path(&path.inside(&problem.at));
+        // A file of phrases has places of its own: "deny[0] (rules/deny.txt line 7)".
+        let (inside, within) = problem.at.split_once(" (").unwrap_or((&problem.at, ""));
+        let path = self.written_path(&path.inside(inside));
         // What is wrong around a place that could not be read is likely wrong because of that.
         if self.struck.iter().any(|struck| struck.starts_with(&path) || path.starts_with(struck)) {
             return;
         }
-        let mut found = problem.found;
+        let mut found = match within.strip_suffix(')') {
+            Some(within) => format!("{within}: {}", problem.found),
+            None => problem.found,
+        };
         if let Some(Node { value: Value::Scalar(Scalar { text, written: Some(written), .. }), .. }) = self.tree.find(&path)
             && !text.is_empty()
         {
@@ -166,7 +179,7 @@ impl Check<'_> {
     fn within<T: PartialOrd + Display>(&mut self, path: &Path, value: T, range: RangeInclusive<T>) {
         if !range.contains(&value) {
             let (least, most) = range.into_inner();
-            self.refuse(path, problem(format!("`{value}`")).expected(format!("{least} to {most}")));
+            self.refuse(path, problem(format!("`{}` cannot be `{value}`", path.last())).expected(format!("{least} to {most}")));
         }
     }
 
@@ -208,10 +221,10 @@ impl Check<'_> {
             AdminListen::Off => None,
         };
         let all = [
-            (listen, file.listen),
+            (listen, file.listen.map(|listen| listen.0)),
             (root.key("admin").key("listen"), admin),
-            (root.key("orchestrator").key("listen"), file.orchestrator.as_ref().map(|orchestrator| orchestrator.listen)),
-            (root.key("slm").key("listen"), file.slm.as_ref().map(|slm| slm.listen)),
+            (root.key("orchestrator").key("listen"), file.orchestrator.as_ref().map(|orchestrator| orchestrator.listen.0)),
+            (root.key("slm").key("listen"), file.slm.as_ref().map(|slm| slm.listen.0)),
         ];
         let mut taken: Vec<(&Path, SocketAddr)> = Vec::new();
         for (path, address) in all.iter().filter_map(|(path, address)| address.map(|address| (path, address))) {
@@ -409,7 +422,7 @@ impl Check<'_> {
                 let problem = problem("a secret, in the config")
                     .expected("`${VARIABLE}`, or `file:` and a path")
                     .remedy("put it into a file or a variable, and replace it: it has been seen");
-                self.say(at, problem, Fault::hiding_the_line);
+                self.refuse(at, problem);
                 return None;
             }
         };
@@ -508,7 +521,8 @@ impl Check<'_> {
                     true => format!("`{}` is the path of an earlier route", route.path),
                     false => format!("every request for `{}` takes the earlier route `{}`", route.path, earlier.name),
                 };
-                self.refuse(&at.key("path"), problem(found).remedy("move this route up, or remove it"));
+                let remedy = if earlier.path == path { "remove one of the two" } else { "move this route up, or remove it" };
+                self.refuse(&at.key("path"), problem(found).remedy(remedy));
             }
             if let Some(route) = self.route(file, route, kind, path, upstreams, policy, &at) {
                 routes.push(route);
@@ -799,7 +813,9 @@ impl Check<'_> {
                 .remedy(format!("raise `cancellation.deadline`, or shorten `upstreams.{}.timeouts.first_byte`", route.upstream)),
             );
         }
-        if flow.heartbeat >= flow.deadline {
+        // The default is not worth a word: so short a turn needs none.
+        let is_default = route.limits.heartbeat.is_none() && !self.is_written(&Path::root().key("limits").key("heartbeat"));
+        if flow.heartbeat >= flow.deadline && !is_default {
             let path = if route.limits.heartbeat.is_some() {
                 at.key("limits").key("heartbeat")
             } else {
@@ -900,7 +916,7 @@ impl Check<'_> {
         self.within(&at_limits.key("answer_bytes"), limits.answer_bytes, Bytes(1 << 10)..=Bytes(MOST_ANSWER));
         let issuer = orchestrator.issuer.clone().or_else(|| file.policy.as_ref().map(|policy| policy.issuer.clone()));
         Some(plan::Orchestrator {
-            listen: orchestrator.listen,
+            listen: orchestrator.listen.0,
             upstream: orchestrator.upstream.clone(),
             models: orchestrator.models.clone(),
             keys: keys?,
@@ -947,7 +963,7 @@ impl Check<'_> {
             Some(path) => Some(self.names(&at.key("model"), path, "the model")?),
             None => None,
         };
-        Some(plan::Slm { listen: slm.listen, model, pace: slm.pace })
+        Some(plan::Slm { listen: slm.listen.0, model, pace: slm.pace })
     }
 
     fn observability(&mut self, written: &file::Observability, at: &Path) -> plan::Observability {
@@ -1111,7 +1127,7 @@ fn itself(file: &File, uri: &http::Uri) -> Option<Problem> {
         "localhost" => IpAddr::from([127, 0, 0, 1]),
         host => host.parse().ok()?,
     };
-    let listen = file.listen.filter(|listen| listen.port() == port && port != 0)?;
+    let listen = file.listen.map(|listen| listen.0).filter(|listen| listen.port() == port && port != 0)?;
     let same = listen.ip() == address || (listen.ip().is_unspecified() && address.is_loopback());
     same.then(|| problem(format!("`{uri}` is this gateway's own address")).remedy("name the address of what should answer"))
 }

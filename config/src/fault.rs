@@ -52,7 +52,7 @@ impl Fault {
             line: 0,
             column: 0,
             path: String::new(),
-            found: found.into(),
+            found: told(found.into()),
             expected: String::new(),
             remedy: String::new(),
             shown: None,
@@ -70,12 +70,12 @@ impl Fault {
     }
 
     pub(crate) fn expected(mut self, expected: impl Into<String>) -> Fault {
-        self.expected = expected.into();
+        self.expected = told(expected.into());
         self
     }
 
     pub(crate) fn remedy(mut self, remedy: impl Into<String>) -> Fault {
-        self.remedy = remedy.into();
+        self.remedy = told(remedy.into());
         self
     }
 
@@ -84,28 +84,77 @@ impl Fault {
         self
     }
 
-    /// The same fault without its line: a secret may stand there.
-    pub(crate) fn hiding_the_line(mut self) -> Fault {
-        if let Some((line, width)) = &mut self.shown {
-            *line = line.chars().take(self.column.saturating_sub(1)).chain("…".chars()).collect();
-            *width = 1;
-        }
-        self
-    }
-
     pub(crate) fn is_error(&self) -> bool {
         self.severity == Severity::Error
     }
 }
 
-/// The most characters of a line that are shown.
+/// The most characters of a line, and of what was found, that are shown.
 const WIDEST: usize = 160;
+const LONGEST: usize = 600;
 
 /// A line without what a terminal would act upon, and how much of it to underline.
 fn snippet(line: &str, place: Place) -> (String, usize) {
-    let shown: String = line.chars().take(WIDEST).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let shown: String = masked(line).chars().take(WIDEST).map(|c| if c.is_control() { ' ' } else { c }).collect();
     let left = shown.chars().count().saturating_sub(place.column.saturating_sub(1));
     (shown, place.width.clamp(1, left.max(1)))
+}
+
+/// The line with dots for what may be a secret, whatever the fault is about: as many as it had characters.
+fn masked(line: &str) -> String {
+    let mut masked = line.to_owned();
+    for (name, is_secret) in [("authorization:", is_no_reference as fn(&str) -> bool), ("key:", looks_like_a_key)] {
+        for at in line.match_indices(name).map(|(at, _)| at + name.len()) {
+            let rest = &line[at..];
+            let start = at + rest.len() - rest.trim_start_matches([' ', '"', '\'']).len();
+            let end = line[start..].find(['"', '\'', ',', '}', ' ']).map_or(line.len(), |end| start + end);
+            // A secret with spaces goes to the end of its quotes or of the line.
+            let end = if name == "authorization:" {
+                line[start..].find(['"', '\'', ',', '}']).map_or(line.len(), |end| start + end)
+            } else {
+                end
+            };
+            cover(&mut masked, line, start, end, is_secret);
+        }
+    }
+    for (at, _) in line.match_indices("://") {
+        let start = at + 3;
+        let end = line[start..].find(['/', '"', '\'', ',', ']', ' ']).map_or(line.len(), |end| start + end);
+        if let Some(user) = line.get(start..end).and_then(|authority| authority.rfind('@')) {
+            cover(&mut masked, line, start, start + user, |_| true);
+        }
+    }
+    masked
+}
+
+/// Puts dots over a part of `line`. Dots are as wide as what they cover in characters, not in bytes, so parts are found anew.
+fn cover(masked: &mut String, line: &str, start: usize, end: usize, is_secret: impl Fn(&str) -> bool) {
+    let Some(part) = line.get(start..end).filter(|part| !part.is_empty() && is_secret(part)) else { return };
+    let (before, width) = (line[..start].chars().count(), part.chars().count());
+    *masked = masked.chars().enumerate().map(|(at, c)| if (before..before + width).contains(&at) { '•' } else { c }).collect();
+}
+
+fn is_no_reference(text: &str) -> bool {
+    !text.starts_with("${") && !text.starts_with("file:")
+}
+
+/// Not a reference, a hash, a word or the name of a file.
+fn looks_like_a_key(text: &str) -> bool {
+    let ending = text.rsplit_once('.').is_some_and(|(_, ending)| (1..=5).contains(&ending.len()));
+    is_no_reference(text) && !text.starts_with("sha256:") && !ending && text.len() > 12
+}
+
+/// What was found, in one line that a terminal can show.
+fn told(found: String) -> String {
+    let cut = found.chars().count() > LONGEST;
+    if !cut && !found.contains(char::is_control) {
+        return found;
+    }
+    let mut told: String = found.chars().take(LONGEST).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    if cut {
+        told.push('…');
+    }
+    told
 }
 
 impl fmt::Display for Fault {
@@ -165,6 +214,7 @@ impl fmt::Display for Faults {
         }
         match self.errors() {
             1 => f.write_str("1 error"),
+            MOST.. => write!(f, "{MOST} errors, and perhaps more"),
             many => write!(f, "{many} errors"),
         }
     }
@@ -184,4 +234,38 @@ pub(crate) fn did_you_mean<'a>(found: &str, names: impl IntoIterator<Item = &'a 
 /// Letters to insert, remove, replace or swap with a neighbour. Long names are not compared: nobody mistypes those by a letter.
 fn distance(a: &str, b: &str) -> usize {
     if a.len() > 64 || b.len() > 64 { usize::MAX } else { strsim::osa_distance(a, b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_a_secret_is_covered_and_nothing_else() {
+        for (line, shown) in [
+            ("authorization: sk-live-1", "authorization: •••••••••"),
+            ("a: { authorization: \"Basic ab cd\", model: x }", "a: { authorization: \"•••••••••••\", model: x }"),
+            ("authorization: ${MODEL_KEY}", "authorization: ${MODEL_KEY}"),
+            ("authorization: \"${MODEL_KEY}\"", "authorization: \"${MODEL_KEY}\""),
+            ("authorization: file:secrets/key", "authorization: file:secrets/key"),
+            ("- key: hg_0123456789abcdef", "- key: •••••••••••••••••••"),
+            ("- key: sha256:0123456789abcdef", "- key: sha256:0123456789abcdef"),
+            ("key: certificates/gateway.key", "key: certificates/gateway.key"),
+            ("key: generated", "key: generated"),
+            ("- http://me:secret@host/a@b", "- http://•••••••••@host/a@b"),
+            ("- http://host/a@b", "- http://host/a@b"),
+            ("é authorization: ü", "é authorization: •"),
+        ] {
+            assert_eq!(masked(line), shown);
+        }
+    }
+
+    #[test]
+    fn a_near_name_is_proposed_and_a_far_one_is_not() {
+        let names = ["upstream", "filters"];
+        assert_eq!(did_you_mean("upstrem", names), ", did you mean `upstream`?");
+        assert_eq!(did_you_mean("fitlers", names), ", did you mean `filters`?");
+        assert_eq!(did_you_mean("workers", names), "");
+        assert_eq!(did_you_mean(&"u".repeat(1000), names), "");
+    }
 }

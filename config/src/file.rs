@@ -32,7 +32,7 @@ const fn mib(count: u64) -> Bytes {
 #[schemars(title = "Headgate config")]
 pub struct File {
     /// Where clients connect, e.g. `0.0.0.0:8080`. Needed where there are routes. Port 0 takes any free one.
-    pub listen: Option<SocketAddr>,
+    pub listen: Option<Address>,
     /// Where operators look: health, metrics, public keys.
     pub admin: Admin,
     /// Threads that serve. Default: one per core.
@@ -90,7 +90,7 @@ impl FromStr for AdminListen {
             text => text
                 .parse()
                 .map(AdminListen::At)
-                .map_err(|_| format!("`{text}` is not an address with a port, such as `127.0.0.1:9090`, nor `off`")),
+                .map_err(|_| format!("`{text}` is not an address with a port, such as `127.0.0.1:9090`, or `off`")),
         }
     }
 }
@@ -101,6 +101,23 @@ impl fmt::Display for AdminListen {
             AdminListen::Off => f.write_str("off"),
             AdminListen::At(address) => write!(f, "{address}"),
         }
+    }
+}
+
+/// Where to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address(pub SocketAddr);
+
+impl FromStr for Address {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Address, String> {
+        text.parse().map(Address).map_err(|_| format!("`{text}` is not an address with a port, such as `127.0.0.1:8080` or `[::]:8080`"))
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
     }
 }
 
@@ -127,6 +144,7 @@ macro_rules! text {
         }
     };
 }
+text!(Address, { "type": "string", "examples": ["127.0.0.1:8080", "0.0.0.0:8080"] });
 text!(AdminListen, { "type": "string", "examples": ["127.0.0.1:9090", "off"] });
 
 /// The certificate that clients see. It is read again when its file changes.
@@ -650,7 +668,7 @@ pub struct RouteLimits {
 #[serde(deny_unknown_fields)]
 pub struct Orchestrator {
     /// Where gateways connect.
-    pub listen: SocketAddr,
+    pub listen: Address,
     /// Who answers: a name of `upstreams`.
     pub upstream: String,
     /// Models that another upstream answers for: a model's name and a name of `upstreams`.
@@ -764,7 +782,7 @@ impl Default for OrchestratorLimits {
 #[serde(deny_unknown_fields)]
 pub struct Slm {
     /// Where it listens.
-    pub listen: SocketAddr,
+    pub listen: Address,
     /// A GGUF file (llama architecture, F32 or Q8_0) instead of the embedded model.
     #[serde(default)]
     pub model: Option<PathBuf>,

@@ -155,6 +155,12 @@ fn plan_of(
 ) -> Result<Plan, Faults> {
     let mut sources = vec![base];
     sources.extend(overlay);
+    for source in &mut sources {
+        // Some editors put a byte order mark first; columns are counted without it.
+        if let Some(text) = source.text.strip_prefix('\u{feff}') {
+            source.text = text.to_owned();
+        }
+    }
     let (mut faults, mut struck) = (Vec::new(), HashSet::new());
     let mut trees = Vec::new();
     for at in 0..sources.len() {
@@ -181,7 +187,8 @@ fn plan_of(
     let (errors, warnings): (Vec<Fault>, Vec<Fault>) = sorted(faults, &sources).0.into_iter().partition(Fault::is_error);
     match plan {
         Some(plan) if errors.is_empty() => Ok(Plan { warnings, files: std::mem::take(&mut disk.files), ..plan }),
-        _ => Err(Faults(errors.into_iter().chain(warnings).collect())),
+        // Warnings are for configs that are taken: beside errors, most of them follow from those.
+        _ => Err(Faults(errors)),
     }
 }
 

@@ -157,13 +157,21 @@ impl Overlay<'_> {
             let Value::Map(entries) = step.value else { continue };
             for (key, node) in entries {
                 let path = path.key(&key.name);
+                // `- budget:` with terms beside it only says which filter is meant.
+                if key.name == name && matches!(&node.value, Value::Scalar(scalar) if scalar.is_null()) {
+                    continue;
+                }
                 self.loosens(&key, &node, &path);
-                if key.name == name
-                    && let Value::Map(settings) = &node.value
-                {
-                    for (key, node) in settings {
-                        self.loosens(key, node, &path.key(&key.name));
-                    }
+                if key.name == name && name == "moderation" {
+                    // The constitution's hash is over these lists: one version of a policy has one hash.
+                    let found = "an overlay may not set what `moderation` looks for: it must be the same everywhere".to_owned();
+                    self.fault(
+                        &key,
+                        &path,
+                        found,
+                        "set it in the config that this is laid over; an overlay may set terms, such as `max_hold`",
+                    );
+                    continue;
                 }
                 // A filter's name alone is a step too; to take settings it must be a map.
                 if let Value::Scalar(_) = &of_base.value {
@@ -179,7 +187,7 @@ impl Overlay<'_> {
     /// In production nothing becomes less safe than the config says.
     fn loosens(&mut self, key: &Key, node: &Node, path: &Path) {
         let text = node.text().unwrap_or_default();
-        let unsafe_words = [("late", "release"), ("on_fault", "pass"), ("mode", "shadow"), ("prompt", "off"), ("answer", "off")];
+        let unsafe_words = [("late", "release"), ("on_fault", "pass"), ("mode", "shadow")];
         if self.environment == Environment::Production && unsafe_words.contains(&(key.name.as_str(), text)) {
             let found = format!("the overlay of production may not say `{}: {text}`", key.name);
             self.fault(key, path, found, "say it in the config that this is laid over, where everybody sees it, or remove it");

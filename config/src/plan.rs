@@ -353,3 +353,29 @@ impl fmt::Debug for Files {
         f.debug_list().entries(self.all()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pattern(base: &str, below: bool, itself: bool) -> PathPattern {
+        PathPattern { base: base.to_owned(), below, itself }
+    }
+
+    #[test]
+    fn a_pattern_covers_another_exactly_if_it_fits_all_of_its_paths() {
+        let patterns: Vec<PathPattern> = ["", "/a", "/a/b", "/ab", "/"]
+            .into_iter()
+            .flat_map(|base| [(true, true), (true, false), (false, true)].map(|(below, itself)| pattern(base, below, itself)))
+            .filter(|pattern| pattern.base != "/" || !pattern.below)
+            .collect();
+        // Enough paths to tell any two of these patterns apart.
+        let paths = ["", "/", "/a", "/a/", "/a/b", "/a/b/c", "/a/c", "/ab", "/ab/c", "/abc", "/c", "/c/d"];
+        for one in &patterns {
+            for other in &patterns {
+                let fits_all = paths.iter().filter(|path| other.fits(path)).all(|path| one.fits(path));
+                assert_eq!(one.covers(other), fits_all, "{one:?} {other:?}");
+            }
+        }
+    }
+}

@@ -29,8 +29,7 @@ pub(crate) fn read<T: DeserializeOwned>(
             Err(error) => error,
         };
         let path = Path(error.path.iter().rev().cloned().collect());
-        let known = matches!(&error.why, Why::Missing(field) if struck.contains(&path.key(field)));
-        if !known {
+        if !error.why.follows_from(struck, &path) {
             faults.push(error.why.fault(sources, tree, &path));
         }
         if faults.len() >= MOST || !tree.strike(&path) {
@@ -64,8 +63,23 @@ impl Error {
 }
 
 impl Why {
+    /// Whether it is so only because something within was struck out, and told.
+    fn follows_from(&self, struck: &HashSet<Path>, path: &Path) -> bool {
+        let mut within = struck.iter().filter(|struck| struck.starts_with(path) && struck.0.len() > path.0.len());
+        match self {
+            // What was misspelled is missing too.
+            Why::Missing(field) => within.any(|struck| match struck.0.get(path.0.len()) {
+                Some(Step::Key(name)) => name == field || !did_you_mean(name, [*field]).is_empty(),
+                Some(Step::Index(_)) | None => false,
+            }),
+            Why::Unknown { .. } | Why::UnknownWord { .. } => false,
+            Why::Wrong { .. } | Why::Said(_) => within.next().is_some(),
+        }
+    }
+
     fn fault(self, sources: &[Source], tree: &Node, path: &Path) -> Fault {
         let at = |place: Place, found: String| Fault::at(sources, place, path, without_value(found, tree.find(path)));
+        let cannot_be = |found: String| format!("`{}` cannot be {found}", path.last());
         let value = tree.place(path);
         let key = tree.key_place(path).unwrap_or(value);
         let list = |words: &[&str]| words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", ");
@@ -80,20 +94,18 @@ impl Why {
             }
             Why::UnknownWord { word, expected } => {
                 let near = did_you_mean(&word, expected.iter().copied());
-                at(value, format!("unknown word `{word}`{near}")).expected(format!("one of {}", list(expected)))
+                at(value, cannot_be(format!("`{word}`{near}"))).expected(format!("one of {}", list(expected)))
             }
             Why::Missing(field) => at(key, format!("`{field}` is missing")).remedy(format!("add `{field}`")),
-            Why::Wrong { found, expected } => at(value, found).expected(expected),
-            // "`80` is not a duration: ..." of our own quantities, and the like.
+            Why::Wrong { found, expected } => at(value, cannot_be(found)).expected(expected),
             Why::Said(said) => match said.split_once("` is not ") {
-                Some((found, expected)) if found.starts_with('`') => at(value, format!("{found}`")).expected(expected),
-                _ => match said.strip_prefix("unknown filter") {
-                    Some(_) => {
-                        let (found, known) = said.split_once("; ").unwrap_or((&said, ""));
-                        at(key, found.to_owned()).expected(known)
-                    }
-                    None => at(value, said),
-                },
+                // "`80` is not a duration: ...": our own quantities, and the like.
+                Some((found, expected)) if found.starts_with('`') => at(value, cannot_be(format!("{found}`"))).expected(expected),
+                _ => {
+                    let (found, more) = said.split_once("; ").or_else(|| said.split_once(": expected ")).unwrap_or((&said, ""));
+                    let place = if said.starts_with("unknown filter") { key } else { value };
+                    at(place, found.to_owned()).expected(more.strip_prefix("expected ").unwrap_or(more))
+                }
             },
         }
     }

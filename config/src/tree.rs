@@ -116,6 +116,12 @@ impl Path {
         path
     }
 
+    /// The innermost name, with the numbers after it: `origins[0]`.
+    pub(crate) fn last(&self) -> String {
+        let from = self.0.iter().rposition(|step| matches!(step, Step::Key(_))).unwrap_or(0);
+        Path(self.0.iter().skip(from).cloned().collect()).to_string()
+    }
+
     pub(crate) fn with(&self, step: Step) -> Path {
         let mut path = self.clone();
         path.0.push(step);
@@ -243,7 +249,7 @@ struct Open {
 
 enum Kind {
     List(Vec<(usize, Node)>),
-    Map { entries: Vec<(Key, Node)>, key: Option<Key> },
+    Map { entries: Vec<(Key, Node)>, names: HashMap<String, usize>, key: Option<Key> },
 }
 
 /// Reads the one document of `sources[at]`.
@@ -259,7 +265,7 @@ pub(crate) fn parse(sources: &[Source], at: usize) -> Result<Node, Box<Fault>> {
     options.set_emit_comments(false);
 
     let mut reader = Tree { sources, at, open: Vec::new(), anchors: HashMap::new(), nodes: 0, root: None };
-    for next in Parser::new_from_str_with_options(source.text.strip_prefix('\u{feff}').unwrap_or(&source.text), options) {
+    for next in Parser::new_from_str_with_options(&source.text, options) {
         match next {
             Ok((event, span)) => {
                 let width = match (span.start.line() == span.end.line(), span.end.col().checked_sub(span.start.col())) {
@@ -272,7 +278,10 @@ pub(crate) fn parse(sources: &[Source], at: usize) -> Result<Node, Box<Fault>> {
             Err(error) => {
                 let mark = error.marker();
                 let place = Place { source: at, line: mark.line(), column: mark.col() + 1, width: 1 };
-                return Err(Box::new(Fault::at(sources, place, &Path::root(), format!("this is not YAML: {}", error.info()))));
+                let fault = Fault::at(sources, place, &Path::root(), format!("this is not YAML: {}", error.info()));
+                let variable = source.line(place.line).is_some_and(|line| line.contains(": ${") && line.contains('{'));
+                let remedy = if variable { "within `{ }` and `[ ]` put quotes around a variable: `\"${NAME}\"`" } else { "" };
+                return Err(Box::new(fault.remedy(remedy)));
             }
         }
     }
@@ -308,7 +317,9 @@ impl Tree<'_> {
                 self.put(Node { place, value: Value::Scalar(scalar) }, anchor, 1)
             }
             Event::SequenceStart(_, anchor, _) => self.begin(anchor, place, Kind::List(Vec::new())),
-            Event::MappingStart(_, anchor, _) => self.begin(anchor, place, Kind::Map { entries: Vec::new(), key: None }),
+            Event::MappingStart(_, anchor, _) => {
+                self.begin(anchor, place, Kind::Map { entries: Vec::new(), names: HashMap::new(), key: None })
+            }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
                 Some(Open { anchor, place, kind: Kind::List(list) }) => self.put(Node { place, value: Value::List(list) }, anchor, 1),
                 Some(Open { anchor, place, kind: Kind::Map { entries, .. } }) => {
@@ -367,13 +378,13 @@ impl Tree<'_> {
                 list.push((list.len(), node));
                 None
             }
-            Some(Kind::Map { entries, key }) => match (key.take(), node.value) {
+            Some(Kind::Map { entries, names, key }) => match (key.take(), node.value) {
                 (Some(key), value) => {
                     entries.push((key, Node { place: node.place, value }));
                     None
                 }
-                (None, Value::Scalar(scalar)) => match entries.iter().find(|(other, _)| other.name == scalar.text) {
-                    Some((first, _)) => Some((node.place, scalar.text, first.place.line)),
+                (None, Value::Scalar(scalar)) => match names.insert(scalar.text.clone(), node.place.line) {
+                    Some(line) => Some((node.place, scalar.text, line)),
                     None => {
                         *key = Some(Key { name: scalar.text, place: node.place });
                         None

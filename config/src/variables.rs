@@ -113,3 +113,46 @@ fn locate(sources: &[Source], place: Place, text: &str, at: usize) -> Place {
     let width = text.get(at..).map_or(1, |rest| rest.split_inclusive('}').next().unwrap_or(rest).chars().count());
     Place { column: place.column + before, width: width.max(1), ..place }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(text: &str) -> Result<String, usize> {
+        let vars = |name: &str| match name {
+            "A" => Some("1".to_owned()),
+            "_b2" => Some("${A} $$ }".to_owned()),
+            "EMPTY" => Some(String::new()),
+            "HUGE" => Some("x".repeat(MAX_VALUE_BYTES + 1)),
+            _ => None,
+        };
+        filled(text, &vars).map_err(|bad| bad.at)
+    }
+
+    #[test]
+    fn a_variable_is_put_in_once_and_never_read_again() {
+        for (text, filled) in [
+            ("plain", "plain"),
+            ("$ and $A and $5", "$ and $A and $5"),
+            ("${A}", "1"),
+            ("x${A}y${A}", "x1y1"),
+            ("${_b2}", "${A} $$ }"),
+            ("${EMPTY}", ""),
+            ("${EMPTY:-full}", "full"),
+            ("${NONE:-}", ""),
+            ("${NONE:-a:-b}", "a:-b"),
+            ("$${A}", "${A}"),
+            ("$$${A}", "$${A}"),
+            ("ä${A}ö", "ä1ö"),
+        ] {
+            assert_eq!(fill(text).as_deref(), Ok(filled), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_bad_reference_is_found_at_its_first_byte() {
+        for (text, at) in [("${NONE}", 0), ("ab${A", 2), ("${A}${}", 4), ("${a-b}", 0), ("${1}", 0), ("${ A }", 0), ("${HUGE}", 0)] {
+            assert_eq!(fill(text), Err(at), "{text}");
+        }
+    }
+}
