@@ -31,3 +31,28 @@ fn the_reference_is_fresh() {
     let (guide, _) = guide.split_once(BEGIN).expect("a mark after which the reference stands");
     fresh(path.clone(), &format!("{guide}{BEGIN}\n{}", headgate_config::schema::reference().trim_end().to_owned() + "\n"));
 }
+
+#[test]
+fn every_config_in_the_guide_is_taken() {
+    let guide = fs::read_to_string(home().join("../docs/configure.md")).unwrap();
+    let blocks: Vec<&str> = guide.split("```yaml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block).collect();
+    let whole: Vec<&str> = blocks.iter().copied().filter(|block| block.starts_with("listen:")).collect();
+    assert_eq!(whole.len(), 2);
+    for text in &whole {
+        headgate_config::parse("guide.yaml", text, &home().join("examples"), None, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+    }
+    // The overlay is laid over the first one.
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["constitution.md", "rules/deny.txt"] {
+        fs::create_dir_all(folder.path().join("rules")).unwrap();
+        fs::copy(home().join("examples").join(name), folder.path().join(name)).unwrap();
+    }
+    let overlay = blocks.iter().find(|block| block.starts_with("workers:")).unwrap();
+    let base = whole[0].replace("2026-11-21 }", "2026-11-21, key: file:key.json }");
+    fs::write(folder.path().join("headgate.yaml"), base).unwrap();
+    fs::write(folder.path().join("headgate.production.yaml"), overlay).unwrap();
+    let production = Some(headgate_config::Environment::Production);
+    let plan =
+        headgate_config::load(&folder.path().join("headgate.yaml"), production, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+    assert_eq!((plan.workers, plan.routes[0].effect.delay), (16, headgate_config::effect::Delay::Milliseconds(100)));
+}
