@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use self::{
-    line::{Line, Place, Trouble},
+    line::{Heard, Line, Place, Trouble},
     screen::Screen,
     tale::{End, Tale},
 };
@@ -266,22 +266,25 @@ impl<W: Write, E: Write> Talk<W, E> {
         }
         // Set once the turn was asked to stop: when we give up waiting for its end.
         let mut give_up: Option<Instant> = None;
+        // So many returns in all, so that a gateway that takes us back and sends nothing is left in the end.
+        let mut pauses = RETURNS.iter().copied();
         loop {
             let patience = give_up.unwrap_or_else(|| Instant::now() + SILENCE);
             tokio::select! {
                 heard = self.line.next() => match heard {
-                    Ok(Some(event)) => {
+                    Ok(Heard::Heartbeat) => {}
+                    Ok(Heard::Event(event)) => {
                         tale.take(&event, Instant::now());
                         self.screen.show(&event);
                         if tale.end().is_some() {
                             return came(tale);
                         }
                     }
-                    Ok(None) | Err(Trouble::Broken(_)) if give_up.is_none() => match self.come_back(tale).await {
+                    Ok(Heard::Over) | Err(Trouble::Broken(_)) if give_up.is_none() => match self.come_back(tale, &mut pauses).await {
                         None => {}
                         Some(came) => return came,
                     },
-                    Ok(None) | Err(Trouble::Broken(_)) => return Came::Stopped,
+                    Ok(Heard::Over) | Err(Trouble::Broken(_)) => return Came::Stopped,
                     Err(trouble) => return self.tell(trouble, tale),
                 },
                 _ = self.interrupts.recv() => {
@@ -290,14 +293,16 @@ impl<W: Write, E: Write> Talk<W, E> {
                         self.line.drop_stream();
                         return Came::Left;
                     };
-                    match timeout(STOP_PATIENCE, self.line.stop(turn)).await {
-                        Ok(Ok(())) => give_up = Some(Instant::now() + STOP_PATIENCE),
-                        Ok(Err(_)) | Err(_) => {
-                            self.screen.note("the gateway could not be asked to stop the turn: left it");
-                            self.line.drop_stream();
-                            return Came::Left;
-                        }
+                    let asked = tokio::select! {
+                        asked = timeout(STOP_PATIENCE, self.line.stop(turn)) => matches!(asked, Ok(Ok(()))),
+                        _ = self.interrupts.recv() => false,
+                    };
+                    if !asked {
+                        self.screen.note("the gateway was not asked to stop the turn: left it");
+                        self.line.drop_stream();
+                        return Came::Left;
                     }
+                    give_up = Some(Instant::now() + STOP_PATIENCE);
                 }
                 () = sleep_until(patience) => {
                     self.line.drop_stream();
@@ -313,14 +318,14 @@ impl<W: Write, E: Write> Talk<W, E> {
     }
 
     /// Takes a stream up again that was cut. `Some`: it cannot be had back, and the turn came to that.
-    async fn come_back(&mut self, tale: &mut Tale) -> Option<Came> {
+    async fn come_back(&mut self, tale: &mut Tale, pauses: &mut impl Iterator<Item = Duration>) -> Option<Came> {
         let Some(turn) = tale.turn().or(self.line.turn()) else {
             self.screen.note("the connection broke before the turn had a number to come back to");
             return Some(Came::Wrong);
         };
         tale.interrupt();
         self.screen.note("the stream was cut; coming back");
-        for pause in RETURNS {
+        for pause in pauses {
             let again = async {
                 sleep(pause).await;
                 self.line.resume(turn, tale.last_seq()).await
@@ -332,6 +337,7 @@ impl<W: Write, E: Write> Talk<W, E> {
             match again {
                 Ok(()) => return None,
                 Err(Trouble::Broken(_)) => {}
+                Err(Trouble::Problem(problem)) if problem.retryable => {}
                 Err(Trouble::Problem(problem)) if problem.is_gone() => {
                     self.screen.note("the gateway no longer has the turn: its route ends a turn whose client leaves");
                     return Some(Came::Wrong);

@@ -149,6 +149,15 @@ impl Trouble {
     }
 }
 
+/// What came.
+pub(super) enum Heard {
+    Event(Event),
+    /// A sign of life.
+    Heartbeat,
+    /// The stream has ended, with or without the turn's end in it.
+    Over,
+}
+
 /// The way to a gateway, and the stream that is being read.
 pub(super) struct Line {
     place: Place,
@@ -168,6 +177,7 @@ enum Carrier {
 struct Stream {
     body: Incoming,
     decoder: sse::Decoder,
+    heartbeats: u64,
 }
 
 impl Line {
@@ -186,7 +196,7 @@ impl Line {
         self.turns += 1;
         self.turn = None;
         if let Carrier::WebSocket(_) = self.carrier {
-            let reference = self.reference();
+            let reference = reference(self.turns);
             return self.send(&ClientTurn { kind: "turn", reference: &reference, turn: request }).await;
         }
         let body = serde_json::to_vec(request).map_err(Trouble::broken)?;
@@ -218,17 +228,21 @@ impl Line {
         if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
     }
 
-    /// The next event; `None`: the stream is over. Cancel safe.
-    pub(super) async fn next(&mut self) -> Result<Option<Event>, Trouble> {
+    /// What comes next. Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Heard, Trouble> {
         match &mut self.carrier {
-            Carrier::Sse(None) | Carrier::WebSocket(None) => Ok(None),
+            Carrier::Sse(None) | Carrier::WebSocket(None) => Ok(Heard::Over),
             Carrier::Sse(Some(stream)) => loop {
                 if let Some(frame) = stream.decoder.next().map_err(|_| Trouble::Nonsense("an event that is too large"))? {
                     let seq = frame.id.and_then(|id| id.rsplit_once(':')).and_then(|(_, seq)| seq.parse().ok());
-                    return Event::of_sse(frame.event, self.turn, seq, frame.data).map(Some);
+                    return Event::of_sse(frame.event, self.turn, seq, frame.data).map(Heard::Event);
+                }
+                if stream.heartbeats < stream.decoder.comments() {
+                    stream.heartbeats = stream.decoder.comments();
+                    return Ok(Heard::Heartbeat);
                 }
                 match stream.body.frame().await {
-                    None => return Ok(None),
+                    None => return Ok(Heard::Over),
                     Some(Err(error)) => return Err(Trouble::broken(error)),
                     Some(Ok(frame)) => {
                         if let Some(bytes) = frame.data_ref() {
@@ -237,36 +251,27 @@ impl Line {
                     }
                 }
             },
-            Carrier::WebSocket(Some(socket)) => {
-                let reference = reference(self.turns);
-                loop {
-                    let text = match socket.next().await {
-                        None | Some(Ok(Message::Close(_))) => return Ok(None),
-                        Some(Err(error)) => return Err(Trouble::broken(error)),
-                        Some(Ok(Message::Binary(_))) => return Err(Trouble::Nonsense("a binary message")),
-                        // tungstenite answers pings itself, with the next read.
-                        Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
-                        Some(Ok(Message::Text(text))) => text,
-                    };
-                    let mut event = Event::of_frame(text.as_str())?;
-                    let is_ours = match (self.turn, event.said.turn_id) {
-                        (Some(ours), theirs) => theirs == Some(ours),
-                        (None, _) if event.said.kind == "open" => event.said.reference.as_deref() == Some(&reference),
-                        // An error that names no turn is about what was sent last.
-                        (None, _) => event.said.kind == "error" && event.said.reference.as_deref().is_none_or(|theirs| theirs == reference),
-                    };
-                    if !is_ours {
-                        continue;
-                    }
-                    self.turn = self.turn.or(event.said.turn_id);
-                    // An error without a number is not of the stream: the turn was not begun, or cannot be taken up again.
-                    if event.said.kind == "error" && event.said.seq.is_none() {
-                        event.said.raw = Some(event.frame);
-                        return Err(Trouble::Problem(Box::new(event.said)));
-                    }
-                    return Ok(Some(event));
+            Carrier::WebSocket(Some(socket)) => loop {
+                let text = match socket.next().await {
+                    None | Some(Ok(Message::Close(_))) => return Ok(Heard::Over),
+                    Some(Err(error)) => return Err(Trouble::broken(error)),
+                    Some(Ok(Message::Binary(_))) => return Err(Trouble::Nonsense("a binary message")),
+                    // tungstenite answers pings itself, with the next read.
+                    Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => return Ok(Heard::Heartbeat),
+                    Some(Ok(Message::Text(text))) => text,
+                };
+                let mut event = Event::of_frame(text.as_str())?;
+                if !is_ours(&event.said, self.turn, self.turns) {
+                    continue;
                 }
-            }
+                self.turn = self.turn.or(event.said.turn_id);
+                // An error without a number is not of the stream: the turn was not begun, or cannot be taken up again.
+                if event.said.kind == "error" && event.said.seq.is_none() {
+                    event.said.raw = Some(event.frame);
+                    return Err(Trouble::Problem(Box::new(event.said)));
+                }
+                return Ok(Heard::Event(event));
+            },
         }
     }
 
@@ -300,10 +305,6 @@ impl Line {
         self.drop_stream();
     }
 
-    fn reference(&self) -> String {
-        reference(self.turns)
-    }
-
     async fn open(&mut self, request: http::request::Builder, body: Vec<u8>) -> Result<(), Trouble> {
         self.carrier = Carrier::Sse(None);
         let response = self.ask(request, body).await?;
@@ -316,7 +317,7 @@ impl Line {
         let named = response.headers().get("x-headgate-turn").and_then(|turn| turn.to_str().ok()).and_then(|turn| turn.parse().ok());
         self.turn = self.turn.or(named);
         let limits = sse::Limits { max_line: MAX_EVENT_BYTES, max_event: MAX_EVENT_BYTES };
-        self.carrier = Carrier::Sse(Some(Stream { body: response.into_body(), decoder: sse::Decoder::new(limits) }));
+        self.carrier = Carrier::Sse(Some(Stream { body: response.into_body(), decoder: sse::Decoder::new(limits), heartbeats: 0 }));
         Ok(())
     }
 
@@ -366,6 +367,16 @@ impl Line {
             Err(tungstenite::Error::Http(response)) => Err(said_by(response.status(), response.body().as_deref().unwrap_or_default())),
             Err(error) => Err(Trouble::broken(error)),
         }
+    }
+}
+
+/// Whether a frame is about this turn: the `turns`-th of its socket, and `turn` once the gateway has named it.
+fn is_ours(said: &Said, turn: Option<TurnId>, turns: u32) -> bool {
+    match (turn, &said.reference) {
+        (Some(ours), _) => said.turn_id == Some(ours),
+        (None, Some(theirs)) => *theirs == reference(turns),
+        // An error that names no turn is about what was sent last.
+        (None, None) => said.kind == "error",
     }
 }
 
@@ -423,9 +434,13 @@ async fn problem_of(response: Response<Incoming>) -> Trouble {
 /// What a body that should be a problem says; the status alone, where it says nothing.
 fn said_by(status: StatusCode, body: &[u8]) -> Trouble {
     let mut said: Said = serde_json::from_slice(body).unwrap_or_default();
-    said.raw = std::str::from_utf8(body).ok().filter(|_| said.code.is_some()).map(str::to_owned);
-    said.code.get_or_insert_with(|| format!("http_{}", status.as_u16()));
-    said.message = said.detail.take().or(said.message);
+    if said.code.is_some() {
+        said.raw = std::str::from_utf8(body).ok().map(str::to_owned);
+    } else {
+        said.code = Some(format!("http_{}", status.as_u16()));
+        said.retryable = status.is_server_error();
+    }
+    said.message = said.detail.take().or(said.message).or(status.canonical_reason().map(str::to_owned));
     Trouble::Problem(Box::new(said))
 }
 
@@ -470,7 +485,7 @@ mod tests {
     fn a_body_that_is_no_problem_counts_by_its_status() {
         for body in [&b""[..], b"<html>502 Bad Gateway</html>", b"{\"code\": 7}", b"[]", b"\xff"] {
             let Trouble::Problem(said) = said_by(StatusCode::BAD_GATEWAY, body) else { panic!("a problem") };
-            assert_eq!(said.code.as_deref(), Some("http_502"));
+            assert_eq!((said.code.as_deref(), said.retryable), (Some("http_502"), true));
         }
     }
 }

@@ -112,6 +112,7 @@ impl<W: Write, E: Write> Screen<W, E> {
         if self.form == Form::Json {
             return;
         }
+        self.to_margin();
         for line in tale.sum() {
             self.note(&line);
         }
@@ -135,7 +136,10 @@ impl<W: Write, E: Write> Screen<W, E> {
 
     /// A remark of ours.
     pub(super) fn note(&mut self, remark: &str) {
-        self.to_margin();
+        // In a file the answer goes on as if nothing had been remarked.
+        if self.form == Form::Terminal {
+            self.to_margin();
+        }
         let remark = safe(remark);
         let _ = match self.is_dim {
             true => writeln!(self.err, "{DIM}{remark}{PLAIN}"),
@@ -220,13 +224,15 @@ mod tests {
     }
 
     #[test]
-    fn a_remark_begins_on_a_line_of_its_own() {
-        let mut screen = Screen::new(Vec::new(), Vec::new(), Form::Text, false);
-        screen.write("half a line");
-        screen.note("remark");
-        screen.write("whole line\n");
-        screen.note("remark");
-        assert_eq!(screen.out, b"half a line\nwhole line\n");
-        assert_eq!(screen.err, b"remark\nremark\n");
+    fn a_remark_begins_on_a_line_of_its_own_and_leaves_a_file_as_it_was() {
+        for (form, expected) in [(Form::Terminal, "half a line\nwhole line\n"), (Form::Text, "half a linewhole line\n")] {
+            let mut screen = Screen::new(Vec::new(), Vec::new(), form, false);
+            screen.write("half a line");
+            screen.note("remark");
+            screen.write("whole line\n");
+            screen.note("remark");
+            assert_eq!(screen.out, expected.as_bytes(), "{form:?}");
+            assert_eq!(screen.err, b"remark\nremark\n");
+        }
     }
 }

@@ -80,6 +80,9 @@ pub(super) struct Why {
 impl Event {
     /// An event of an SSE stream.
     pub(super) fn of_sse(name: &str, turn: Option<TurnId>, seq: Option<u64>, data: &str) -> Result<Event, Trouble> {
+        if !data.trim_start().starts_with('{') {
+            return Err(Trouble::Nonsense("an event that is no object"));
+        }
         let mut frame = Vec::new();
         match (turn, seq) {
             (Some(turn), Some(seq)) => frames::frame(&mut frame, name, &turn, seq, data.as_bytes()),
@@ -418,7 +421,7 @@ mod tests {
 
     #[test]
     fn what_is_not_the_object_it_should_be_is_refused_without_being_quoted() {
-        for data in ["", "hunter2", "[]", "{\"text\":7}", "{\"text\":\"hunter2\""] {
+        for data in ["", "hunter2", "[]", "{\"text\":7}", "{\"text\":\"hunter2\"", "{\"type\":\"done\"}"] {
             let trouble = Event::of_sse("text", None, Some(1), data).err().unwrap_or_else(|| panic!("{data} was read"));
             assert!(!format!("{trouble:?}").contains("hunter2"));
         }
