@@ -1,41 +1,68 @@
 #!/usr/bin/env bash
-# Installs what the tests need besides Rust. Everything but system packages goes into .tools/ of this checkout. Running it again costs a second.
+# Installs what the tests need besides Rust. Everything but system packages goes into .tools/ of this checkout, and node_modules beside
+# the tests that need them. Running it again costs a second.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .tools
 
-# System packages: a browser for the page, nginx and Redis as real peers. Without root their tests say what is missing.
+missing=0
+say_missing() { # WHAT, WHAT IS LOST WITHOUT IT, HOW TO GET IT
+    echo "MISSING: $1. Without it $2. Get it: $3" >&2
+    missing=1
+}
+has() { command -v "$1" >/dev/null; }
+
+# System packages, installed where that can be done without asking anybody.
 need=()
-command -v chromium >/dev/null || need+=(chromium)
-command -v nginx >/dev/null || need+=(nginx-light)
-if [ ${#need[@]} -gt 0 ]; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing ${need[*]}"
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null
-    else
-        echo "MISSING: ${need[*]}: install them with the system's package manager; until then their tests are skipped" >&2
+has chromium || need+=(chromium)
+has nginx || need+=(nginx-light)
+has redis-server || has valkey-server || need+=(redis-server)
+has node && has npm || need+=(nodejs npm)
+has git || need+=(git)
+python3 -c 'import ensurepip, venv' 2>/dev/null || need+=(python3-venv)
+if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && has apt-get; then
+    echo "installing ${need[*]}"
+    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null; }; then
+        echo "apt-get could not install all of them; what is missing is named below" >&2
     fi
 fi
+has chromium || say_missing chromium "the page's tests are skipped" "apt-get install chromium"
+has nginx || say_missing nginx "tests and load runs beside it are skipped" "apt-get install nginx-light"
+has redis-server || has valkey-server || say_missing redis "tests of shared state are skipped" "apt-get install redis-server"
+has node && has npm || say_missing "Node 20 and npm" "tests with OpenAI's Node SDK and of the page are skipped" "https://nodejs.org"
+python3 -c 'import ensurepip, venv' 2>/dev/null || say_missing "Python 3 with venv" "tests with Python clients are skipped" "apt-get install python3-venv"
 
-# Other people's clients: OpenAI's SDKs and a WebSocket client, in Python and Node.
+# Other people's clients: OpenAI's SDKs and a WebSocket client, in Python and Node. What is installed is what is pinned.
 stamp() { cat "$@" | sha256sum | cut -c1-16; }
-want=$(stamp tests/clients/requirements.txt)
-if [ "$(cat .tools/python/.stamp 2>/dev/null)" != "$want" ]; then
-    echo "installing Python clients into .tools/python"
-    python3 -m venv .tools/python
-    .tools/python/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
-    echo "$want" > .tools/python/.stamp
-fi
-for folder in tests/clients tests/browser; do
-    [ -f "$folder/package.json" ] || continue
-    want=$(stamp "$folder/package.json" "$folder/package-lock.json")
-    if [ "$(cat "$folder/node_modules/.stamp" 2>/dev/null)" != "$want" ]; then
-        echo "installing npm packages of $folder"
-        npm ci --silent --no-audit --no-fund --prefix "$folder"
-        echo "$want" > "$folder/node_modules/.stamp"
+if python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    want=$(stamp tests/clients/requirements.txt)
+    if [ "$(cat .tools/python/.stamp 2>/dev/null)" != "$want" ]; then
+        echo "installing Python clients into .tools/python"
+        python3 -m venv .tools/python
+        .tools/python/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+        echo "$want" > .tools/python/.stamp
     fi
-done
+    # The second model, and llama.cpp as judge of the embedded one.
+    want=$(stamp slm/llama_cpp/server.txt slm/llama_cpp/model.txt)
+    if [ "$(cat .tools/llama-cpp/.stamp 2>/dev/null)" != "$want" ]; then
+        slm/llama_cpp/install.sh
+        echo "$want" > .tools/llama-cpp/.stamp
+    fi
+fi
+if has npm; then
+    for folder in tests/clients tests/browser; do
+        [ -f "$folder/package.json" ] || continue
+        want=$(stamp "$folder/package.json" "$folder/package-lock.json")
+        if [ "$(cat "$folder/node_modules/.stamp" 2>/dev/null)" != "$want" ]; then
+            echo "installing npm packages of $folder"
+            npm ci --silent --no-audit --no-fund --prefix "$folder"
+            echo "$want" > "$folder/node_modules/.stamp"
+        fi
+    done
+fi
 
-# The second model, and llama.cpp as judge of the embedded one.
-slm/llama_cpp/install.sh
+if [ $missing = 0 ]; then echo "tools are here"; fi
+if [ $missing = 1 ] && [ "${HEADGATE_REQUIRE_SERVICES:-}" = 1 ]; then
+    echo "HEADGATE_REQUIRE_SERVICES=1: nothing may be missing" >&2
+    exit 69
+fi
