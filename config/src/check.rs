@@ -880,7 +880,7 @@ impl Check<'_> {
                     self.refuse(
                         &at.key("keys"),
                         problem("`own` keys, but no route here signs verdicts, so every turn would be refused")
-                            .remedy("name the gateways' keys: `keys: http://gateway:9090/jwks.json`"),
+                            .remedy("name the gateways' keys: `keys: http://gateway:9090/.well-known/jwks.json`"),
                     );
                 }
                 Some(plan::VerdictKeys::Own)

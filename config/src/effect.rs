@@ -237,7 +237,7 @@ impl Plan {
         Summary(self)
     }
 
-    /// The most memory that all streams together can take, in bytes: every connection on the greediest route.
+    /// The most memory that all streams together can take, in bytes: every connection with one stream on the greediest route.
     pub fn memory_ceiling_bytes(&self) -> u64 {
         let greediest = self.routes.iter().map(|route| route.effect.ceiling.total_bytes).max().unwrap_or(0);
         greediest.saturating_mul(self.limits.connections as u64)
@@ -272,7 +272,7 @@ impl fmt::Display for Summary<'_> {
         }
         if !self.0.routes.is_empty() {
             let (all, connections) = (Size(self.0.memory_ceiling_bytes()), self.0.limits.connections);
-            writeln!(f, "memory of {connections} connections, all at their worst: at most {all}")?;
+            writeln!(f, "memory of {connections} connections with a stream each, all at their worst: at most {all}")?;
         }
         Ok(())
     }

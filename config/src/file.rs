@@ -711,9 +711,9 @@ impl FromStr for VerdictKeys {
         }
         match text.parse::<Endpoint>() {
             Ok(Endpoint(uri)) => Ok(VerdictKeys::Url(uri)),
-            Err(_) => {
-                Err(format!("`{text}` is not `own`, a file (`file:keys/gateway.jwks.json`) or a URL (`http://gateway:9090/jwks.json`)"))
-            }
+            Err(_) => Err(format!(
+                "`{text}` is not `own`, a file (`file:keys/gateway.jwks.json`) or a URL (`http://gateway:9090/.well-known/jwks.json`)"
+            )),
         }
     }
 }
@@ -727,7 +727,7 @@ impl fmt::Display for VerdictKeys {
         }
     }
 }
-text!(VerdictKeys, { "type": "string", "pattern": r"^(own|file:.+|https?://.+|.*\$\{.*)$", "examples": ["own", "http://gateway:9090/jwks.json"] });
+text!(VerdictKeys, { "type": "string", "pattern": r"^(own|file:.+|https?://.+|.*\$\{.*)$", "examples": ["own", "http://gateway:9090/.well-known/jwks.json"] });
 
 /// How much an orchestrator remembers of sessions. The oldest is forgotten first.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]

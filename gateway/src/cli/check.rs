@@ -58,12 +58,7 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
-fn check(
-    args: &Args,
-    vars: &dyn Fn(&str) -> Option<String>,
-    out: &mut impl Write,
-    err: &mut impl Write,
-) -> io::Result<ExitCode> {
+fn check(args: &Args, vars: &dyn Fn(&str) -> Option<String>, out: &mut impl Write, err: &mut impl Write) -> io::Result<ExitCode> {
     match headgate_config::load(&args.config, args.env, vars).and_then(usable) {
         Ok(plan) => {
             match args.format {

@@ -133,7 +133,8 @@ mod tests {
         let config = format!(
             "listen: 127.0.0.1:0\nupstreams:\n  m: {{ protocol: openai, endpoints: [http://127.0.0.1:1] }}\nroutes:\n  - path: /v1/chat/stream\n    upstream: m\n    filters:\n      - auth:\n          scopes: [chat:send]\n          keys:\n{indented}"
         );
-        let plan = headgate_config::parse("test.yaml", &config, Path::new("."), None, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+        let plan =
+            headgate_config::parse("test.yaml", &config, Path::new("."), None, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
         let chain = build_chain(&plan.routes[0].steps, &Tools::none()).unwrap();
         let admit = chain.iter().find_map(|built| built.admit.clone()).unwrap();
         let owner = admit.admit(&Credential::Bearer(Secret::new(&made))).await.unwrap();
