@@ -59,7 +59,7 @@ export class Answer {
     this.held = el("span", { className: "measure check", hidden: true });
     this.facts = el("dl", { className: "facts" });
     this.verdict = el("section", { className: "verdict", hidden: true });
-    this.more = el("details", { className: "more" }, el("summary", {}, "Details"), this.facts, this.verdict);
+    this.more = el("details", { className: "more", hidden: true }, el("summary", {}, "Details"), this.facts, this.verdict);
     this.element = el(
       "article",
       { className: "turn", ariaBusy: "true" },
@@ -169,6 +169,7 @@ export class Answer {
       ["Heartbeats", turn.heartbeats > 0 ? String(turn.heartbeats) : null],
     ];
     const told = rows.filter(([, value]) => value !== null && value !== undefined && value !== "");
+    this.more.hidden = false;
     this.facts.replaceChildren(...told.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
   }
 

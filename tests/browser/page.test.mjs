@@ -3,13 +3,10 @@
 // SHOTS=<folder> keeps screenshots of what the tests saw.
 
 import assert from "node:assert/strict";
-import { existsSync } from "node:fs";
 import { after, afterEach, before, beforeEach, describe, test } from "node:test";
-import { chromium } from "playwright-core";
+import { launch } from "./browser.mjs";
 import { CONSTITUTION, startGateway, TOKEN } from "./gateway.mjs";
 
-const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
-const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
 const HOSTILE = `<img src=x onerror="document.title='owned'"><script>document.title='owned'</script><a href="javascript:alert(1)">x</a> & "quotes"`;
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -121,8 +118,7 @@ const scripts = {
 
 let browser;
 before(async () => {
-  assert.ok(existsSync(CHROMIUM), `no browser at ${CHROMIUM}: run scripts/tools.sh, or name one in CHROMIUM`);
-  browser = await chromium.launch({ executablePath: CHROMIUM, args: FLAGS });
+  browser = await launch();
 });
 after(() => browser?.close());
 
@@ -163,7 +159,7 @@ describe("the chat page", () => {
   }
 
   const over = (turn) => turn.and(page.locator("[aria-busy=false]")).waitFor();
-  const websocket = () => page.getByText("WebSocket", { exact: true }).click();
+  const websocket = () => page.locator("#settings").getByText("WebSocket", { exact: true }).click();
   const content = (turn) => turn.locator(".content").textContent();
   const fact = (turn, name) => turn.locator(`dt:text-is("${name}") + dd`).textContent();
   const claim = (turn, name) => turn.locator(`tr:has(th code:text-is("${name}")) td`).textContent();

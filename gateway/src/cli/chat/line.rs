@@ -151,7 +151,7 @@ impl Trouble {
 
 /// What came.
 pub(super) enum Heard {
-    Event(Event),
+    Event(Box<Event>),
     /// A sign of life.
     Heartbeat,
     /// The stream has ended, with or without the turn's end in it.
@@ -170,7 +170,7 @@ pub(super) struct Line {
 }
 
 enum Carrier {
-    Sse(Option<Stream>),
+    Sse(Option<Box<Stream>>),
     WebSocket(Option<Box<WebSocketStream<Box<dyn Wire>>>>),
 }
 
@@ -235,7 +235,7 @@ impl Line {
             Carrier::Sse(Some(stream)) => loop {
                 if let Some(frame) = stream.decoder.next().map_err(|_| Trouble::Nonsense("an event that is too large"))? {
                     let seq = frame.id.and_then(|id| id.rsplit_once(':')).and_then(|(_, seq)| seq.parse().ok());
-                    return Event::of_sse(frame.event, self.turn, seq, frame.data).map(Heard::Event);
+                    return Event::of_sse(frame.event, self.turn, seq, frame.data).map(|event| Heard::Event(Box::new(event)));
                 }
                 if stream.heartbeats < stream.decoder.comments() {
                     stream.heartbeats = stream.decoder.comments();
@@ -270,7 +270,7 @@ impl Line {
                     event.said.raw = Some(event.frame);
                     return Err(Trouble::Problem(Box::new(event.said)));
                 }
-                return Ok(Heard::Event(event));
+                return Ok(Heard::Event(Box::new(event)));
             },
         }
     }
@@ -317,7 +317,8 @@ impl Line {
         let named = response.headers().get("x-headgate-turn").and_then(|turn| turn.to_str().ok()).and_then(|turn| turn.parse().ok());
         self.turn = self.turn.or(named);
         let limits = sse::Limits { max_line: MAX_EVENT_BYTES, max_event: MAX_EVENT_BYTES };
-        self.carrier = Carrier::Sse(Some(Stream { body: response.into_body(), decoder: sse::Decoder::new(limits), heartbeats: 0 }));
+        self.carrier =
+            Carrier::Sse(Some(Box::new(Stream { body: response.into_body(), decoder: sse::Decoder::new(limits), heartbeats: 0 })));
         Ok(())
     }
 

@@ -112,7 +112,7 @@ impl<W: Write, E: Write> Screen<W, E> {
         if self.form == Form::Json {
             return;
         }
-        self.to_margin();
+        self.end_line();
         for line in tale.sum() {
             self.note(&line);
         }
@@ -138,7 +138,7 @@ impl<W: Write, E: Write> Screen<W, E> {
     pub(super) fn note(&mut self, remark: &str) {
         // In a file the answer goes on as if nothing had been remarked.
         if self.form == Form::Terminal {
-            self.to_margin();
+            self.end_line();
         }
         let remark = safe(remark);
         let _ = match self.is_dim {
@@ -149,7 +149,7 @@ impl<W: Write, E: Write> Screen<W, E> {
 
     /// Shows that it is the reader's turn.
     pub(super) fn ask(&mut self) {
-        self.to_margin();
+        self.end_line();
         let _ = write!(self.err, "> ");
         let _ = self.err.flush();
     }
@@ -159,7 +159,7 @@ impl<W: Write, E: Write> Screen<W, E> {
         let _ = writeln!(self.err);
     }
 
-    fn to_margin(&mut self) {
+    fn end_line(&mut self) {
         if !self.is_at_margin {
             let _ = writeln!(self.out);
             let _ = self.out.flush();
