@@ -8,13 +8,14 @@ use std::{
     collections::VecDeque,
     future::poll_fn,
     ops::Range,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use headgate_contracts::{Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use crate::voice::Voice;
 
@@ -55,10 +56,15 @@ struct State {
     closed: Option<Option<Stop>>,
     readers: Vec<Place>,
     next_reader: u64,
-    /// When the last reader left.
-    alone_since: Option<Instant>,
+    /// When the last reader left, and which event it would have read next.
+    alone: Option<(Instant, u64)>,
+    /// When a reader last took something that the writer waited for, or came.
+    moved: Instant,
     stopped: Option<Gone>,
-    writer: Option<Waker>,
+    /// The turn, where it waits for room. Two places for one task: most reads have to wake nobody.
+    wants_room: Option<Waker>,
+    /// The turn, where it waits for its readers' leaving: always.
+    wants_gone: Option<Waker>,
 }
 
 struct Entry {
@@ -96,9 +102,11 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
         closed: None,
         readers: vec![Place { id: 0, at: 0, waker: None }],
         next_reader: 1,
-        alone_since: None,
+        alone: None,
+        moved: Instant::now(),
         stopped: None,
-        writer: None,
+        wants_room: None,
+        wants_gone: None,
     };
     let keeps = on_disconnect != OnDisconnect::Cancel;
     let ring = Arc::new(Ring { state: Mutex::new(state), max_buffered, keeps });
@@ -134,43 +142,63 @@ impl State {
         }
     }
 
-    /// Bytes that the reader furthest behind has yet to take.
-    fn unread(&self) -> usize {
-        let Some(at) = self.readers.iter().map(|place| place.at).min() else { return self.bytes.len() };
-        match self.entries.get(at.saturating_sub(self.first) as usize) {
-            Some(entry) => (self.base + self.bytes.len() as u64 - entry.start) as usize,
-            None => 0,
+    fn wake_writer(&mut self) {
+        for waker in [self.wants_room.take(), self.wants_gone.take()].into_iter().flatten() {
+            waker.wake();
         }
+    }
+
+    /// The event that the reader furthest behind takes next.
+    fn read(&self) -> u64 {
+        let left = self.alone.map_or(self.first, |(_, at)| at);
+        self.readers.iter().map(|place| place.at).min().unwrap_or(left)
+    }
+
+    /// Where an event begins, or where the next one will.
+    fn start(&self, seq: u64) -> u64 {
+        let entry = self.entries.get(seq.saturating_sub(self.first) as usize);
+        entry.map_or(self.base + self.bytes.len() as u64, |entry| entry.start)
+    }
+
+    /// Bytes from an event on.
+    fn bytes_from(&self, seq: u64) -> usize {
+        (self.base + self.bytes.len() as u64 - self.start(seq)) as usize
+    }
+
+    fn is_behind(&self, ring: &Ring) -> bool {
+        self.bytes_from(self.read()) > ring.max_buffered
     }
 
     /// Drops what nobody will ask for again.
     fn trim(&mut self, ring: &Ring) {
-        let read = self.readers.iter().map(|place| place.at).min().unwrap_or(self.first);
-        if ring.keeps {
-            while self.bytes.len() > ring.max_buffered && self.first < read {
-                self.drop_first();
-            }
-        } else if read >= self.next() {
-            self.first = self.next();
-            self.entries.clear();
-            self.base += self.bytes.len() as u64;
-            self.bytes.clear();
-            // An idle stream keeps no more than one small buffer.
-            self.bytes.shrink_to(1 << 10);
+        let read = self.read();
+        while self.first < read && (!ring.keeps || self.bytes_from(self.first) > ring.max_buffered) {
+            self.drop_first();
         }
+        self.compact();
     }
 
     fn drop_first(&mut self) {
-        if let Some(entry) = self.entries.pop_front() {
+        if self.entries.pop_front().is_some() {
             self.first += 1;
-            let end = (entry.start - self.base) as usize + entry.len;
-            self.bytes.drain(..end);
-            self.base += end as u64;
         }
     }
 
-    fn is_behind(&self, ring: &Ring) -> bool {
-        self.unread() > ring.max_buffered
+    /// Gives dropped events' bytes back: at once when nothing else is there, else when they are half of all, so that a byte
+    /// is moved once at most.
+    fn compact(&mut self) {
+        let dead = self.bytes.len() - self.bytes_from(self.first);
+        if dead == self.bytes.len() {
+            self.bytes.clear();
+            // An idle stream keeps no more than one small buffer.
+            self.bytes.shrink_to(1 << 10);
+            self.entries.shrink_to(8);
+        } else if dead * 2 >= self.bytes.len() {
+            self.bytes.drain(..dead);
+        } else {
+            return;
+        }
+        self.base += dead as u64;
     }
 }
 
@@ -193,25 +221,44 @@ impl Outbox {
             return Ok(());
         }
         self.ring.state().add(|voice, bytes, add| voice.write(batch, bytes, add));
-        let room = poll_fn(|cx| {
-            let mut state = self.ring.state();
-            // A drained turn goes on without a reader; what nobody came back for in time is a gap.
-            if state.readers.is_empty() && matches!(self.on_disconnect, OnDisconnect::Drain(_)) {
-                while state.bytes.len() > self.ring.max_buffered {
-                    state.drop_first();
+        let mut since = Instant::now();
+        loop {
+            let is_alone = self.ring.state().readers.is_empty();
+            let mut room = pin!(poll_fn(|cx| self.poll_room(cx, is_alone)));
+            if is_alone {
+                // How long nobody may be there is for `gone` to say.
+                room.as_mut().await;
+            } else if futures_util::poll!(room.as_mut()).is_pending() && timeout_at(since + self.stall, room).await.is_err() {
+                match self.ring.state().moved {
+                    moved if moved > since => since = moved,
+                    _ => return Err(Stop::Gone(Gone::Slow)),
                 }
+                continue;
             }
+            let state = self.ring.state();
             if !state.is_behind(&self.ring) {
-                return Poll::Ready(());
+                return Ok(());
             }
-            state.writer = Some(cx.waker().clone());
-            Poll::Pending
-        });
-        let mut room = std::pin::pin!(room);
-        if let Poll::Ready(()) = futures_util::poll!(room.as_mut()) {
-            return Ok(());
+            since = Instant::now();
         }
-        timeout(self.stall, room).await.map_err(|_| Stop::Gone(Gone::Slow))
+    }
+
+    /// Ready when there is room, or when that has become another question: the last reader left, or one came.
+    fn poll_room(&self, cx: &mut Context<'_>, was_alone: bool) -> Poll<()> {
+        let mut state = self.ring.state();
+        let is_alone = state.readers.is_empty();
+        if is_alone {
+            // A drained turn goes on without a reader; what nobody came back for in time is a gap.
+            while matches!(self.on_disconnect, OnDisconnect::Drain(_)) && state.bytes_from(state.first) > self.ring.max_buffered {
+                state.drop_first();
+            }
+            state.trim(&self.ring);
+        }
+        if is_alone != was_alone || !state.is_behind(&self.ring) {
+            return Poll::Ready(());
+        }
+        state.wants_room = Some(cx.waker().clone());
+        Poll::Pending
     }
 
     /// Ready when nobody is listening any more, or somebody said stop. Cancel safe.
@@ -222,25 +269,28 @@ impl Outbox {
                 if let Some(gone) = state.stopped {
                     return Poll::Ready(Err(gone));
                 }
-                if let Some(since) = state.alone_since {
+                if let Some((since, _)) = state.alone {
                     return Poll::Ready(Ok(since));
                 }
-                state.writer = Some(cx.waker().clone());
+                state.wants_gone = Some(cx.waker().clone());
                 Poll::Pending
             })
             .await;
-            let patience = match (since, self.on_disconnect) {
+            let (since, patience) = match (since, self.on_disconnect) {
                 (Err(gone), _) => return gone,
                 (Ok(_), OnDisconnect::Cancel) => return Gone::Left,
-                (Ok(since), OnDisconnect::Grace(patience) | OnDisconnect::Drain(patience)) => since + patience,
+                (Ok(since), OnDisconnect::Grace(patience) | OnDisconnect::Drain(patience)) => (since, patience),
             };
-            // Somebody may come back, or say stop, before patience runs out.
+            // Somebody may come back before patience runs out, and may leave again: then it begins anew. Or say stop.
             let changed = poll_fn(|cx| {
                 let mut state = self.ring.state();
-                state.writer = Some(cx.waker().clone());
-                if state.stopped.is_some() || state.alone_since.is_none() { Poll::Ready(()) } else { Poll::Pending }
+                if state.stopped.is_some() || state.alone.is_none_or(|(now, _)| now != since) {
+                    return Poll::Ready(());
+                }
+                state.wants_gone = Some(cx.waker().clone());
+                Poll::Pending
             });
-            if tokio::time::timeout_at(patience, changed).await.is_err() {
+            if timeout_at(since + patience, changed).await.is_err() {
                 return Gone::Left;
             }
         }
@@ -302,7 +352,8 @@ impl Reader {
         Poll::Pending
     }
 
-    /// Shows up to `max` events to `take`, in order, and gives how many there were; 0 when the turn is over and all is read.
+    /// Shows up to `max` events to `take`, in order, and gives how many there were; 0 when the turn is over and all is read,
+    /// whatever `max` is.
     pub fn poll_next(&mut self, cx: &mut Context<'_>, max: usize, mut take: impl FnMut(Numbered<'_>)) -> Poll<usize> {
         let mut guard = self.ring.state();
         let state = &mut *guard;
@@ -314,7 +365,7 @@ impl Reader {
             place.at = state.first;
             shown += 1;
         }
-        let begin = (place.at - state.first) as usize;
+        let begin = place.at.saturating_sub(state.first) as usize;
         for entry in state.entries.range(begin.min(state.entries.len())..).take(max.saturating_sub(shown)) {
             let start = (entry.start - state.base) as usize;
             let payload = state.bytes.get(start..start + entry.len).unwrap_or_default();
@@ -323,13 +374,14 @@ impl Reader {
             shown += 1;
         }
         if shown > 0 {
-            let was_behind = state.writer.is_some();
             state.trim(&self.ring);
-            if was_behind
-                && !state.is_behind(&self.ring)
-                && let Some(writer) = state.writer.take()
-            {
-                writer.wake();
+            if state.wants_room.is_some() {
+                state.moved = Instant::now();
+                if !state.is_behind(&self.ring)
+                    && let Some(writer) = state.wants_room.take()
+                {
+                    writer.wake();
+                }
             }
             return Poll::Ready(shown);
         }
@@ -370,13 +422,12 @@ impl Hook {
 impl Drop for Reader {
     fn drop(&mut self) {
         let mut state = self.ring.state();
+        let at = state.readers.iter().find(|place| place.id == self.id).map_or(0, |place| place.at);
         state.readers.retain(|place| place.id != self.id);
         if state.readers.is_empty() {
-            state.alone_since = Some(Instant::now());
+            state.alone = Some((Instant::now(), at));
         }
-        if let Some(writer) = state.writer.take() {
-            writer.wake();
-        }
+        state.wake_writer();
     }
 }
 
@@ -394,7 +445,9 @@ impl Hook {
         state.next_reader += 1;
         let at = after.map_or(0, |after| after.saturating_add(1)).min(state.next());
         state.readers.push(Place { id, at, waker: None });
-        state.alone_since = None;
+        state.alone = None;
+        state.moved = Instant::now();
+        state.wake_writer();
         drop(state);
         Some(Reader { ring, id })
     }
@@ -406,8 +459,253 @@ fn stop(ring: &Ring, why: Gone) -> bool {
         return false;
     }
     state.stopped = Some(why);
-    if let Some(writer) = state.writer.take() {
-        writer.wake();
-    }
+    state.wake_writer();
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use headgate_contracts::{Lane, SessionId, TurnId};
+
+    use super::*;
+
+    const MAX: usize = 1 << 10;
+    const STALL: Duration = Duration::from_secs(30);
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn ring(on_disconnect: OnDisconnect) -> (Turn, Outbox, Reader) {
+        let flow = Flow { max_buffered: MAX, stall: STALL, on_disconnect, ..Flow::default() };
+        let turn = Turn { id: TurnId::fresh(), session: SessionId::fresh(), route: "/r".into(), flow, record: Record::default() };
+        let (outbox, reader) = outbox(&turn, Voice::chat());
+        outbox.open(&turn, Head::default());
+        (turn, outbox, reader)
+    }
+
+    /// A batch of one event whose object has exactly so many bytes.
+    fn batch(bytes: usize) -> Batch {
+        let mut batch = Batch::new();
+        batch.push_text(Lane::DEFAULT, &"x".repeat(bytes - r#"{"text":""}"#.len()));
+        batch
+    }
+
+    /// Takes up to `max` events now: their names and numbers.
+    fn take(reader: &mut Reader, max: usize) -> Vec<(&'static str, u64)> {
+        let mut taken = Vec::new();
+        let mut cx = Context::from_waker(Waker::noop());
+        let _ = reader.poll_next(&mut cx, max, |event| taken.push((event.name, event.seq)));
+        taken
+    }
+
+    fn held(outbox: &Outbox) -> usize {
+        outbox.ring.state().bytes.len()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_batch_over_the_bound_is_let_in_and_then_the_turn_waits() {
+        let (_turn, outbox, mut reader) = ring(OnDisconnect::Cancel);
+        take(&mut reader, 9);
+        for _ in 0..MAX / 128 {
+            outbox.send(&batch(128)).await.unwrap();
+        }
+        assert_eq!(held(&outbox), MAX);
+        let last = batch(128);
+        let mut send = pin!(outbox.send(&last));
+        assert!(futures_util::poll!(send.as_mut()).is_pending());
+        assert_eq!(held(&outbox), MAX + 128, "the batch that did not fit, and no more");
+        assert_eq!(take(&mut reader, 1), [("text", 1)]);
+        assert!(futures_util::poll!(send.as_mut()).is_ready());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_is_always_a_little_behind_costs_no_more_than_the_bound() {
+        let (_turn, outbox, mut reader) = ring(OnDisconnect::Cancel);
+        for _ in 0..10_000 {
+            let batch = batch(100);
+            let mut send = pin!(outbox.send(&batch));
+            while futures_util::poll!(send.as_mut()).is_pending() {
+                take(&mut reader, 1);
+            }
+            assert!(held(&outbox) <= 2 * (MAX + 100), "{}", held(&outbox));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_takes_nothing_loses_its_turn_after_the_stall_time_and_one_that_takes_a_little_does_not() {
+        let (_turn, outbox, mut reader) = ring(OnDisconnect::Cancel);
+        let big = batch(8 * MAX);
+        let begun = Instant::now();
+        assert!(matches!(outbox.send(&big).await, Err(Stop::Gone(Gone::Slow))));
+        assert_eq!(begun.elapsed(), STALL);
+        take(&mut reader, 9);
+
+        let many: Vec<Batch> = (0..4).map(|_| batch(MAX)).collect();
+        let begun = Instant::now();
+        let slowly = async {
+            for batch in &many {
+                outbox.send(batch).await?;
+            }
+            Ok::<_, Stop>(())
+        };
+        let (sent, ()) = tokio::join!(slowly, async {
+            for _ in 0..3 {
+                tokio::time::sleep(STALL * 9 / 10).await;
+                take(&mut reader, 1);
+            }
+        });
+        sent.unwrap();
+        assert!(begun.elapsed() > STALL * 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_begins_anew_each_time_the_last_reader_leaves() {
+        let (_turn, outbox, reader) = ring(OnDisconnect::Grace(MINUTE));
+        let hook = outbox.hook();
+        let begun = Instant::now();
+        let (gone, ()) = tokio::join!(outbox.gone(), async {
+            drop(reader);
+            tokio::time::sleep(MINUTE / 2).await;
+            let again = hook.read(None).unwrap();
+            tokio::time::sleep(MINUTE / 4).await;
+            drop(again);
+        });
+        assert!(matches!(gone, Gone::Left));
+        assert_eq!(begun.elapsed(), MINUTE / 2 + MINUTE / 4 + MINUTE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_stays_keeps_its_turn_for_ever() {
+        let (_turn, outbox, reader) = ring(OnDisconnect::Cancel);
+        let both = (reader, outbox.hook().read(None).unwrap());
+        drop(both.0);
+        assert!(tokio::time::timeout(MINUTE * 60, outbox.gone()).await.is_err());
+        drop(both.1);
+        assert!(matches!(outbox.gone().await, Gone::Left));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn in_its_grace_a_turn_goes_on_up_to_the_bound_and_waits_there_without_a_stall() {
+        let (_turn, outbox, mut reader) = ring(OnDisconnect::Grace(STALL * 4));
+        // A full ring, all of it read: what was read makes room for what comes while nobody is there.
+        take(&mut reader, 9);
+        for _ in 0..MAX / 128 {
+            outbox.send(&batch(128)).await.unwrap();
+            take(&mut reader, 9);
+        }
+        let (hook, next) = (outbox.hook(), 1 + MAX as u64 / 128);
+        drop(reader);
+        for _ in 0..MAX / 128 {
+            outbox.send(&batch(128)).await.unwrap();
+        }
+        let (sent, mut back) = tokio::join!(
+            async {
+                let last = batch(128);
+                outbox.send(&last).await
+            },
+            async {
+                tokio::time::sleep(STALL * 3).await;
+                let mut back = hook.read(Some(next - 1)).unwrap();
+                assert_eq!(take(&mut back, 1), [("text", next)]);
+                back
+            }
+        );
+        sent.unwrap();
+        let rest: Vec<u64> = take(&mut back, 99).into_iter().map(|(_, seq)| seq).collect();
+        assert_eq!(rest, (next + 1..=next + MAX as u64 / 128).collect::<Vec<_>>(), "nothing is missing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drained_turn_drops_its_oldest_events_and_says_which() {
+        let (turn, outbox, reader) = ring(OnDisconnect::Drain(MINUTE));
+        let (hook, _stay) = (outbox.hook(), outbox.hook().stay());
+        drop(reader);
+        for _ in 0..100 {
+            outbox.send(&batch(128)).await.unwrap();
+            assert!(held(&outbox) <= 2 * (MAX + 128));
+        }
+        outbox.close(&turn, &Batch::new(), &Ok(()));
+        let mut back = hook.read(None).unwrap();
+        let events = take(&mut back, 999);
+        let kept = MAX as u64 / 128;
+        assert_eq!(events[0], ("gap", 100 - kept));
+        assert_eq!(events[1], ("text", 101 - kept));
+        assert_eq!(events.last(), Some(&("done", 101)));
+        assert_eq!(events.len() as u64, 1 + kept + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_credit_nothing_is_shown_and_the_end_is_still_found() {
+        let (turn, outbox, mut reader) = ring(OnDisconnect::Drain(MINUTE));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")).is_pending());
+        // Its place has been trimmed away meanwhile.
+        {
+            let mut state = outbox.ring.state();
+            state.drop_first();
+        }
+        outbox.send(&batch(64)).await.unwrap();
+        assert!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")).is_pending());
+        outbox.close(&turn, &Batch::new(), &Ok(()));
+        assert!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")).is_pending());
+        assert_eq!(take(&mut reader, 9), [("gap", 0), ("text", 1), ("done", 2)]);
+        assert_eq!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")), Poll::Ready(0));
+    }
+
+    struct Counts(AtomicUsize);
+    impl std::task::Wake for Counts {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_keeps_up_wakes_the_turn_for_nothing_and_one_that_makes_room_wakes_it_once() {
+        let (_turn, outbox, mut reader) = ring(OnDisconnect::Cancel);
+        let woken = Arc::new(Counts(AtomicUsize::new(0)));
+        let waker = Waker::from(woken.clone());
+        let mut cx = Context::from_waker(&waker);
+        let mut gone = pin!(outbox.gone());
+        assert!(gone.as_mut().poll(&mut cx).is_pending());
+        for _ in 0..10 {
+            let batch = batch(128);
+            assert!(pin!(outbox.send(&batch)).as_mut().poll(&mut cx).is_ready());
+            take(&mut reader, 9);
+        }
+        assert_eq!(woken.0.load(Ordering::Relaxed), 0);
+        let big = batch(2 * MAX);
+        let mut send = pin!(outbox.send(&big));
+        assert!(send.as_mut().poll(&mut cx).is_pending());
+        take(&mut reader, 9);
+        assert_eq!(woken.0.load(Ordering::Relaxed), 1);
+        assert!(send.as_mut().poll(&mut cx).is_ready());
+        drop(reader);
+        assert_eq!(woken.0.load(Ordering::Relaxed), 2, "and its leaving wakes it once more");
+        assert!(gone.as_mut().poll(&mut cx).is_ready());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_that_moves_to_another_task_is_woken_there() {
+        for wake in [0, 1, 2] {
+            let (_turn, outbox, mut reader) = ring(OnDisconnect::Cancel);
+            let mut turn = Box::pin(async move {
+                let big = batch(2 * MAX);
+                tokio::select! { biased;
+                    gone = outbox.gone() => Err(gone),
+                    sent = outbox.send(&big) => Ok(sent.is_ok()),
+                }
+            });
+            // Here it is polled by the client's connection, which then hands it on.
+            assert!(futures_util::poll!(turn.as_mut()).is_pending());
+            let task = tokio::spawn(turn);
+            tokio::task::yield_now().await;
+            match wake {
+                0 => drop(reader),
+                1 => reader.stop(Gone::Stopped),
+                _ => drop(take(&mut reader, 9)),
+            }
+            let end = tokio::time::timeout(STALL / 2, task).await.expect("it is woken").unwrap();
+            assert!(matches!((wake, end), (0, Err(Gone::Left)) | (1, Err(Gone::Stopped)) | (2, Ok(true))));
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use headgate_contracts::{Code, Credential, Fault, Gone, OnDisconnect, Principal, Prompt, Record, SessionId, Stop, Turn, TurnId};
-
+use tokio::sync::Semaphore;
 
 use crate::{
     drive::Drive,
@@ -18,9 +18,21 @@ use crate::{
     voice::Voice,
 };
 
+/// The most ended turns that are kept for clients that may come back: beyond it a turn is gone when it ends.
+const MAX_KEPT: usize = 1024;
+
 /// The turns that are running, or kept for a client that may come back.
-#[derive(Clone, Default)]
-pub struct Turns(Arc<Mutex<HashMap<TurnId, Kept>>>);
+#[derive(Clone)]
+pub struct Turns {
+    map: Arc<Mutex<HashMap<TurnId, Kept>>>,
+    keeping: Arc<Semaphore>,
+}
+
+impl Default for Turns {
+    fn default() -> Turns {
+        Turns { map: Arc::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)) }
+    }
+}
 
 struct Kept {
     hook: Hook,
@@ -41,7 +53,7 @@ pub struct Begun {
 
 impl Turns {
     fn map(&self) -> MutexGuard<'_, HashMap<TurnId, Kept>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many there are.
@@ -101,12 +113,13 @@ struct Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let (turns, id) = (self.turns.clone(), self.id);
-        match (self.keep.take(), tokio::runtime::Handle::try_current()) {
-            (Some((stay, patience)), Ok(runtime)) => {
+        let place = turns.keeping.clone().try_acquire_owned();
+        match (self.keep.take(), place, tokio::runtime::Handle::try_current()) {
+            (Some((stay, patience)), Ok(place), Ok(runtime)) => {
                 runtime.spawn(async move {
                     tokio::time::sleep(patience).await;
-                    drop(stay);
                     turns.map().remove(&id);
+                    drop((stay, place));
                 });
             }
             _ => {
