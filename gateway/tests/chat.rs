@@ -193,7 +193,7 @@ fn a_url_that_is_none_is_bad_usage() {
 #[test]
 fn help_never_shows_the_token_of_the_environment() {
     let said = run(headgate().args(["chat", "--help"]).env("HEADGATE_TOKEN", "hg_very_secret"));
-    assert!(said.out.contains("HEADGATE_TOKEN") && said.out.contains("Examples:"));
+    assert!(said.out.contains("[env: HEADGATE_TOKEN]"));
     assert!(!said.out.contains("hg_very_secret"));
 }
 

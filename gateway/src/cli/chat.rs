@@ -38,20 +38,28 @@ const EXIT_INTERRUPTED: u8 = 130;
 /// Which gateway, as whom, and what to ask.
 #[derive(clap::Args)]
 #[command(after_help = "\
-The answer goes to standard output as it comes; what the gate did to it (outcome, time to the first text, gaps between events, the
-verdict) goes to standard error. Ctrl-C stops the turn and keeps what had been said; a second one leaves at once.
+The answer goes to standard output as it comes. What the gate did to it (outcome, time to the first text, gaps between events, \
+the verdict) goes to standard error. Ctrl-C stops the turn and keeps what had been said; a second one leaves at once.
 
-Exit code: 0 answered, 1 something went wrong, 2 policy refused the prompt or cut an answer, 130 stopped by Ctrl-C.
+Exit code: 0 answered, 1 something went wrong, 2 policy refused the prompt or cut the answer, 130 stopped by Ctrl-C.
 
-Examples:
-  headgate dev                                            # in another terminal; prints a token
-  export HEADGATE_TOKEN=hg_...                            # better than --token, which others can see in the list of processes
-  headgate chat \"what is your email address?\"             # one turn: see a part of it masked
-  headgate chat                                           # a conversation, one line a turn; Ctrl-D ends it
-  headgate chat --ws --model small \"hello\"                # over a WebSocket, from another model
-  headgate chat - < letter.txt                            # the whole input is one prompt
-  headgate chat --json \"hello\" | jq -r 'select(.type == \"done\").verdict'
-  SSL_CERT_FILE=ca.pem headgate chat --url https://chat.example.com \"hello\"   # a certificate authority of your own")]
+Begin, in another terminal, with a gateway that prints a token; the environment hides it from the list of processes:
+  headgate dev
+  export HEADGATE_TOKEN=hg_...
+
+One turn, a part of it masked; the same over a WebSocket:
+  headgate chat \"what is your email address?\"
+  headgate chat --ws \"what is your email address?\"
+
+A conversation, one line a turn, until Ctrl-D; and a whole file as one prompt:
+  headgate chat
+  headgate chat - < letter.txt
+
+The signed verdict of a turn, for a program:
+  headgate chat --json hello | jq -r 'select(.type == \"done\").verdict'
+
+A gateway whose certificate an authority of your own has signed:
+  SSL_CERT_FILE=ca.pem headgate chat --url https://chat.example.com hello")]
 pub struct Args {
     /// The gateway, http or https; a path names a chat route other than /v1/chat/stream.
     #[arg(long, default_value = "http://127.0.0.1:8080", value_name = "URL")]
@@ -62,7 +70,7 @@ pub struct Args {
     /// The model to ask for; without it the route's own answers.
     #[arg(long)]
     pub model: Option<String>,
-    /// A session to go on with, as an earlier conversation named it; without it a new one begins.
+    /// A session to go on with (`--json` shows its id in `open`); without it a new one begins.
     #[arg(long)]
     pub session: Option<SessionId>,
     /// Speak WebSocket instead of server-sent events.
