@@ -7,7 +7,7 @@ use crate::tree::{quoted, text};
 /// Where metrics are made.
 const MADE_IN: [&str; 2] = ["gateway/src/telemetry/meters.rs", "orchestrator/src/metrics.rs"];
 
-fn is_metric(word: &str) -> bool {
+pub(crate) fn is_metric(word: &str) -> bool {
     let begins = ["headgate_", "gen_ai_", "orchestrator_"].iter().any(|start| word.starts_with(start));
     begins && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
