@@ -1,0 +1,492 @@
+//! Who is measured: nginx, Headgate, any command; started alone on a core, looked at through `/proc`, and stopped.
+
+use std::{
+    fmt, fs, io,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    str::FromStr,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    process::{Pid, Signal, kill_process},
+    thread::{CpuSet, sched_setaffinity},
+};
+use tempfile::TempDir;
+
+use crate::workload::{Workload, fill};
+
+/// How long a peer may take to listen, and to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Something that stands between clients and the model, or nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Peer {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+}
+
+/// How it is started.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Kind {
+    /// Nothing: clients speak to the model. This row is the harness itself.
+    Direct,
+    /// The distribution's nginx, passing streams on unread.
+    Nginx,
+    /// Headgate with these filters.
+    Headgate(Chain),
+    /// Headgate passing on unread, as any reverse proxy.
+    HeadgateProxy,
+    /// Any command: `{port}` is where it must listen, `{model}` the model's address.
+    Command(String),
+}
+
+/// The filters of a Headgate under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Chain {
+    /// How many of auth, rate_limit, moderation, policy_headers, budget, in this order; those of every chain stand before.
+    pub(crate) filters: usize,
+    /// Phrases that moderation denies.
+    pub(crate) phrases: usize,
+    /// Whether moderation masks what all detectors find.
+    pub(crate) detectors: bool,
+}
+
+impl Chain {
+    pub(crate) const NONE: Chain = Chain { filters: 0, phrases: 0, detectors: false };
+    pub(crate) const ALL: Chain = Chain { filters: 5, phrases: 1000, detectors: true };
+}
+
+impl Peer {
+    pub(crate) fn headgate(name: impl Into<String>, chain: Chain) -> Peer {
+        Peer { name: name.into(), kind: Kind::Headgate(chain) }
+    }
+
+    /// Whether it can serve this workload.
+    pub(crate) fn serves(&self, work: &Workload) -> bool {
+        work.is_plain() || matches!(self.kind, Kind::Headgate(_))
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+impl FromStr for Peer {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Peer, String> {
+        let kind = match text.split_once('=') {
+            Some((name, command)) if !name.is_empty() && command.contains("{port}") => {
+                return Ok(Peer { name: name.to_owned(), kind: Kind::Command(command.to_owned()) });
+            }
+            Some(_) => {
+                return Err("a command needs a name before it and `{port}` in it: 'name=command --listen {port} --to {model}'".to_owned());
+            }
+            None => match text {
+                "direct" => Kind::Direct,
+                "nginx" => Kind::Nginx,
+                "headgate" => Kind::Headgate(Chain::ALL),
+                "headgate-bare" => Kind::Headgate(Chain::NONE),
+                "headgate-proxy" => Kind::HeadgateProxy,
+                _ => {
+                    return Err(
+                        "known peers are direct, nginx, headgate, headgate-bare and headgate-proxy; any other is 'name=command'".to_owned()
+                    );
+                }
+            },
+        };
+        Ok(Peer { name: text.to_owned(), kind })
+    }
+}
+
+/// Which core runs what, and how urgently.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cores {
+    /// Cores 0 and 1 are told apart; else the system places threads.
+    pub(crate) apart: bool,
+    /// Both run before everything else on the machine.
+    pub(crate) realtime: bool,
+}
+
+/// A peer that runs.
+pub(crate) struct Running {
+    child: Option<Child>,
+    pub(crate) address: SocketAddr,
+    /// What stands before `/v1/...`.
+    pub(crate) prefix: &'static str,
+    pub(crate) key: String,
+    _files: TempDir,
+}
+
+/// Starts a peer before a model at this address, and waits until it listens.
+pub(crate) fn start(peer: &Peer, model: SocketAddr, headgate: &Path, cores: Cores) -> io::Result<Running> {
+    let files = tempfile::tempdir()?;
+    let address = free_port()?;
+    let mut running = Running { child: None, address, prefix: "", key: "hg_none".to_owned(), _files: files };
+    let folder = running._files.path().to_owned();
+    let mut command = match &peer.kind {
+        Kind::Direct => {
+            running.address = model;
+            return Ok(running);
+        }
+        Kind::Nginx => {
+            let config = folder.join("nginx.conf");
+            fs::write(&config, nginx_config(&folder, address, model))?;
+            let mut command = urgent("nginx", cores);
+            command.arg("-c").arg(config).arg("-p").arg(&folder);
+            command
+        }
+        Kind::Headgate(chain) => {
+            running.key = headgate_config(&folder, headgate, address, model, *chain)?;
+            headgate_command(&folder, headgate, cores)
+        }
+        Kind::HeadgateProxy => {
+            running.prefix = "/plain";
+            running.key = headgate_config(&folder, headgate, address, model, Chain::NONE)?;
+            headgate_command(&folder, headgate, cores)
+        }
+        Kind::Command(line) => {
+            let line = line.replace("{port}", &address.port().to_string()).replace("{model}", &model.to_string());
+            let mut command = urgent("sh", cores);
+            command.arg("-c").arg(format!("exec {line}"));
+            command
+        }
+    };
+    let log = fs::File::create(folder.join("log"))?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).current_dir(&folder);
+    // A child inherits the core of the thread that starts it, with all threads of its own.
+    pin(0, cores)?;
+    let child = command.spawn();
+    pin(1, cores)?;
+    running.child = Some(child.map_err(|error| io::Error::new(error.kind(), format!("cannot start {peer}: {error}")))?);
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_ok() {
+            return Ok(running);
+        }
+        let ended = running.child.as_mut().map_or(Ok(None), Child::try_wait)?;
+        if ended.is_some() || Instant::now() > until {
+            let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            return Err(io::Error::other(format!(
+                "{peer} does not listen; its log ends with:\n{}",
+                lines[lines.len().saturating_sub(30)..].join("\n")
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Puts the calling thread on a core.
+pub(crate) fn pin(core: usize, cores: Cores) -> io::Result<()> {
+    if !cores.apart {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    set.set(core);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+fn urgent(program: impl AsRef<std::ffi::OsStr>, cores: Cores) -> Command {
+    if !cores.realtime {
+        return Command::new(program);
+    }
+    let mut command = Command::new("chrt");
+    command.args(["--rr", "10"]).arg(program);
+    command
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+}
+
+/// As one would set it up before a model server: streams are neither buffered nor delayed, connections are kept.
+fn nginx_config(folder: &Path, listen: SocketAddr, model: SocketAddr) -> String {
+    let folder = folder.display();
+    format!(
+        "daemon off; worker_processes 1; worker_rlimit_nofile 20000; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 20000; }}
+http {{
+  access_log {folder}/access.log;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  tcp_nodelay on; keepalive_requests 1000000000; keepalive_timeout 1h;
+  upstream model {{ server {model}; keepalive 1024; keepalive_requests 1000000000; keepalive_timeout 1h; }}
+  server {{
+    listen {listen} backlog=4096;
+    location / {{
+      proxy_pass http://model; proxy_http_version 1.1; proxy_set_header Connection \"\";
+      proxy_buffering off; proxy_read_timeout 1h; proxy_send_timeout 1h;
+    }}
+  }}
+}}
+"
+    )
+}
+
+fn headgate_command(folder: &Path, headgate: &Path, cores: Cores) -> Command {
+    let mut command = urgent(headgate, cores);
+    command.arg("run").arg(folder.join("headgate.yaml"));
+    command
+}
+
+/// Writes a config and what it needs; returns the key that it admits.
+fn headgate_config(folder: &Path, headgate: &Path, listen: SocketAddr, model: SocketAddr, chain: Chain) -> io::Result<String> {
+    let (key, entry) = if chain.filters == 0 { ("hg_none".to_owned(), String::new()) } else { token(headgate)? };
+    fs::write(folder.join("constitution.md"), "# Constitution\n\n1. Answer what was asked.\n")?;
+    fs::write(folder.join("deny.txt"), phrases(chain.phrases))?;
+    let deny = if chain.phrases > 0 { "deny: [deny.txt], " } else { "" };
+    let mask = if chain.detectors { "email, phone, credit_card, iban, ip, us_ssn, api_key, private_key, jwt" } else { "us_ssn" };
+    let filters = [
+        format!("      - auth:\n          keys:\n{entry}"),
+        "      - rate_limit: { per: tenant, requests: 100M/min, output_tokens: 1000M/min, streams: 100000 }\n".to_owned(),
+        format!("      - moderation: {{ {deny}mask: [{mask}] }}\n"),
+        "      - policy_headers\n".to_owned(),
+        "      - budget: { output_tokens: 10000000 }\n".to_owned(),
+    ];
+    let filters: String = filters.into_iter().take(chain.filters).collect();
+    let filters = if filters.is_empty() { "    filters: []\n".to_owned() } else { format!("    filters:\n{filters}") };
+    let patience = "timeouts: { connect: 5s, first_byte: 30s, idle: 2h, total: 2h }";
+    let endpoints = format!("endpoints: [\"http://{model}\"], {patience}, idle: {{ max: 1024, timeout: 1h }}, health: {{ interval: 0s }}");
+    let config = format!(
+        "listen: {listen}
+admin: {{ listen: off }}
+workers: 1
+policy: {{ constitution: constitution.md, version: load }}
+limits: {{ heartbeat: 5min, answer_bytes: 64MiB, connections: 20000 }}
+upstreams:
+  model: {{ protocol: openai, {endpoints} }}
+  plain: {{ protocol: http, {endpoints} }}
+routes:
+  - path: /v1/chat/completions
+    upstream: model
+{filters}  - path: /v1/chat/stream
+    upstream: model
+{filters}  - path: /plain/*
+    upstream: plain
+    strip_prefix: true
+"
+    );
+    fs::write(folder.join("headgate.yaml"), config)?;
+    Ok(key)
+}
+
+/// A key, and its entry in a config.
+fn token(headgate: &Path) -> io::Result<(String, String)> {
+    let made = Command::new(headgate).args(["token", "--tenant", "load", "--only-key"]).output()?;
+    if !made.status.success() {
+        return Err(io::Error::other(format!("`headgate token` failed: {}", String::from_utf8_lossy(&made.stderr))));
+    }
+    let entry = String::from_utf8_lossy(&made.stderr).lines().map(|line| format!("            {line}\n")).collect();
+    Ok((String::from_utf8_lossy(&made.stdout).trim().to_owned(), entry))
+}
+
+/// Phrases of two or three words. They share words with each other and none with what the model says.
+fn phrases(count: usize) -> String {
+    const WORDS: [&str; 32] = [
+        "amber", "basin", "copper", "delta", "ember", "falcon", "granite", "harbor", "indigo", "jasper", "kestrel", "lantern", "marble",
+        "nectar", "onyx", "prairie", "quartz", "raven", "saffron", "timber", "umbra", "velvet", "willow", "xenon", "yonder", "zephyr",
+        "beacon", "cinder", "drift", "echo", "fable", "glacier",
+    ];
+    let word = |n: usize| WORDS[n % WORDS.len()];
+    (0..count).map(|n| format!("{} {} {}{n}\n", word(n), word(n / 32), word(n / 7))).collect()
+}
+
+impl Running {
+    /// Processor time and memory so far: of the peer, and what else the machine did.
+    pub(crate) fn look(&self) -> io::Result<Look> {
+        let mut look = Look { at: Some(Instant::now()), ..Look::default() };
+        if let Some(child) = &self.child {
+            for pid in tree(child.id())? {
+                look.add(pid)?;
+            }
+        }
+        look.own_ns = run_ns(Path::new("/proc/self/schedstat"))?;
+        let stat = fs::read_to_string("/proc/stat")?;
+        let mut fields = stat.lines().next().unwrap_or_default().split_whitespace().skip(1).map(|n| n.parse().unwrap_or(0_u64));
+        // user nice system idle iowait irq softirq steal: all but idle and iowait.
+        let busy: u64 = (0..8)
+            .map(|at| match (at, fields.next().unwrap_or(0)) {
+                (3 | 4, _) => 0,
+                (_, ticks) => ticks,
+            })
+            .sum();
+        look.machine_ns = busy * TICK_NS;
+        Ok(look)
+    }
+}
+
+/// `/proc` counts in hundredths of a second on every Linux of today.
+const TICK_NS: u64 = 10_000_000;
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        // Told to stop at once: drained turns are not what is tested here.
+        for signal in [Signal::TERM, Signal::TERM] {
+            if let Some(pid) = pid {
+                // It may have ended by itself.
+                let _ = kill_process(pid, signal);
+            }
+            let until = Instant::now() + Duration::from_millis(500);
+            while Instant::now() < until {
+                if !matches!(child.try_wait(), Ok(None)) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        drop(child.kill());
+        drop(child.wait());
+    }
+}
+
+/// What a peer has used so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Look {
+    at: Option<Instant>,
+    /// Processor time of all its threads.
+    pub(crate) cpu_ns: u64,
+    /// Of that, outside the kernel; in steps of 10 ms.
+    pub(crate) user_ns: u64,
+    pub(crate) rss_bytes: u64,
+    /// Processor time of the generator.
+    pub(crate) own_ns: u64,
+    machine_ns: u64,
+}
+
+impl Look {
+    fn add(&mut self, pid: u32) -> io::Result<()> {
+        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Ok(()) };
+        for task in tasks {
+            self.cpu_ns += run_ns(&task?.path().join("schedstat"))?;
+        }
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The command's name may hold anything; fields are counted from behind it.
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        self.user_ns += fields.nth(11).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or(0) * TICK_NS;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<u64>().ok());
+        self.rss_bytes += rss.unwrap_or(0) << 10;
+        Ok(())
+    }
+
+    /// Cores that others used since `before`: neither the peer nor the generator.
+    pub(crate) fn foreign_cores(&self, before: &Look) -> f64 {
+        let (Some(now), Some(then)) = (self.at, before.at) else { return 0.0 };
+        let ours = (self.cpu_ns - before.cpu_ns) + (self.own_ns - before.own_ns);
+        let busy = self.machine_ns.saturating_sub(before.machine_ns);
+        busy.saturating_sub(ours) as f64 / (now - then).as_nanos().max(1) as f64
+    }
+}
+
+/// The first field of a thread's schedstat: nanoseconds it ran.
+fn run_ns(path: &Path) -> io::Result<u64> {
+    let stat = match fs::read_to_string(path) {
+        Ok(stat) => stat,
+        // The thread has ended.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error),
+    };
+    Ok(stat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0))
+}
+
+/// A process and all below it.
+fn tree(root: u32) -> io::Result<Vec<u32>> {
+    let mut parents = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+        parents.push((pid, parent.unwrap_or(0)));
+    }
+    let mut tree = vec![root];
+    let mut at = 0;
+    while let Some(&above) = tree.get(at) {
+        tree.extend(
+            parents.iter().filter(|(pid, parent)| *parent == above && !tree.contains(pid)).map(|(pid, _)| *pid).collect::<Vec<_>>(),
+        );
+        at += 1;
+    }
+    Ok(tree)
+}
+
+/// The gateway's binary: as named, else built now by the cargo that runs this, as this program was built.
+pub(crate) fn headgate_binary(named: Option<PathBuf>) -> io::Result<PathBuf> {
+    if let Some(path) = named {
+        return if path.is_file() { path.canonicalize() } else { Err(io::Error::other(format!("{} is no file", path.display()))) };
+    }
+    if let Some(cargo) = std::env::var_os("CARGO") {
+        let mut build = Command::new(cargo);
+        build.args(["build", "--package", "headgate-gateway", "--bin", "headgate"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        if !build.status()?.success() {
+            return Err(io::Error::other("the gateway does not build"));
+        }
+    }
+    let beside = std::env::current_exe()?.with_file_name("headgate");
+    if beside.is_file() { Ok(beside) } else { Err(io::Error::other("no gateway beside this program; name one with --headgate")) }
+}
+
+/// Runs the calling process before everything else on its core, as peers do that [`start`] starts so.
+pub(crate) fn hurry() -> io::Result<()> {
+    let status = Command::new("chrt").args(["--rr", "--pid", "10", &std::process::id().to_string()]).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other("`chrt` was refused: --realtime needs root")) }
+}
+
+/// A prompt's worth of filler, for the smoke test.
+pub(crate) fn filler(len: usize) -> String {
+    let mut text = Vec::new();
+    fill(&mut text, len);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_read_from_the_command_line() {
+        assert_eq!("nginx".parse::<Peer>().unwrap().kind, Kind::Nginx);
+        let other = "envoy=envoy --listen {port} --to {model}".parse::<Peer>().unwrap();
+        assert_eq!((other.name.as_str(), other.kind), ("envoy", Kind::Command("envoy --listen {port} --to {model}".to_owned())));
+        for bad in ["apache", "=sleep {port}", "x=sleep 1"] {
+            assert!(bad.parse::<Peer>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn phrases_are_all_different_and_foreign_to_the_answers() {
+        let list = phrases(1000);
+        let mut lines: Vec<&str> = list.lines().collect();
+        lines.sort_unstable();
+        lines.dedup();
+        assert_eq!(lines.len(), 1000);
+        let spoken = filler(4096);
+        assert!(list.split_whitespace().all(|word| !spoken.contains(word)));
+    }
+
+    #[test]
+    fn a_process_that_works_is_seen_to_work() {
+        let peer = Peer { name: "spin".to_owned(), kind: Kind::Direct };
+        let model: SocketAddr = "127.0.0.1:9".parse().unwrap();
+        let mut running = start(&peer, model, Path::new("none"), Cores { apart: false, realtime: false }).unwrap();
+        running.child = Some(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap());
+        let before = running.look().unwrap();
+        let after = loop {
+            let look = running.look().unwrap();
+            if look.cpu_ns > before.cpu_ns + 20_000_000 {
+                break look;
+            }
+        };
+        assert!(after.rss_bytes > 0 && after.own_ns >= before.own_ns);
+        drop(running);
+    }
+}
