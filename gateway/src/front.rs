@@ -11,7 +11,7 @@ use headgate_contracts::{
 use headgate_filters::policy_headers::strip_forged;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use hyper::{Request, Response, body::Incoming};
+use hyper::{Request, Response, body::{Body, Incoming}};
 
 use crate::{
     body::Reply,
@@ -59,6 +59,11 @@ async fn answer(
     peer: Peer,
 ) -> Result<Response<Reply>, Stop> {
     strip_forged(request.headers_mut());
+    let hosts = request.headers().get_all(header::HOST).iter().count();
+    if hosts > 1 || (hosts == 0 && request.version() == http::Version::HTTP_11) {
+        // RFC 9112 section 3.2. Whoever stands before us may have gone by the other one.
+        return Err(Fault::client(Code::ProtocolError).saying("exactly one Host is needed").into());
+    }
     if app.drain().has_begun() {
         return Err(Fault::us(Code::Draining).after(Duration::from_secs(1)).into());
     }
@@ -200,7 +205,7 @@ async fn resume(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<I
     accepts(request.headers(), "text/event-stream")?;
     let principal = identify(route, credential(request.headers())).await?;
     let hook = app.turns().find(turn, &principal)?;
-    let after = match request.headers().get("last-event-id") {
+    let after = match only(request.headers(), "last-event-id")? {
         None => None,
         Some(id) => Some(last_event_id(id, turn)?),
     };
@@ -246,15 +251,30 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    pub(crate) fn of(headers: &HeaderMap) -> Facts {
-        let idempotency_key = headers.get("idempotency-key").and_then(|key| key.to_str().ok()).filter(|key| (1..=255).contains(&key.len()));
-        Facts { credential: credential(headers), idempotency_key: idempotency_key.map(str::to_owned), trace: Trace::from_headers(headers) }
+    pub(crate) fn of(headers: &HeaderMap) -> Result<Facts, Stop> {
+        // A key that is dropped in silence is a turn that runs twice.
+        let wrong = || Stop::Failed(Fault::client(Code::InvalidRequest).saying("Idempotency-Key must be 1 to 255 visible characters"));
+        let fits = |key: &&str| (1..=255).contains(&key.len());
+        let idempotency_key = match only(headers, "idempotency-key")? {
+            None => None,
+            Some(key) => Some(key.to_str().ok().filter(fits).ok_or_else(wrong)?.to_owned()),
+        };
+        Ok(Facts { credential: credential(headers), idempotency_key, trace: Trace::from_headers(headers) })
     }
 
     pub(crate) fn stamp(&self, prompt: &mut Prompt) {
         prompt.credential = self.credential.clone();
         prompt.idempotency_key = self.idempotency_key.clone();
         prompt.trace = self.trace.clone();
+    }
+}
+
+/// The value of a header that may stand once: of two values every reader might take another one.
+fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a HeaderValue>, Stop> {
+    let mut all = headers.get_all(name).iter();
+    match (all.next(), all.next()) {
+        (value, None) => Ok(value),
+        _ => Err(Fault::client(Code::InvalidRequest).saying(format!("the header {name} stands twice")).into()),
     }
 }
 
@@ -271,16 +291,21 @@ pub(crate) fn credential(headers: &HeaderMap) -> Credential {
 /// The facts and the body of a JSON request, within the route's bounds of size and time.
 async fn read(route: &Route, request: Request<Incoming>) -> Result<(Facts, Bytes), Stop> {
     let headers = request.headers();
-    if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+    if headers.get_all(header::CONTENT_ENCODING).iter().any(|encoding| encoding != "identity") {
         return Err(Fault::client(Code::EncodingRefused).into());
     }
-    let is_json = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).is_some_and(|kind| {
-        kind.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
-    });
-    if !is_json {
+    let is_json = |kind: &HeaderValue| {
+        kind.to_str().is_ok_and(|kind| kind.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json")))
+    };
+    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter().peekable();
+    if kinds.peek().is_none() || !kinds.all(is_json) {
         return Err(Fault::client(Code::UnsupportedMediaType).saying("the body must be application/json").into());
     }
-    let facts = Facts::of(headers);
+    let facts = Facts::of(headers)?;
+    if request.body().size_hint().lower() > route.plan.body_bytes as u64 {
+        // Known from its length: nobody need send it first.
+        return Err(Fault::client(Code::PayloadTooLarge).into());
+    }
     let body = Limited::new(request.into_body(), route.plan.body_bytes).collect();
     match tokio::time::timeout(route.plan.body, body).await {
         Ok(Ok(body)) => Ok((facts, body.to_bytes())),
@@ -294,7 +319,11 @@ fn accepts(headers: &HeaderMap, kind: &str) -> Result<(), Stop> {
     let mut accepted = headers.get_all(header::ACCEPT).iter().peekable();
     let family = kind.split_once('/').map_or(kind, |(family, _)| family);
     let fits = |range: &str| {
-        let range = range.split(';').next().unwrap_or_default().trim();
+        let mut parts = range.split(';').map(str::trim);
+        let range = parts.next().unwrap_or_default();
+        if parts.any(|part| matches!(part, "q=0" | "q=0." | "q=0.0" | "q=0.00" | "q=0.000")) {
+            return false;
+        }
         range == "*/*" || range.eq_ignore_ascii_case(kind) || range.strip_suffix("/*").is_some_and(|range| range.eq_ignore_ascii_case(family))
     };
     if accepted.peek().is_none() || accepted.any(|value| value.to_str().is_ok_and(|value| value.split(',').any(fits))) {

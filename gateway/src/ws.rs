@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::{Sink, Stream};
 use headgate_contracts::{
-    Code, Credential, Fault, Gone, Prompt, Refusal, Secret, SessionId, Stop, TurnId,
+    Code, Credential, Fault, Gone, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
     wire::{
         chat::ErrorEvent,
         frames::{self, ClientFrame},
@@ -84,7 +84,7 @@ pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incomi
         (Some(token), Credential::None) => Credential::Bearer(Secret::new(token)),
         (_, credential) => credential,
     };
-    let facts = Facts::of(headers);
+    let facts = Facts::of(headers)?;
     let chosen = (!offered.is_empty()).then_some(HeaderValue::from_static(frames::SUBPROTOCOL));
     let mut response = Response::new(Reply::empty());
     if request.method() != Method::CONNECT {
@@ -344,8 +344,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 prompt.messages = turn.messages;
                 prompt.metadata = turn.metadata;
                 self.facts.stamp(&mut prompt);
-                // Turns of one socket are siblings below the handshake's span.
-                prompt.trace = self.facts.trace.child();
+                // Turns of one socket are siblings below the span of whoever opened it; the handshake has none of its own.
+                prompt.trace = match self.facts.trace.parent_id {
+                    Some(_) => Trace { span_id: Trace::fresh().span_id, ..self.facts.trace.clone() },
+                    None => Trace::fresh(),
+                };
+                // A key names one turn, and the handshake's headers are those of many.
+                prompt.idempotency_key = None;
                 prompt.credential = self.credential.clone();
                 let Begun { turn, drive, reader, .. } = self.app.turns().begin(&self.route, prompt, Voice::chat());
                 self.turns.push(Open { turn, reference, drive, reader, credit: None });

@@ -194,8 +194,9 @@ impl Judge {
             }
             "text" | "tool" if data["choice"] == 0 => return wrong("choice 0 is not written"),
             "done" if self.kind == Kind::Client => {
-                if (data["outcome"] == "blocked") != has("refusal") {
-                    return wrong("a refusal goes with outcome `blocked` and only with it");
+                // A limit refuses more text, which is no judgement on the text that was.
+                if has("refusal") != (data["outcome"] == "blocked" || (has("refusal") && data["finish"] == "length")) {
+                    return wrong("a refusal goes with outcome `blocked` or finish `length`, and with nothing else");
                 }
                 if data["outcome"] == "blocked" && data["finish"] != "content_filter" && data["finish"] != "length" {
                     return wrong("a blocked answer finishes as if it were whole");

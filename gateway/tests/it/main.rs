@@ -2,4 +2,6 @@
 
 mod support;
 
+mod faults;
+mod bad_input;
 mod streams;

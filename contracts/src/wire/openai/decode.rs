@@ -54,6 +54,8 @@ fn decode_any(data: &str, form: Form, head: &mut Head, batch: &mut Batch) -> Res
     let read = walk(data, Chunk(&mut reading)).map(drop);
     let Reading { plain, choices, usage, failed, wrong, .. } = reading;
     let read = match (read, wrong) {
+        // Any JSON at all would else be an answer that says nothing, and says it well.
+        (Ok(()), None) if form == Form::Whole && !choices && !failed => Err(Malformed::new("an answer without choices", data)),
         (Ok(()), None) => Ok(()),
         (_, Some(what)) => Err(Malformed::new(what, data)),
         (Err(malformed), None) => Err(malformed),
@@ -670,6 +672,15 @@ mod tests {
             assert!(fault.chain().contains(said) && !fault.chain().contains("secret"), "{}", fault.chain());
         }
         check(r#"{"error":null,"choices":[{"index":0,"delta":{"content":"a"}}]}"#, &["0 Content \"a\" raw"]);
+    }
+
+    #[test]
+    fn json_that_answers_nothing_is_no_whole_answer() {
+        for body in ["{}", r#"{"status":"ok"}"#, r#"{"object":"list","data":[]}"#] {
+            let (mut head, mut batch) = (Head::default(), Batch::new());
+            assert!(decode_answer(body.as_bytes(), &mut head, &mut batch).is_err(), "{body}");
+            assert!(batch.is_empty());
+        }
     }
 
     #[test]
