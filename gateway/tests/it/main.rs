@@ -1,7 +1,10 @@
 //! Whole-gateway scenarios over real sockets, in one binary: a scripted model on one side, a strict client on the other.
 
+mod demo;
 mod support;
 
 mod faults;
 mod bad_input;
+mod clients;
+mod house;
 mod streams;
