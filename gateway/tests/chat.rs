@@ -289,3 +289,50 @@ fn a_chat_route_that_is_none_is_told_apart_from_a_cut() {
     assert_eq!(said.code, Some(1));
     assert!(said.err.contains("not text/event-stream: is this a chat route?"), "{}", said.err);
 }
+
+#[test]
+fn a_gateway_behind_tls_is_trusted_by_its_certificate_alone() {
+    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let trusted = folder.path().join("ca.pem");
+    std::fs::write(&trusted, cert.pem()).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)
+        .unwrap();
+    let config = std::sync::Arc::new(config);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        while let Ok((stream, _)) = listener.accept() {
+            let mut stream = rustls::StreamOwned::new(rustls::ServerConnection::new(config.clone()).unwrap(), stream);
+            let mut asked = Vec::new();
+            let mut byte = [0];
+            // The prompt's JSON ends with the last closing brace.
+            while !asked.ends_with(b"}]}") {
+                match stream.read(&mut byte) {
+                    Ok(1) => asked.push(byte[0]),
+                    // A client that does not trust us leaves in the handshake.
+                    _ => break,
+                }
+            }
+            let answer =
+                events(0, &[("open", &open()), ("text", r#"{"text":"one"}"#), ("done", r#"{"finish":"stop","outcome":"allowed"}"#)]);
+            let _ = stream.write_all(answer.as_bytes());
+            stream.conn.send_close_notify();
+            let _ = stream.flush();
+        }
+    });
+    let mut chat = headgate();
+    chat.args(["chat", "--url", &format!("https://localhost:{port}"), "hello"]);
+    let said = run(chat.env("SSL_CERT_FILE", &trusted));
+    assert_eq!((said.code, said.out.as_str()), (Some(0), "one\n"), "{}", said.err);
+    // The certificate of somebody else.
+    std::fs::write(&trusted, rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap().cert.pem()).unwrap();
+    let said = run(chat.env("SSL_CERT_FILE", &trusted));
+    assert_eq!((said.code, said.out.as_str()), (Some(1), ""));
+    assert!(said.err.contains("invalid peer certificate"), "{}", said.err);
+}
