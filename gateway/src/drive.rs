@@ -2,18 +2,24 @@
 //!
 //! While the client is there the turn runs inside the client's response body: no task and no channel lie between the
 //! upstream's bytes and the client's (`docs/decisions/0003-turns-run-in-their-clients-task.md`). When the client leaves,
-//! what is left of the turn, be it a grace period or only the last log line, goes on in a task.
+//! what is left of the turn, be it a grace period or only the last log line, goes on in a task; and so it does once the
+//! client takes nothing, since a connection that cannot write polls no body.
 
 use std::{
     future::Future,
     panic::AssertUnwindSafe,
     pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
 };
 
 use futures_util::FutureExt;
 
 /// A running turn.
+#[derive(Default)]
 pub struct Drive(Option<Pin<Box<dyn Future<Output = ()> + Send>>>);
 
 impl Drive {
@@ -41,13 +47,6 @@ impl Drive {
         Drive(None)
     }
 
-    /// Lets the turn run by itself, for connections that cannot poll it while their peer reads nothing (HTTP/2 streams).
-    #[must_use]
-    pub fn detach(mut self) -> Drive {
-        self.go_on_alone();
-        Drive::elsewhere()
-    }
-
     fn go_on_alone(&mut self) {
         if let (Some(turn), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
             runtime.spawn(turn);
@@ -58,5 +57,73 @@ impl Drive {
 impl Drop for Drive {
     fn drop(&mut self) {
         self.go_on_alone();
+    }
+}
+
+/// What an HTTP/1.1 connection and the turn that it carries have to know of each other, and HTTP has no words for.
+#[derive(Default)]
+pub struct Line {
+    drive: Mutex<Drive>,
+    is_busy: AtomicBool,
+    is_stalled: AtomicBool,
+    is_shared: bool,
+}
+
+impl Line {
+    /// One stream of an HTTP/2 connection: while its window is shut nobody polls its body, so its turns always run by themselves.
+    pub fn shared() -> Line {
+        Line { is_shared: true, ..Line::default() }
+    }
+
+    fn drive(&self) -> MutexGuard<'_, Drive> {
+        // Panics of a turn are caught below this lock.
+        self.drive.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether an answer is under way: whatever the client sends now counts as leaving.
+    pub fn is_busy(&self) -> bool {
+        self.is_busy.load(Ordering::Relaxed)
+    }
+
+    /// The client takes nothing: its turn goes on by itself, so that it sees its clock and whoever stops it.
+    pub fn let_go(&self) {
+        self.drive().go_on_alone();
+    }
+
+    /// The client took nothing for so long that its connection ends.
+    pub fn stall(&self) {
+        self.is_stalled.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A turn on its client's line. Dropping it is the client's leaving.
+pub struct Call(Arc<Line>);
+
+impl Call {
+    /// The turn is polled here from now on, where the line is its own.
+    pub fn new(line: Arc<Line>, drive: Drive) -> Call {
+        *line.drive() = drive;
+        if line.is_shared {
+            line.let_go();
+        }
+        line.is_busy.store(true, Ordering::Relaxed);
+        Call(line)
+    }
+
+    /// Moves the turn on, where it is still here.
+    pub fn poll(&self, cx: &mut Context<'_>) {
+        self.0.drive().poll(cx);
+    }
+
+    /// Whether the client left by taking nothing.
+    pub fn is_stalled(&self) -> bool {
+        self.0.is_stalled.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.0.is_busy.store(false, Ordering::Relaxed);
+        self.0.let_go();
     }
 }

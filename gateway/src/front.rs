@@ -15,6 +15,7 @@ use hyper::{Request, Response, body::{Body, Incoming}};
 
 use crate::{
     body::Reply,
+    drive::{Call, Drive, Line},
     live::{App, Live, Route},
     page, proxy,
     serve::{Peer, Service},
@@ -30,6 +31,8 @@ impl Service for App {
         let origin = request.headers().get(header::ORIGIN).cloned();
         let route = live.route(request.uri().path()).cloned();
         let allowed = match (&origin, &route) {
+            // A browser writes one. Of two the wrong one might be on the list.
+            (Some(_), _) if request.headers().get_all(header::ORIGIN).iter().count() > 1 => false,
             (Some(origin), Some(route)) if !route.allows(origin, request.headers().get(header::HOST)) => false,
             _ => true,
         };
@@ -41,7 +44,8 @@ impl Service for App {
         let mut response = answer.unwrap_or_else(|stop| problem(&stop, None));
         if let (Some(origin), true) = (origin, allowed) {
             response.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-            response.headers_mut().insert(header::VARY, HeaderValue::from_static("origin"));
+            // Beside what a proxied answer varies by itself.
+            response.headers_mut().append(header::VARY, HeaderValue::from_static("origin"));
             response.headers_mut().insert(
                 header::ACCESS_CONTROL_EXPOSE_HEADERS,
                 HeaderValue::from_static("x-headgate-turn, policy-version, constitution-hash, traceparent, retry-after"),
@@ -78,16 +82,16 @@ async fn answer(
     }
     match route.plan.kind {
         Kind::Chat => match (request.method().clone(), turn_of(&route, request.uri().path())?) {
-            (Method::POST, None) => chat(app, &route, request).await,
+            (Method::POST, None) => chat(app, &route, request, peer).await,
             (Method::GET | Method::CONNECT, None) if ws::asks(&request) => ws::upgrade(app, &route, request, peer),
-            (Method::GET, Some((turn, ""))) => resume(app, &route, turn, &request).await,
+            (Method::GET, Some((turn, ""))) => resume(app, &route, turn, &request, peer).await,
             (Method::POST, Some((turn, "/stop"))) => stop(app, &route, turn, &request).await,
             (_, None) => Err(not_allowed("POST for a turn, or GET with Upgrade for a WebSocket")),
             (_, Some(_)) => Err(not_allowed("GET to resume a turn, POST to its /stop")),
         },
         Kind::OpenAi => match (request.method(), request.uri().path().ends_with("/models")) {
             (&Method::GET, true) => models(&route, &request).await,
-            (&Method::POST, false) => completions(app, &route, request).await,
+            (&Method::POST, false) => completions(app, &route, request, peer).await,
             _ => Err(not_allowed("POST for a completion, GET for the list of models")),
         },
         Kind::Proxy => proxy::pass(app, &route, request).await,
@@ -109,9 +113,9 @@ fn turn_of<'a>(route: &Route, path: &'a str) -> Result<Option<(TurnId, &'a str)>
 }
 
 /// `POST /v1/chat/stream`: one turn as server-sent events.
-async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Result<Response<Reply>, Stop> {
+async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: Peer) -> Result<Response<Reply>, Stop> {
     accepts(request.headers(), "text/event-stream")?;
-    let is_h2 = request.version() == http::Version::HTTP_2;
+    let line = peer.line(request.version());
     let (facts, body) = read(route, request).await?;
     let turn = TurnRequest::parse(&body)?;
     let mut prompt = Prompt::new(TurnId::fresh(), turn.session_id.clone().unwrap_or_else(SessionId::fresh), Vec::new());
@@ -120,12 +124,12 @@ async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Resu
     prompt.metadata = turn.metadata;
     facts.stamp(&mut prompt);
     let begun = app.turns().begin(route, prompt, Voice::chat());
-    stream(route, begun, Framing::Chat, is_h2, &facts.trace).await
+    stream(route, begun, Framing::Chat, line, &facts.trace).await
 }
 
 /// `POST /v1/chat/completions`: OpenAI's requests, streamed or not.
-async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Result<Response<Reply>, Stop> {
-    let is_h2 = request.version() == http::Version::HTTP_2;
+async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: Peer) -> Result<Response<Reply>, Stop> {
+    let line = peer.line(request.version());
     let (facts, body) = read(route, request).await?;
     let parsed = openai::Request::parse(&body)?;
     let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), parsed.messages);
@@ -135,28 +139,25 @@ async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>) 
     match parsed.form {
         openai::Form::Streamed => {
             let begun = app.turns().begin(route, prompt, Voice::chunks(parsed.include_usage));
-            stream(route, begun, Framing::OpenAi, is_h2, &facts.trace).await
+            stream(route, begun, Framing::OpenAi, line, &facts.trace).await
         }
         openai::Form::Whole => {
             let begun = app.turns().begin(route, prompt, Voice::whole());
-            whole(begun, &facts.trace).await
+            whole(begun, line, &facts.trace).await
         }
     }
 }
 
 /// The response of a streamed turn: begun when the answer begins, or after a heartbeat's time without one.
-async fn stream(route: &Route, begun: Begun, framing: Framing, is_h2: bool, trace: &Trace) -> Result<Response<Reply>, Stop> {
-    let Begun { turn, mut drive, mut reader, .. } = begun;
-    let head = match begin(&mut drive, &mut reader, route.plan.flow.heartbeat).await {
+async fn stream(route: &Route, begun: Begun, framing: Framing, line: Arc<Line>, trace: &Trace) -> Result<Response<Reply>, Stop> {
+    let Begun { turn, drive, mut reader, .. } = begun;
+    let call = Call::new(line, drive);
+    let head = match begin(&call, &mut reader, route.plan.flow.heartbeat).await {
         Ok(head) => head,
         Err(stop) => return Ok(problem(&stop, Some(turn))),
     };
     let early = head.is_none();
-    if is_h2 {
-        // An HTTP/2 stream whose window is shut does not poll its body, and then the turn could not watch its clock.
-        drive = drive.detach();
-    }
-    let mut response = Response::new(Reply::Turn(Box::new(Stream::new(drive, reader, turn, framing, route.plan.flow.heartbeat, early))));
+    let mut response = Response::new(Reply::Turn(Box::new(Stream::new(call, reader, turn, framing, route.plan.flow.heartbeat, early))));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
@@ -165,11 +166,12 @@ async fn stream(route: &Route, begun: Begun, framing: Framing, is_h2: bool, trac
 }
 
 /// The response of a turn that is not streamed: its end decides the status.
-async fn whole(begun: Begun, trace: &Trace) -> Result<Response<Reply>, Stop> {
-    let Begun { turn, mut drive, mut reader, .. } = begun;
+async fn whole(begun: Begun, line: Arc<Line>, trace: &Trace) -> Result<Response<Reply>, Stop> {
+    let Begun { turn, drive, mut reader, .. } = begun;
+    let call = Call::new(line, drive);
     let mut answer = Vec::new();
     let ended = std::future::poll_fn(|cx| {
-        drive.poll(cx);
+        call.poll(cx);
         loop {
             let shown = std::task::ready!(reader.poll_next(cx, usize::MAX, |event| answer.extend_from_slice(event.payload)));
             if shown == 0 {
@@ -201,7 +203,7 @@ fn stamp(headers: &mut HeaderMap, turn: TurnId, trace: &Trace, head: Option<&Hea
 }
 
 /// `GET /v1/chat/stream/{turn_id}`: the rest of a turn that went on without its client.
-async fn resume(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<Incoming>) -> Result<Response<Reply>, Stop> {
+async fn resume(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<Incoming>, peer: Peer) -> Result<Response<Reply>, Stop> {
     accepts(request.headers(), "text/event-stream")?;
     let principal = identify(route, credential(request.headers())).await?;
     let hook = app.turns().find(turn, &principal)?;
@@ -210,8 +212,8 @@ async fn resume(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<I
         Some(id) => Some(last_event_id(id, turn)?),
     };
     let reader = hook.read(after).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))?;
-    let begun = Begun { turn, session: SessionId::fresh(), drive: crate::drive::Drive::elsewhere(), reader };
-    stream(route, begun, Framing::Chat, false, &Trace::from_headers(request.headers())).await
+    let begun = Begun { turn, session: SessionId::fresh(), drive: Drive::elsewhere(), reader };
+    stream(route, begun, Framing::Chat, peer.line(request.version()), &Trace::from_headers(request.headers())).await
 }
 
 fn last_event_id(id: &HeaderValue, turn: TurnId) -> Result<u64, Stop> {

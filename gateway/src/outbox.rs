@@ -397,6 +397,11 @@ impl Reader {
         self.ring.state().closed.clone().flatten()
     }
 
+    /// Whether the turn is over, read or not.
+    pub fn is_over(&self) -> bool {
+        self.ring.state().closed.is_some()
+    }
+
     /// Says stop for everybody.
     pub fn stop(&self, why: Gone) {
         stop(&self.ring, why);

@@ -27,7 +27,7 @@ use tokio::{
     time::{Instant, Sleep, sleep, timeout},
 };
 
-use crate::{body::Reply, tls::Tls};
+use crate::{body::Reply, drive::Line, tls::Tls};
 
 /// The bounds of a connection; the defaults are the documentation's table of limits.
 #[derive(Debug, Clone)]
@@ -63,12 +63,23 @@ pub trait Service: Clone + Send + Sync + 'static {
 }
 
 /// The other side of a connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub struct Peer {
     /// Its address.
     pub address: SocketAddr,
     /// Whether the connection is encrypted.
     pub tls: bool,
+    /// How long it may take nothing of what is written.
+    pub stall: Duration,
+    /// The connection, as the turn on it sees it.
+    line: Arc<Line>,
+}
+
+impl Peer {
+    /// The line for a turn over this version of HTTP: a connection of HTTP/2 carries many, each with its own.
+    pub fn line(&self, version: http::Version) -> Arc<Line> {
+        if version < http::Version::HTTP_2 { self.line.clone() } else { Arc::new(Line::shared()) }
+    }
 }
 
 /// How the accept loop is told to stop, and what it tells about itself.
@@ -172,11 +183,12 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
         tokio::spawn(async move {
             let _permit = permit;
             let _ = socket.set_nodelay(true);
+            let peer = |tls| Peer { address, tls, stall: limits.stall, line: Arc::default() };
             match tls {
-                None => converse(socket, Peer { address, tls: false }, &builder, &limits, service, drain).await,
+                None => converse(socket, peer(false), &builder, &limits, service, drain).await,
                 Some(tls) => {
                     if let Ok(Ok(socket)) = timeout(limits.handshake, tls.accept(socket)).await {
-                        converse(socket, Peer { address, tls: true }, &builder, &limits, service, drain).await;
+                        converse(socket, peer(true), &builder, &limits, service, drain).await;
                     }
                 }
             }
@@ -192,12 +204,12 @@ where
     // hyper-util's version sniffing has no deadline of its own (hyperium/hyper#3756), hence this one for the first head.
     let heard = Arc::new(AtomicBool::new(false));
     let hears = heard.clone();
-    let io = TokioIo::new(Patient::new(socket, limits.stall));
+    let io = TokioIo::new(Patient { line: peer.line.clone(), ..Patient::new(socket, limits.stall) });
     let connection = builder.serve_connection_with_upgrades(
         io,
         service_fn(move |request| {
             hears.store(true, Ordering::Relaxed);
-            let service = service.clone();
+            let (service, peer) = (service.clone(), peer.clone());
             async move { Ok::<_, Infallible>(service.call(request, peer).await) }
         }),
     );
@@ -214,19 +226,20 @@ where
     let _ = connection.await;
 }
 
-/// A socket that does not wait for ever for its peer to take what is written.
+/// A socket that does not wait for ever for its peer to take what is written, and sees it leave.
 ///
 /// hyper polls a response body only while the socket takes bytes, so a turn whose client reads nothing cannot watch its own
-/// clock; this is the clock.
-struct Patient<S> {
+/// clock; and it does not look for the client's leaving while it holds bytes of a next request.
+pub(crate) struct Patient<S> {
     socket: S,
     stall: Duration,
     alarm: Option<Pin<Box<Sleep>>>,
+    line: Arc<Line>,
 }
 
 impl<S> Patient<S> {
-    fn new(socket: S, stall: Duration) -> Patient<S> {
-        Patient { socket, stall, alarm: None }
+    pub(crate) fn new(socket: S, stall: Duration) -> Patient<S> {
+        Patient { socket, stall, alarm: None, line: Arc::default() }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -234,19 +247,42 @@ impl<S> Patient<S> {
             self.alarm = None;
             return written;
         }
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + self.stall)));
+        let alarm = self.alarm.get_or_insert_with(|| {
+            self.line.let_go();
+            Box::pin(tokio::time::sleep_until(Instant::now() + self.stall))
+        });
         ready!(alarm.as_mut().poll(cx));
+        self.line.stall();
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing")))
+    }
+}
+
+fn left() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the peer left its answer")
+}
+
+impl<S: AsyncRead + Unpin> Patient<S> {
+    fn listen(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let mut byte = [0];
+        match Pin::new(&mut self.socket).poll_read(cx, &mut ReadBuf::new(&mut byte)) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(read) => read.and(Err(left())),
+        }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buf)
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        if self.line.is_busy() && buf.filled().len() > before {
+            return Poll::Ready(Err(left()));
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write(cx, buf);
         self.watch(cx, written)
@@ -262,6 +298,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.line.is_busy() {
+            self.listen(cx)?;
+        }
         let flushed = Pin::new(&mut self.socket).poll_flush(cx);
         self.watch(cx, flushed)
     }

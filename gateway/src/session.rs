@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
@@ -65,14 +66,18 @@ impl Turns {
     pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Begun {
         let (id, session) = (prompt.turn, prompt.session.clone());
         let mut turn = Turn { id, session: session.clone(), route: route.plan.name.clone(), flow: route.plan.flow.clone(), record: Record::default() };
-        let chain = headgate_filters::chain(&route.filters, &mut turn);
+        // A filter that cannot even start costs its own turn, not the connection with its neighbours.
+        let chain = catch_unwind(AssertUnwindSafe(|| headgate_filters::chain(&route.filters, &mut turn)));
         let (outbox, reader) = outbox(&turn, voice);
         let owner = Arc::new(OnceLock::new());
         let entry = self.enter(id, outbox.hook(), owner.clone(), turn.flow.on_disconnect);
         let watch = Watch::begin(route.clone(), &prompt, owner);
         let upstream = route.upstream.clone();
         let drive = Drive::new(async move {
-            turn::run(turn, prompt, chain, upstream, outbox, watch).await;
+            // Without a chain there is no turn: its outbox and its watch, dropped, say so.
+            if let Ok(chain) = chain {
+                turn::run(turn, prompt, chain, upstream, outbox, watch).await;
+            }
             drop(entry);
         });
         Begun { turn: id, session, drive, reader }

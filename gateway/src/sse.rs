@@ -8,11 +8,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use headgate_contracts::{Head, Stop, TurnId, wire::sse};
+use headgate_contracts::{Gone, Head, Stop, TurnId, wire::sse};
 use hyper::body::{Body, Frame};
 use tokio::time::{Instant, Sleep};
 
-use crate::{drive::Drive, outbox::Reader};
+use crate::{drive::Call, outbox::Reader};
 
 /// The most events in one write: what is ready goes at once, but one stream does not keep the core to itself.
 const MAX_EVENTS_PER_WRITE: usize = 256;
@@ -28,7 +28,7 @@ pub enum Framing {
 
 /// The body of a streamed answer.
 pub struct Stream {
-    drive: Drive,
+    call: Call,
     reader: Reader,
     turn: TurnId,
     framing: Framing,
@@ -65,9 +65,9 @@ impl Silence {
 
 /// Waits for the answer's head, at most one heartbeat long: a model that reads a long prompt must not look like a dead
 /// connection. `Ok(None)`: the response begins without the head; what the answer then turns out to be comes as events.
-pub async fn begin(drive: &mut Drive, reader: &mut Reader, patience: Duration) -> Result<Option<Arc<Head>>, Stop> {
+pub async fn begin(call: &Call, reader: &mut Reader, patience: Duration) -> Result<Option<Arc<Head>>, Stop> {
     let head = std::future::poll_fn(|cx| {
-        drive.poll(cx);
+        call.poll(cx);
         reader.poll_head(cx)
     });
     match tokio::time::timeout(patience, head).await {
@@ -78,9 +78,17 @@ pub async fn begin(drive: &mut Drive, reader: &mut Reader, patience: Duration) -
 
 impl Stream {
     /// The body of `turn`'s answer. `early`: the response is begun without the answer's head.
-    pub fn new(drive: Drive, reader: Reader, turn: TurnId, framing: Framing, heartbeat: Duration, early: bool) -> Stream {
+    pub fn new(call: Call, reader: Reader, turn: TurnId, framing: Framing, heartbeat: Duration, early: bool) -> Stream {
         let silence = Silence { after: heartbeat, last: Instant::now(), alarm: Box::pin(tokio::time::sleep(heartbeat)) };
-        Stream { drive, reader, turn, framing, silence, early, over: false }
+        Stream { call, reader, turn, framing, silence, early, over: false }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.call.is_stalled() {
+            self.reader.stop(Gone::Slow);
+        }
     }
 }
 
@@ -93,7 +101,7 @@ impl Body for Stream {
         if this.over {
             return Poll::Ready(None);
         }
-        this.drive.poll(cx);
+        this.call.poll(cx);
         let (turn, framing) = (this.turn, this.framing);
         let mut out = Vec::new();
         if this.early

@@ -15,14 +15,14 @@ use headgate_contracts::{
     Code, Credential, Fault, Gone, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
     wire::{
         chat::ErrorEvent,
-        frames::{self, ClientFrame},
+        frames::{self, ClientFrame, Which},
     },
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use hyper::{Request, Response, body::Incoming, ext::Protocol};
 use hyper_util::rt::TokioIo;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, Sleep, sleep},
 };
 use tokio_tungstenite::{
@@ -40,7 +40,7 @@ use crate::{
     front::{Facts, credential},
     live::{App, Route},
     outbox::Reader,
-    serve::Peer,
+    serve::{Patient, Peer},
     session::{Begun, identify},
     voice::Voice,
 };
@@ -55,8 +55,14 @@ const MAX_FRAME_BYTES: usize = 16 << 10;
 const MAX_MESSAGES_PER_MINUTE: u32 = 120;
 /// The most events of one turn in one round, so that a fast model does not keep the others waiting.
 const EVENTS_PER_ROUND: usize = 64;
-/// How long a peer may take to answer a ping.
+/// The most bytes of all turns in one round, so that what waits for a slow socket waits in the turns' own bounds.
+const BYTES_PER_ROUND: usize = 64 << 10;
+/// How long a peer may take to answer a ping: as long as the silence before it, and no longer than this.
 const PONG_PATIENCE: Duration = Duration::from_secs(20);
+/// How long the rest of a turn that is over waits for credit, to within a heartbeat.
+const STARVE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a peer may take to finish the closing handshake.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 /// Refusals within [`REFUSAL_WINDOW`] that close the socket.
 const MAX_REFUSALS: usize = 3;
 const REFUSAL_WINDOW: Duration = Duration::from_secs(60);
@@ -69,7 +75,7 @@ pub(crate) fn asks(request: &Request<Incoming>) -> bool {
 }
 
 /// The answer to the handshake; the session runs in a task of its own once the connection is ours.
-pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incoming>, _peer: Peer) -> Result<Response<Reply>, Stop> {
+pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incoming>, peer: Peer) -> Result<Response<Reply>, Stop> {
     let headers = request.headers();
     let wrong = |message: &'static str| Stop::Failed(Fault::client(Code::InvalidRequest).saying(message));
     if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
@@ -107,10 +113,12 @@ pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incomi
             let config = WebSocketConfig::default()
                 .read_buffer_size(4 << 10)
                 .write_buffer_size(4 << 10)
-                .max_write_buffer_size(256 << 10)
+                // One event of the largest size, whatever it takes in JSON.
+                .max_write_buffer_size(1 << 20)
                 .max_message_size(Some(MAX_MESSAGE_BYTES))
                 .max_frame_size(Some(MAX_FRAME_BYTES));
-            let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+            let patient = Patient::new(TokioIo::new(upgraded), peer.stall);
+            let socket = WebSocketStream::from_raw_socket(patient, Role::Server, Some(config)).await;
             Socket::new(socket, app, route, facts, credential).run().await;
         }
     });
@@ -134,7 +142,12 @@ struct Socket<S> {
     /// Written, but not yet taken by the socket. New events are only asked for while this is empty.
     waiting: VecDeque<Message>,
     is_flushed: bool,
-    closing: bool,
+    is_draining: bool,
+    /// When one side began to close.
+    closing: Option<Instant>,
+    /// What the client sends makes no sense any more; it is read, so that closing does not reset what was said, and thrown away.
+    is_deaf: bool,
+    is_shut: bool,
     refusals: VecDeque<Instant>,
     minute: (Instant, u32),
     heard: Instant,
@@ -150,6 +163,8 @@ struct Open {
     reader: Reader,
     /// Events that may still be sent; `None`: the client does not count.
     credit: Option<usize>,
+    /// Since when the turn is over and its client gives no credit for the rest.
+    starved: Option<Instant>,
 }
 
 type Identified = Result<headgate_contracts::Principal, Stop>;
@@ -179,7 +194,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
             lookups: Vec::new(),
             waiting: VecDeque::new(),
             is_flushed: true,
-            closing: false,
+            is_draining: false,
+            closing: None,
+            is_deaf: false,
+            is_shut: false,
             refusals: VecDeque::new(),
             minute: (now, 0),
             heard: now,
@@ -192,14 +210,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     async fn run(mut self) {
         let drain = self.app.drain().clone();
         let mut draining = std::pin::pin!(drain.wait());
-        let mut is_draining = false;
         poll_fn(|cx| {
-            if !is_draining && draining.as_mut().poll(cx).is_ready() {
-                is_draining = true;
-            }
-            // An idle socket is closed at once; one with open turns when they have ended.
-            if is_draining && self.turns.is_empty() && !self.closing {
-                self.close(Code::Draining);
+            if !self.is_draining {
+                self.is_draining = draining.as_mut().poll(cx).is_ready();
             }
             self.poll(cx)
         })
@@ -210,34 +223,65 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             let mut moved = false;
-            if self.write(cx, &mut moved).is_err() {
+            if let Err(error) = self.write(cx, &mut moved) {
+                self.lost(&error);
                 return Poll::Ready(());
             }
-            match Pin::new(&mut self.socket).poll_next(cx) {
-                Poll::Ready(None) => return Poll::Ready(()),
-                Poll::Ready(Some(Ok(message))) => {
-                    moved = true;
-                    self.heard = Instant::now();
-                    self.take(message);
-                }
-                Poll::Ready(Some(Err(error))) => match error {
-                    Error::Capacity(_) => self.close(Code::PayloadTooLarge),
-                    Error::Utf8(_) => self.close_with(CloseCode::Invalid, "malformed_json"),
-                    Error::Protocol(_) => self.close(Code::ProtocolError),
-                    _ => return Poll::Ready(()),
-                },
+            let written = self.waiting.len();
+            match self.read(cx) {
+                Poll::Ready(true) => moved = true,
+                Poll::Ready(false) => return Poll::Ready(()),
                 Poll::Pending => {}
             }
             self.look_up(cx);
-            if self.waiting.is_empty() && !self.closing {
-                moved |= self.speak(cx);
+            self.speak(cx);
+            // An idle socket is closed at once; one with open turns when they have ended.
+            if self.is_draining && self.turns.is_empty() {
+                self.close(Code::Draining);
             }
             if self.watch(cx).is_ready() {
-                moved = true;
+                return Poll::Ready(());
             }
-            if !moved {
+            if !moved && self.waiting.len() <= written {
                 return Poll::Pending;
             }
+        }
+    }
+
+    /// Takes what the client sends; whether it may send more.
+    fn read(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        if self.is_deaf {
+            let mut bytes = [0; 1 << 10];
+            let mut bytes = ReadBuf::new(&mut bytes);
+            let read = std::task::ready!(Pin::new(self.socket.get_mut()).poll_read(cx, &mut bytes));
+            return Poll::Ready(read.is_ok() && !bytes.filled().is_empty());
+        }
+        match std::task::ready!(Pin::new(&mut self.socket).poll_next(cx)) {
+            None => return Poll::Ready(false),
+            Some(Ok(message)) => {
+                self.heard = Instant::now();
+                // Whatever it is, it is a sign of life.
+                self.pinged = None;
+                self.take(message);
+            }
+            Some(Err(error)) => {
+                match error {
+                    Error::Capacity(_) => self.close(Code::PayloadTooLarge),
+                    Error::Utf8(_) => self.close_with(CloseCode::Invalid, "malformed_json"),
+                    Error::Protocol(_) => self.close(Code::ProtocolError),
+                    _ => return Poll::Ready(false),
+                }
+                // The socket gives nothing after an error: where the next frame begins is not known.
+                self.is_deaf = true;
+            }
+        }
+        Poll::Ready(true)
+    }
+
+    /// The client takes nothing any more, or is gone: its turns learn which.
+    fn lost(&mut self, error: &Error) {
+        if matches!(error, Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut) {
+            self.turns.iter().for_each(|open| open.reader.stop(Gone::Slow));
         }
     }
 
@@ -264,15 +308,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 Poll::Pending => {}
             }
         }
+        if self.is_deaf && self.is_flushed && self.waiting.is_empty() && !self.is_shut {
+            self.is_shut = Pin::new(self.socket.get_mut()).poll_shutdown(cx).is_ready();
+        }
         Ok(())
     }
 
-    /// Moves every turn on and writes what it has to say; whether any had something.
-    fn speak(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Moves every turn on, and writes what they have to say once all that was said before is taken.
+    fn speak(&mut self, cx: &mut Context<'_>) {
+        if self.closing.is_some() {
+            return;
+        }
         let Socket { turns, waiting, .. } = self;
+        let mut room = if waiting.is_empty() { BYTES_PER_ROUND } else { 0 };
         let mut ended = Vec::new();
         turns.retain_mut(|open| {
+            // Also where nothing can be written now: it may have been stopped, or its time may be up.
             open.drive.poll(cx);
+            if room == 0 {
+                return true;
+            }
             let allowed = open.credit.map_or(EVENTS_PER_ROUND, |credit| credit.min(EVENTS_PER_ROUND));
             let (turn, reference) = (open.turn, open.reference.as_deref());
             let shown = open.reader.poll_next(cx, allowed, |event| {
@@ -281,10 +336,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                     ("open", Some(_)) => frames::frame_with_ref(&mut text, event.name, reference, Some(event.seq), event.payload),
                     _ => frames::frame(&mut text, event.name, &turn, event.seq, event.payload),
                 }
+                room = room.saturating_sub(text.len());
                 waiting.extend(message(text));
             });
             match shown {
-                Poll::Ready(0) if allowed > 0 => {
+                Poll::Ready(0) => {
                     if let Some(stop) = open.reader.untold() {
                         waiting.extend(error_frame(&stop, Some(turn), reference));
                         ended.push(stop);
@@ -298,15 +354,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 Poll::Pending => true,
             }
         });
+        if room == 0 && !turns.is_empty() {
+            // Who came last in this round comes earlier in the next.
+            turns.rotate_left(1);
+        }
         for stop in ended {
             self.refused(&stop);
         }
-        !self.waiting.is_empty()
     }
 
     /// A message of the client's.
     fn take(&mut self, message: Message) {
-        if self.closing {
+        if self.closing.is_some() {
             return;
         }
         let now = Instant::now();
@@ -323,10 +382,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 Err(fault) => self.tell(&fault.into(), None),
             },
             Message::Binary(_) => self.close(Code::UnsupportedMediaType),
-            Message::Close(_) => self.closing = true,
-            // tungstenite answers pings itself; a pong is only a sign of life.
+            // tungstenite answers closes and pings itself, with the next flush.
+            Message::Close(_) => {
+                self.leave();
+                self.is_flushed = false;
+            }
             Message::Ping(_) | Message::Frame(_) => self.is_flushed = false,
-            Message::Pong(_) => self.pinged = None,
+            Message::Pong(_) => {}
         }
     }
 
@@ -334,6 +396,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
         match frame {
             ClientFrame::Auth { token } => self.credential = Credential::Bearer(token),
             ClientFrame::Turn { turn, reference } => {
+                if self.is_draining {
+                    let fault = Fault::us(Code::Draining).after(Duration::from_secs(1));
+                    return self.tell(&fault.into(), reference.as_deref());
+                }
                 if self.turns.len() >= MAX_TURNS {
                     let fault = Fault::client(Code::Overloaded).saying("32 turns are open on this socket");
                     return self.tell(&fault.into(), reference.as_deref());
@@ -353,12 +419,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 prompt.idempotency_key = None;
                 prompt.credential = self.credential.clone();
                 let Begun { turn, drive, reader, .. } = self.app.turns().begin(&self.route, prompt, Voice::chat());
-                self.turns.push(Open { turn, reference, drive, reader, credit: None });
+                self.turns.push(Open { turn, reference, drive, reader, credit: None, starved: None });
             }
-            ClientFrame::Stop { turn_id } => match self.turns.iter().find(|open| open.turn == turn_id) {
+            ClientFrame::Stop(Which::Turn(turn_id)) => match self.turns.iter().find(|open| open.turn == turn_id) {
                 Some(open) => open.reader.stop(Gone::Stopped),
                 None => self.wish(turn_id, Wish::Stop),
             },
+            ClientFrame::Stop(Which::Ref(name)) => {
+                let mut named = self.turns.iter().filter(|open| open.reference.as_ref() == Some(&name)).peekable();
+                if named.peek().is_none() {
+                    return self.tell(&Fault::client(Code::SessionNotFound).into(), Some(&name));
+                }
+                named.for_each(|open| open.reader.stop(Gone::Stopped));
+            }
+            // Its events would come twice, and nobody could tell which are which.
+            ClientFrame::Resume { turn_id, .. } if self.turns.iter().any(|open| open.turn == turn_id) => {
+                let fault = Fault::client(Code::InvalidRequest).saying("this turn is open on this socket");
+                self.waiting.extend(error_frame(&fault.into(), Some(turn_id), None));
+            }
             ClientFrame::Resume { turn_id, after } => self.wish(turn_id, Wish::Resume(after)),
             ClientFrame::Credit { turn_id, events } => {
                 if let Some(open) = self.turns.iter_mut().find(|open| open.turn == turn_id) {
@@ -401,7 +479,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 (Err(stop), _) => Err(stop),
             };
             match reader {
-                Ok(reader) => self.turns.push(Open { turn, reference: None, drive: Drive::elsewhere(), reader, credit: None }),
+                Ok(reader) => self.turns.push(Open { turn, reference: None, drive: Drive::elsewhere(), reader, credit: None, starved: None }),
                 Err(stop) => {
                     self.waiting.extend(error_frame(&stop, Some(turn), None));
                     self.refused(&stop);
@@ -438,27 +516,70 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     }
 
     fn close_with(&mut self, code: CloseCode, reason: &'static str) {
-        if !self.closing {
-            self.closing = true;
-            // Dropping the turns is the client's leaving, as far as they are concerned.
-            self.turns.clear();
+        if self.closing.is_none() {
+            self.leave();
             self.waiting.push_back(Message::Close(Some(CloseFrame { code, reason: reason.into() })));
         }
     }
 
-    /// Pings after silence; gives up on a peer that does not answer, or does not finish the closing handshake.
+    /// Nothing more is said but what is waiting. Dropping the turns is the client's leaving, as far as they are concerned.
+    fn leave(&mut self) {
+        self.closing.get_or_insert_with(Instant::now);
+        self.turns.clear();
+        self.lookups.clear();
+    }
+
+    /// Pings after silence; ready to give up on a peer that does not finish the closing handshake.
     fn watch(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        std::task::ready!(self.alarm.as_mut().poll(cx));
-        let (now, heartbeat) = (Instant::now(), self.route.plan.flow.heartbeat);
-        let lost = self.pinged.is_some_and(|pinged| self.heard < pinged && now - pinged >= PONG_PATIENCE);
-        if lost {
-            self.close_with(CloseCode::Library(Code::RequestTimeout.close().unwrap_or(3008)), "no answer to a ping");
-        } else if now - self.spoke.max(self.heard) >= heartbeat && self.pinged.is_none() && !self.closing {
-            self.waiting.push_back(Message::Ping(Default::default()));
-            self.pinged = Some(now);
+        let mut due = self.due();
+        if due < self.alarm.deadline() {
+            self.alarm.as_mut().reset(due);
         }
-        self.alarm.as_mut().reset(now + heartbeat.min(PONG_PATIENCE));
-        Poll::Ready(())
+        // The alarm is set anew only when it rings, not with every message.
+        while self.alarm.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            self.starve(now);
+            match (self.closing, self.pinged) {
+                _ if now < due => {}
+                (Some(_), _) => return Poll::Ready(()),
+                (None, Some(_)) => self.close_with(CloseCode::Library(Code::RequestTimeout.close().unwrap_or(3008)), "no answer to a ping"),
+                (None, None) if self.waiting.is_empty() && self.is_flushed => {
+                    self.waiting.push_back(Message::Ping(Default::default()));
+                    self.pinged = Some(now);
+                }
+                // The peer is slow, which is no silence.
+                (None, None) => self.spoke = now,
+            }
+            due = self.due();
+            self.alarm.as_mut().reset(due);
+        }
+        Poll::Pending
+    }
+
+    /// When the peer's silence will mean something.
+    fn due(&self) -> Instant {
+        let heartbeat = self.route.plan.flow.heartbeat;
+        match (self.closing, self.pinged) {
+            (Some(closing), _) => closing + CLOSE_PATIENCE,
+            (None, Some(pinged)) => pinged + heartbeat.min(PONG_PATIENCE),
+            (None, None) => self.spoke.max(self.heard) + heartbeat,
+        }
+    }
+
+    /// Lets go of turns that are over and whose client gives no credit for the rest.
+    fn starve(&mut self, now: Instant) {
+        let Socket { turns, waiting, .. } = self;
+        turns.retain_mut(|open| {
+            if open.credit != Some(0) || !open.reader.is_over() {
+                open.starved = None;
+                return true;
+            }
+            let keep = now - *open.starved.get_or_insert(now) < STARVE_PATIENCE;
+            if !keep {
+                waiting.extend(error_frame(&Stop::Gone(Gone::Slow), Some(open.turn), None));
+            }
+            keep
+        });
     }
 }
 

@@ -27,10 +27,7 @@ pub enum ClientFrame {
         reference: Option<String>,
     },
     /// Stops a turn.
-    Stop {
-        /// Which.
-        turn_id: TurnId,
-    },
+    Stop(Which),
     /// Comes back to a turn.
     Resume {
         /// Which.
@@ -61,6 +58,15 @@ pub enum ClientFrame {
     },
 }
 
+/// How a client names one of its turns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Which {
+    /// By the turn's id.
+    Turn(TurnId),
+    /// By the client's own name: before its `open` a turn of this socket has no other that the client knows.
+    Ref(String),
+}
+
 impl ClientFrame {
     /// Reads a text frame.
     ///
@@ -70,7 +76,7 @@ impl ClientFrame {
         let kind = members.text("type", 16)?;
         let frame = match members.need("type", kind)?.as_str() {
             "turn" => ClientFrame::Turn { reference: members.text("ref", MAX_REF_BYTES)?, turn: TurnRequest::take(&mut members)? },
-            "stop" => ClientFrame::Stop { turn_id: turn_id(&mut members)? },
+            "stop" => ClientFrame::Stop(which(&mut members)?),
             "resume" => ClientFrame::Resume {
                 turn_id: turn_id(&mut members)?,
                 after: members.integer("after", 0..=i64::MAX)?.and_then(|after| u64::try_from(after).ok()),
@@ -103,6 +109,14 @@ impl ClientFrame {
         };
         members.end()?;
         Ok(frame)
+    }
+}
+
+fn which(members: &mut Members) -> Result<Which, Fault> {
+    match (members.name("turn_id")?, members.text("ref", MAX_REF_BYTES)?) {
+        (Some(_), Some(_)) => Err(Fault::client(Code::InvalidRequest).saying("ref: expected either a turn_id or a ref")),
+        (None, Some(reference)) => Ok(Which::Ref(reference)),
+        (id, None) => members.need("turn_id", id).map(Which::Turn),
     }
 }
 
@@ -170,10 +184,15 @@ pub(crate) enum ClientFrameShape {
         #[serde(flatten)]
         turn: TurnRequest,
     },
-    /// Stops a turn.
+    /// Stops a turn, named by its id or, on the socket that began it, by the client's own name: one of the two.
     Stop {
         /// Which.
-        turn_id: TurnId,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        turn_id: Option<TurnId>,
+        /// Which, by the name its `turn` frame gave it: for a turn that has not been opened yet.
+        #[schemars(length(max = 128))]
+        #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+        reference: Option<String>,
     },
     /// Comes back to a turn.
     Resume {
@@ -260,8 +279,9 @@ mod tests {
         let ClientFrame::Turn { turn, reference } = turn else { panic!("a turn") };
         assert_eq!((turn.messages.len(), reference.as_deref()), (1, Some("r1")));
         assert!(
-            matches!(parse(&format!(r#"{{"turn_id":"{TURN}","type":"stop"}}"#)), ClientFrame::Stop { turn_id } if turn_id.to_string() == TURN)
+            matches!(parse(&format!(r#"{{"turn_id":"{TURN}","type":"stop"}}"#)), ClientFrame::Stop(Which::Turn(id)) if id.to_string() == TURN)
         );
+        assert!(matches!(parse(r#"{"type":"stop","ref":"r1"}"#), ClientFrame::Stop(Which::Ref(name)) if name == "r1"));
         assert!(matches!(
             parse(&format!(r#"{{"type":"resume","turn_id":"{TURN}","after":4}}"#)),
             ClientFrame::Resume { after: Some(4), .. }
@@ -282,6 +302,7 @@ mod tests {
             (r#"{"type":"secret"}"#.into(), "type: expected turn, stop"),
             (r#"{"type":"stop"}"#.into(), "turn_id: missing"),
             (r#"{"type":"stop","turn_id":"secret"}"#.into(), "turn_id: not a turn id"),
+            (format!(r#"{{"type":"stop","turn_id":"{TURN}","ref":"secret"}}"#), "ref: expected either a turn_id or a ref"),
             (format!(r#"{{"type":"stop","turn_id":"{TURN}","secret token":1}}"#), "the body: unknown member"),
             (format!(r#"{{"type":"credit","turn_id":"{TURN}","events":0}}"#), "events: expected a whole number"),
             (format!(r#"{{"type":"resume","turn_id":"{TURN}","after":-1}}"#), "after: expected a whole number"),
