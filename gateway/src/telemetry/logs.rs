@@ -1,6 +1,6 @@
 //! Logs: one line per turn, JSON by default, to standard error; spans to a collector where one is named.
 
-use tracing_subscriber::{EnvFilter, Layer, filter::filter_fn, fmt, layer::SubscriberExt, registry, util::SubscriberInitExt};
+use tracing_subscriber::{EnvFilter, Layer, filter::{FilterExt, filter_fn}, fmt, layer::SubscriberExt, registry, util::SubscriberInitExt};
 
 use super::spans::{Flush, Spans};
 
@@ -19,12 +19,12 @@ pub enum Format {
 /// Errors: the collector's address is not one.
 pub fn begin(format: Format, level: &str, collector: Option<(&str, f64)>) -> Result<Option<Flush>, opentelemetry_otlp::ExporterBuildError> {
     let filter = EnvFilter::try_from_env("HEADGATE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    // Fields of spans stay out of the lines: what a line has to say it says itself.
+    // A line says itself what it has to say, so spans are kept from whoever writes lines: nobody then pays for their fields.
     let lines = match format {
         Format::Json => fmt::layer().json().flatten_event(true).with_current_span(false).with_span_list(false).with_writer(std::io::stderr).boxed(),
         Format::Text => fmt::layer().compact().with_target(false).with_writer(std::io::stderr).boxed(),
     };
-    let lines = lines.with_filter(filter);
+    let lines = lines.with_filter(filter.and(filter_fn(|metadata| metadata.is_event())));
     let (spans, flush) = match collector {
         None => (None, None),
         Some((endpoint, sampling)) => {
