@@ -2,8 +2,11 @@
 //!
 //! A filter judges; its gate holds, edits, cuts, keeps order, counts bytes and watches the clock, the same way for every
 //! filter. Laws that live here, each a property test in `tests/laws.rs`: nothing leaves beyond what is cleared; what is
-//! cleared never goes back; events leave in the order they came, across lanes too; a shadowed gate changes nothing but the
+//! cleared leaves at once and never goes back; a lane leaves in the order it came; a shadowed gate changes nothing but the
 //! record; what waits has a bound, whatever the upstream sends.
+//!
+//! Across lanes events leave in the order they came too, but for one case: text that is held is overtaken by other lanes.
+//! Else the last word of a model's reasoning, which might still become an address, would hold back the whole answer.
 
 use std::{
     collections::VecDeque,
@@ -27,12 +30,15 @@ pub struct Gate {
     terms: Terms,
     textless: bool,
     lanes: Vec<Track>,
-    /// What waits, in order. The first `gone` events have left already; they are swept out now and then.
+    /// What waits, in order, and what of it has gone meanwhile: that is swept out now and then.
     held: Batch,
-    /// For each held event: where in its lane its text begins, and since when it waits.
-    since: Vec<(At, Instant)>,
+    waits: Vec<Wait>,
+    /// How many of these have gone.
     gone: usize,
+    /// What may go, while a batch is passed.
+    out: Batch,
     spare: Batch,
+    /// Bytes of text that wait.
     held_bytes: u64,
     stop: Option<Stop>,
     /// Judges no more: its filter broke and the terms say pass, or a shadowed filter has said stop.
@@ -43,6 +49,15 @@ pub struct Gate {
     holds: Holds,
 }
 
+/// One held event.
+#[derive(Clone, Copy)]
+struct Wait {
+    /// Where in its lane its text begins.
+    start: At,
+    since: Instant,
+    gone: bool,
+}
+
 /// How far one lane has come.
 struct Track {
     lane: Lane,
@@ -51,6 +66,8 @@ struct Track {
     /// What is replaced, and whether the replacement has been shown.
     edits: VecDeque<(Edit, bool)>,
     stop: Option<Stop>,
+    /// A stop was given: what lies behind it never goes.
+    cut: bool,
     /// The filter has said its last word on this lane.
     over: bool,
 }
@@ -97,6 +114,8 @@ const SWEEP_EVENTS: usize = 16;
 
 /// The most lanes of one answer that are kept apart. Honest answers have a handful; indices are the upstream's to choose, and
 /// each lane costs a filter's state.
+///
+/// No more than 64, so that a set of them is one number.
 const MAX_LANES: usize = 64;
 
 /// What an event costs beside its text and payload, in bytes, roughly.
@@ -115,8 +134,9 @@ impl Gate {
             textless: false,
             lanes: Vec::new(),
             held: Batch::new(),
-            since: Vec::new(),
+            waits: Vec::new(),
             gone: 0,
+            out: Batch::new(),
             spare: Batch::new(),
             held_bytes: 0,
             stop: None,
@@ -211,7 +231,7 @@ impl Gate {
 
     /// Everything seen may go, but for what a stop has cut.
     fn clear_all(&mut self) {
-        for track in self.lanes.iter_mut().filter(|track| track.stop.is_none()) {
+        for track in self.lanes.iter_mut().filter(|track| !track.cut) {
             track.cleared = track.seen;
         }
     }
@@ -234,44 +254,60 @@ impl Gate {
         if self.open && self.is_empty() {
             return;
         }
+        let nothing_held = self.is_empty();
         let mut clean = 0;
         let mut judged = None;
-        if self.is_empty() {
+        if nothing_held {
             for event in batch.events() {
-                if let What::Text { lane, text } = event.what {
-                    let (start, is_clean) = self.judge(lane, batch.text(text));
-                    if !is_clean {
-                        judged = Some(start);
-                        break;
+                match event.what {
+                    What::Text { lane, text } => {
+                        let (start, is_clean) = self.judge(lane, batch.text(text));
+                        if !is_clean {
+                            judged = Some(start);
+                            break;
+                        }
                     }
+                    What::Finish { .. } if !self.lanes.is_empty() => break,
+                    What::Finish { .. } | What::Tool { .. } | What::Usage(_) | What::Note => {}
                 }
                 clean += 1;
             }
-            if judged.is_none() {
-                return;
-            }
+        }
+        if nothing_held && clean == batch.events().len() {
+            return;
         }
         let now = Instant::now();
+        self.out.dialect = batch.dialect;
+        if !nothing_held {
+            // A verdict that was waited for may have come meanwhile.
+            self.release(now);
+        }
+        // Each event goes its whole way before the next is judged: so what comes out first does not depend on the batches.
         for event in batch.events().get(clean..).unwrap_or_default() {
-            let mut start = At::default();
-            if let What::Text { lane, text } = event.what {
-                let words = batch.text(text);
-                start = match judged.take() {
-                    Some(start) => start,
-                    None => self.judge(lane, words).0,
-                };
-                self.held_bytes += words.len() as u64;
-            }
-            self.held.push_from(batch, *event);
-            self.since.push((start, now));
             // What comes after a cut is neither judged nor kept.
-            if self.stop.is_some() || self.lanes.iter().any(|track| track.stop.is_some()) {
+            if self.stop.is_some() {
                 break;
             }
+            let mut start = At::default();
+            match event.what {
+                What::Text { lane, text } => {
+                    let words = batch.text(text);
+                    start = match judged.take() {
+                        Some(start) => start,
+                        None => self.judge(lane, words).0,
+                    };
+                    self.held_bytes += words.len() as u64;
+                }
+                What::Finish { choice, .. } => self.finish(choice),
+                What::Tool { .. } | What::Usage(_) | What::Note => {}
+            }
+            self.held.push_from(batch, *event);
+            self.waits.push(Wait { start, since: now, gone: false });
+            self.release(now);
+            self.keep_bounds(now);
         }
         batch.truncate(clean);
-        self.release(batch, now);
-        self.keep_bounds(batch, now);
+        self.hand_over(batch);
     }
 
     /// Nothing more will come: everything held gets its last verdict and leaves, but for what is cut.
@@ -283,18 +319,41 @@ impl Gate {
             self.last_word(index);
         }
         let now = Instant::now();
-        self.release(batch, now);
+        self.out.dialect = batch.dialect;
+        self.release(now);
         if !self.is_empty() {
             // A filter that still thinks has had all the time there is.
             self.be_late();
-            self.release(batch, now);
+            self.release(now);
+        }
+        self.hand_over(batch);
+    }
+
+    /// Puts what may go behind what is in the batch.
+    fn hand_over(&mut self, batch: &mut Batch) {
+        if batch.is_empty() {
+            std::mem::swap(batch, &mut self.out);
+        } else {
+            for event in self.out.events() {
+                batch.push_from(&self.out, *event);
+            }
+        }
+        self.out.clear();
+    }
+
+    /// A choice has no more text: what is held of it is settled now.
+    fn finish(&mut self, choice: u16) {
+        for index in 0..self.lanes.len() {
+            if self.lanes[index].lane.choice == choice {
+                self.last_word(index);
+            }
         }
     }
 
     /// Asks the filter for its last verdict on a lane.
     fn last_word(&mut self, index: usize) {
         let Some(track) = self.lanes.get_mut(index) else { return };
-        if std::mem::replace(&mut track.over, true) || self.open || track.stop.is_some() {
+        if std::mem::replace(&mut track.over, true) || self.open || track.cut {
             return;
         }
         let verdict = self.filter.last(track.lane);
@@ -338,22 +397,22 @@ impl Gate {
             }
             return Poll::Ready(());
         }
-        let (Some(max_hold), Some((_, since))) = (self.terms.max_hold(), self.since.get(self.gone)) else {
+        let oldest = self.waits.iter().filter(|wait| !wait.gone).map(|wait| wait.since).min();
+        let (Some(max_hold), Some(oldest)) = (self.terms.max_hold(), oldest) else {
             return Poll::Pending;
         };
-        let deadline = *since + max_hold;
+        let deadline = oldest + max_hold;
         let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         if sleep.deadline() != deadline {
             sleep.as_mut().reset(deadline);
         }
         ready!(sleep.as_mut().poll(cx));
-        self.sleep = None;
         self.be_late();
         Poll::Ready(())
     }
 
     fn is_empty(&self) -> bool {
-        self.gone == self.held.events().len()
+        self.gone == self.waits.len()
     }
 
     /// Shows a batch to a shadowed filter, which changes nothing.
@@ -376,7 +435,7 @@ impl Gate {
     fn track(&mut self, lane: Lane) -> Option<usize> {
         let place = self.lanes.iter().position(|track| track.lane == lane);
         if place.is_none() && self.lanes.len() < MAX_LANES {
-            self.lanes.push(Track { lane, seen: At(0), cleared: At(0), edits: VecDeque::new(), stop: None, over: false });
+            self.lanes.push(Track { lane, seen: At(0), cleared: At(0), edits: VecDeque::new(), stop: None, cut: false, over: false });
             return Some(self.lanes.len() - 1);
         }
         place
@@ -399,6 +458,12 @@ impl Gate {
         if words.is_empty() {
             return (at, track.cleared == track.seen);
         }
+        if track.over {
+            // The filter has settled this lane for good; what it would say now is worth nothing.
+            let fault = Fault::upstream(Code::UpstreamProtocolError).saying("the answer goes on after its finish");
+            self.stop = Some(Stop::Failed(fault));
+            return (at, false);
+        }
         let verdict = self.filter.text(Text { lane, at, text: words });
         if verdict.to >= track.seen && verdict.edits.is_empty() && verdict.stop.is_none() {
             track.cleared = track.seen;
@@ -420,14 +485,14 @@ impl Gate {
             } else if !late {
                 // An edit of text that has gone is a fault of the filter: never let it pass for a mask.
                 let fault = Fault::us(Code::InternalError).caused_by(format!("filter {} edits outside what it clears", self.name));
-                track.stop = Some(Stop::Failed(fault));
+                (track.stop, track.cut) = (Some(Stop::Failed(fault)), true);
                 return;
             }
         }
         track.cleared = track.cleared.max(to);
         match verdict.stop.map(|stop| *stop) {
             Some(Stop::Failed(fault)) if self.terms.on_fault == OnFault::Pass => self.leave_out(&fault),
-            Some(stop) => track.stop = Some(stop),
+            Some(stop) => (track.stop, track.cut) = (Some(stop), true),
             None => {}
         }
     }
@@ -437,7 +502,7 @@ impl Gate {
         match self.terms.late {
             Late::Release => {
                 self.late = true;
-                let waiting = self.lanes.iter().filter(|track| track.stop.is_none()).map(|track| track.seen.0 - track.cleared.0);
+                let waiting = self.lanes.iter().filter(|track| !track.cut).map(|track| track.seen.0 - track.cleared.0);
                 self.holds.unjudged_bytes += waiting.sum::<u64>();
                 self.clear_all();
             }
@@ -449,7 +514,7 @@ impl Gate {
     }
 
     /// Sees to it that no more waits than may: first by keeping it smaller, then by being late.
-    fn keep_bounds(&mut self, out: &mut Batch, now: Instant) {
+    fn keep_bounds(&mut self, now: Instant) {
         let weight = |held: &Batch| held.bytes() as u64 + EVENT_COST * held.events().len() as u64;
         let most = self.terms.max_held().saturating_mul(2).saturating_add(FRAMES_ROOM);
         if weight(&self.held) > most {
@@ -457,113 +522,142 @@ impl Gate {
         }
         if !self.has_room() || weight(&self.held) > most {
             self.be_late();
-            self.release(out, now);
+            self.release(now);
         }
     }
 
-    /// Keeps what waits in less room: neighbouring pieces of a lane become one, and their payloads, which a client would be
-    /// sent as they came, are written anew. So text in tiny pieces waits no dearer than text in large ones.
+    /// Keeps what waits in less room: all text of a lane becomes one piece, and its payloads, which a client would be sent as
+    /// they came, are written anew. So text in tiny pieces waits no dearer than text in large ones.
     fn compact(&mut self) {
         self.spare.clear();
-        let mut since = Vec::new();
-        for (event, waits) in self.held.events().iter().zip(&self.since).skip(self.gone) {
-            let before = self.spare.events().len();
-            match event.what {
-                What::Text { lane, text } => self.spare.append_text(lane, self.held.text(text)),
-                What::Tool { .. } | What::Finish { .. } | What::Usage(_) | What::Note => self.spare.push_from(&self.held, *event),
+        let mut waits = Vec::new();
+        let waiting = || self.held.events().iter().zip(&self.waits).filter(|(_, wait)| !wait.gone);
+        for track in &self.lanes {
+            for (event, wait) in waiting() {
+                let What::Text { lane, text } = event.what else { continue };
+                if lane == track.lane && !text.is_empty() {
+                    let before = self.spare.events().len();
+                    self.spare.append_text(lane, self.held.text(text));
+                    if self.spare.events().len() > before {
+                        waits.push(*wait);
+                    }
+                }
             }
-            if self.spare.events().len() > before {
-                since.push(*waits);
+        }
+        for (event, wait) in waiting() {
+            if !matches!(event.what, What::Text { .. }) {
+                self.spare.push_from(&self.held, *event);
+                waits.push(*wait);
             }
         }
         std::mem::swap(&mut self.held, &mut self.spare);
         self.spare = Batch::new();
-        self.since = since;
+        self.waits = waits;
         self.gone = 0;
     }
 
-    /// Moves what may go from the head of the queue to `out`, and settles whether the turn ends here.
-    fn release(&mut self, out: &mut Batch, now: Instant) {
-        while let Some(blocked) = self.release_cleared(out, now)
-            && self.stop.is_none()
-            && self.lanes.iter().any(|track| track.stop.is_some())
+    /// Moves what may go to `out`, and settles whether the turn ends here.
+    fn release(&mut self, now: Instant) {
+        self.release_cleared(now);
+        if self.stop.is_none()
+            && let Some(stop) = self.lanes.iter_mut().find_map(|track| track.stop.take())
         {
-            // The turn ends in the text that waits here. The lane that blocks the queue stands before that end: it is cut
-            // there itself, or nothing more of it will be seen and the filter has to make up its mind.
-            let Some(track) = self.lanes.get_mut(blocked) else { break };
-            if let Some(stop) = track.stop.take() {
-                self.stop = Some(stop);
-            } else if !track.over {
-                self.last_word(blocked);
-            } else {
-                self.be_late();
+            self.stop = Some(stop);
+            // Nothing more will be seen of the other lanes: what they hold is settled, each up to a cut of its own.
+            for index in 0..self.lanes.len() {
+                self.last_word(index);
             }
-        }
-        if self.stop.is_none() {
-            self.stop = self.lanes.iter_mut().find_map(|track| track.stop.take());
+            self.release_cleared(now);
         }
         if self.stop.is_some() || self.is_empty() {
             self.held.clear();
-            self.since.clear();
+            self.waits.clear();
             self.gone = 0;
             self.held_bytes = 0;
-            self.sleep = None;
         } else if self.gone >= SWEEP_EVENTS {
             self.spare.clear();
-            for event in self.held.events().get(self.gone..).unwrap_or_default() {
+            for (event, _) in self.held.events().iter().zip(&self.waits).filter(|(_, wait)| !wait.gone) {
                 self.spare.push_from(&self.held, *event);
             }
             std::mem::swap(&mut self.held, &mut self.spare);
-            self.since.drain(..self.gone);
+            self.waits.retain(|wait| !wait.gone);
             self.gone = 0;
         }
     }
 
-    /// Moves what is cleared from the head of the queue to `out`; gives the lane whose text blocks the rest, if any does.
-    fn release_cleared(&mut self, out: &mut Batch, now: Instant) -> Option<usize> {
-        while let (Some(Event { what, raw }), Some(&(start, since))) =
-            (self.held.events().get(self.gone).copied(), self.since.get(self.gone))
-        {
-            let What::Text { lane, text } = what else {
-                out.push_from(&self.held, Event { what, raw });
-                self.gone += 1;
+    /// Moves to `out` what is cleared, and what has no text and nothing to wait for.
+    fn release_cleared(&mut self, now: Instant) {
+        // Lanes, by the place of their tracks, of which something stays.
+        let mut blocked = 0_u64;
+        let mut frame_stays = false;
+        for index in 0..self.waits.len() {
+            let (Some(Event { what, raw }), Some(&Wait { start, since, gone })) =
+                (self.held.events().get(index).copied(), self.waits.get(index))
+            else {
                 continue;
             };
-            let index = self.track(lane)?;
-            let track = &mut self.lanes[index];
-            let words = self.held.text(text);
-            let end = At(start.0 + words.len() as u64);
-            if end <= track.cleared {
-                let touched = track.edits.front().is_some_and(|(edit, _)| edit.range.start < end);
-                if raw.is_some() && !touched {
-                    out.push_from(&self.held, Event { what, raw });
-                } else {
-                    emit(track, start, words, out);
-                }
-                self.held_bytes -= words.len() as u64;
-                self.gone += 1;
-                if since != now {
-                    self.holds.add(now - since);
-                }
+            if gone {
                 continue;
             }
-            let mut fit = track.cleared.0.saturating_sub(start.0) as usize;
-            // A cut inside a character is rounded down.
-            while !words.is_char_boundary(fit) {
-                fit -= 1;
-            }
-            if fit > 0 {
-                emit(track, start, &words[..fit], out);
-                let rest = self.held.sub(text, fit..words.len());
-                self.held.restate(self.gone, What::Text { lane, text: rest });
-                if let Some((start, _)) = self.since.get_mut(self.gone) {
-                    start.0 += fit as u64;
+            let goes = match what {
+                What::Text { lane, text } => {
+                    let Some(place) = self.track(lane) else { continue };
+                    if blocked >> place & 1 == 1 {
+                        continue;
+                    }
+                    let track = &mut self.lanes[place];
+                    let words = self.held.text(text);
+                    let end = At(start.0 + words.len() as u64);
+                    if end <= track.cleared {
+                        let touched = track.edits.front().is_some_and(|(edit, _)| edit.range.start < end);
+                        if raw.is_some() && !touched {
+                            self.out.push_from(&self.held, Event { what, raw });
+                        } else {
+                            emit(track, start, words, &mut self.out);
+                        }
+                        self.held_bytes -= words.len() as u64;
+                        true
+                    } else {
+                        let mut fit = track.cleared.0.saturating_sub(start.0) as usize;
+                        // A cut inside a character is rounded down.
+                        while !words.is_char_boundary(fit) {
+                            fit -= 1;
+                        }
+                        if fit > 0 {
+                            emit(track, start, &words[..fit], &mut self.out);
+                            let rest = self.held.sub(text, fit..words.len());
+                            self.held.restate(index, What::Text { lane, text: rest });
+                            self.waits[index].start = At(start.0 + fit as u64);
+                            self.held_bytes -= fit as u64;
+                        }
+                        blocked |= 1 << place;
+                        false
+                    }
                 }
-                self.held_bytes -= fit as u64;
+                // A choice is not finished while text of it waits; what speaks of the whole answer comes after that.
+                What::Finish { choice, .. } => {
+                    let waits =
+                        self.lanes.iter().enumerate().any(|(place, track)| blocked >> place & 1 == 1 && track.lane.choice == choice);
+                    !frame_stays && !waits
+                }
+                What::Usage(_) | What::Note => !frame_stays,
+                What::Tool { .. } => true,
+            };
+            if goes {
+                if !matches!(what, What::Text { .. }) {
+                    self.out.push_from(&self.held, Event { what, raw });
+                }
+                if let Some(wait) = self.waits.get_mut(index) {
+                    wait.gone = true;
+                }
+                self.gone += 1;
+                if since != now && matches!(what, What::Text { .. }) {
+                    self.holds.add(now - since);
+                }
+            } else if !matches!(what, What::Text { .. }) {
+                frame_stays = true;
             }
-            return Some(index);
         }
-        None
     }
 }
 
