@@ -17,6 +17,11 @@ use headgate_contracts::{Head, Lane, Prompt, Record, Stop, Turn};
 #[cfg(test)]
 extern crate self as headgate_filters;
 
+// The walk-through's code is compiled and run with the documentation's tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/add-a-filter.md")]
+pub struct AddAFilter;
+
 mod chain;
 mod gate;
 pub mod matcher;
