@@ -70,7 +70,7 @@ struct RunArgs {
     /// A peer beside Headgate: nginx, or any command as 'name=command', with {port} and {model} in it. May be repeated.
     #[arg(long = "peer", value_name = "PEER")]
     peers: Vec<Peer>,
-    /// A workload: W1, W1o, W2b, W3, W3t, W3c, W3w, W4, W5. May be repeated; all if none is named.
+    /// A workload: W1, W1o, W2b, W3, W3h, W3t, W3c, W3w, W4, W5. May be repeated; all if none is named.
     #[arg(long = "workload", value_name = "NAME", value_parser = |name: &str| workload::named(name).ok_or("no such workload"))]
     workloads: Vec<Workload>,
     /// Measure only what --peer names.
@@ -103,6 +103,19 @@ struct Common {
     /// Leave it to the system what runs on which core.
     #[arg(long)]
     anywhere: bool,
+}
+
+/// Held while this program measures: two at once would measure each other. Waits for its turn, up to ten minutes.
+fn alone() -> io::Result<fs::File> {
+    let file = fs::File::create(std::env::temp_dir().join("headgate-load.lock"))?;
+    for _ in 0..1200 {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(500)),
+            Err(fs::TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Err(io::Error::other("another headgate-load is measuring on this machine"))
 }
 
 impl Common {
@@ -149,6 +162,7 @@ fn run(args: RunArgs) -> io::Result<bool> {
     let workloads = if args.workloads.is_empty() { workload::all() } else { args.workloads };
     let needs_headgate = peers.iter().any(|peer| matches!(peer.kind, Kind::Headgate(_) | Kind::HeadgateProxy));
     let headgate = if needs_headgate { Some(peer::headgate_binary(args.common.headgate.clone())?) } else { None };
+    let _alone = alone()?;
     let machine = Machine::here(headgate.as_deref(), args.common.realtime);
     let cores = args.common.cores()?;
     let course = Course {
@@ -170,6 +184,7 @@ fn run(args: RunArgs) -> io::Result<bool> {
 
 fn grow(common: &Common) -> io::Result<bool> {
     let headgate = peer::headgate_binary(common.headgate.clone())?;
+    let _alone = alone()?;
     let machine = Machine::here(Some(&headgate), common.realtime);
     let course = Course {
         peers: &[],

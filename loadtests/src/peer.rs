@@ -118,15 +118,18 @@ pub(crate) struct Running {
     /// What stands before `/v1/...`.
     pub(crate) prefix: &'static str,
     pub(crate) key: String,
-    _files: TempDir,
+    files: TempDir,
 }
 
 /// Starts a peer before a model at this address, and waits until it listens.
 pub(crate) fn start(peer: &Peer, model: SocketAddr, headgate: &Path, cores: Cores) -> io::Result<Running> {
     let files = tempfile::tempdir()?;
     let address = free_port()?;
-    let mut running = Running { child: None, address, prefix: "", key: "hg_none".to_owned(), _files: files };
-    let folder = running._files.path().to_owned();
+    let mut running = Running { child: None, address, prefix: "", key: "hg_none".to_owned(), files };
+    let folder = running.files.path().to_owned();
+    // A config has its folder to itself: Headgate reads it anew when anything in there changes, a log for example.
+    let etc = folder.join("etc");
+    fs::create_dir(&etc)?;
     let mut command = match &peer.kind {
         Kind::Direct => {
             running.address = model;
@@ -140,13 +143,13 @@ pub(crate) fn start(peer: &Peer, model: SocketAddr, headgate: &Path, cores: Core
             command
         }
         Kind::Headgate(chain) => {
-            running.key = headgate_config(&folder, headgate, address, model, *chain)?;
-            headgate_command(&folder, headgate, cores)
+            running.key = headgate_config(&etc, headgate, address, model, *chain)?;
+            headgate_command(&etc, headgate, cores)
         }
         Kind::HeadgateProxy => {
             running.prefix = "/plain";
-            running.key = headgate_config(&folder, headgate, address, model, Chain::NONE)?;
-            headgate_command(&folder, headgate, cores)
+            running.key = headgate_config(&etc, headgate, address, model, Chain::NONE)?;
+            headgate_command(&etc, headgate, cores)
         }
         Kind::Command(line) => {
             let line = line.replace("{port}", &address.port().to_string()).replace("{model}", &model.to_string());

@@ -92,8 +92,8 @@ pub(crate) fn all() -> Vec<Workload> {
         ONE_REQUEST,
         Workload {
             name: "W1o",
-            about: "the same at 2,000 requests a second, open loop: latency counts from when a request was due",
-            clients: Clients::Rate(2000),
+            about: "the same at 1,000 requests a second, open loop: latency counts from when a request was due",
+            clients: Clients::Rate(1000),
             streams: 256,
             ..ONE_REQUEST
         },
@@ -105,15 +105,17 @@ pub(crate) fn all() -> Vec<Workload> {
             ..ONE_BY_ONE
         },
         ONE_BY_ONE,
+        Workload { name: "W3h", about: "as W3 with 400 streams: latency where nobody is short of time", streams: 400, ..ONE_BY_ONE },
         Workload {
             name: "W3t",
-            about: "as W3, but events begin with a blank as models' tokens do, so that their last word may have to wait for the next",
+            about: "as W3h, but events begin with a blank as models' tokens do, so that their last word may have to wait for the next",
+            streams: 400,
             cut: Cut::BeforeBlank,
             text: 11,
             ..ONE_BY_ONE
         },
-        Workload { name: "W3c", about: "as W3 on /v1/chat/stream, as server-sent events", front: Front::Chat, ..ONE_BY_ONE },
-        Workload { name: "W3w", about: "as W3 on /v1/chat/stream, as WebSockets", front: Front::WebSocket, ..ONE_BY_ONE },
+        Workload { name: "W3c", about: "as W3h on /v1/chat/stream, as server-sent events", streams: 400, front: Front::Chat, ..ONE_BY_ONE },
+        Workload { name: "W3w", about: "as W3h on /v1/chat/stream, as WebSockets", streams: 400, front: Front::WebSocket, ..ONE_BY_ONE },
         Workload {
             name: "W4",
             about: "9,000 streams that have begun and wait for their next event",
