@@ -14,10 +14,23 @@ fi
 
 logs=$(mktemp -d)
 child=
-# Whoever interrupts this wants all of it gone: each stage is a process group of its own.
+# Whoever interrupts this wants all of it gone: each stage is a process group of its own, and what its tests have started are others.
+below() { # PID: all its descendants, the youngest first
+    local pid
+    for pid in $(ps -o pid= --ppid "$1" 2>/dev/null); do
+        below "$pid"
+        echo "$pid"
+    done
+}
 stop() {
     trap - EXIT INT TERM
-    if [ -n "$child" ]; then kill -TERM -- "-$child" 2>/dev/null; wait "$child" 2>/dev/null; fi
+    if [ -n "$child" ]; then
+        # Found before any of them is gone: an orphan has no parent to be found by.
+        local pids
+        pids=$(below "$child")
+        kill -TERM -- "-$child" $pids 2>/dev/null
+        wait "$child" 2>/dev/null
+    fi
     rm -rf "$logs"
 }
 trap stop EXIT
@@ -33,7 +46,7 @@ stage() { # NAME COMMAND...
     log="$logs/${#names[@]}"
     begun=$SECONDS
     printf '\n== %s: %s\n' "$name" "$*"
-    (set -o pipefail; "$@" 2>&1 | tee "$log") &
+    (set -o pipefail; "$@" 2>&1 </dev/null | tee "$log") &
     child=$!
     wait "$child"
     code=$?
