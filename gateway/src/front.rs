@@ -123,7 +123,7 @@ async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: P
     prompt.messages = turn.messages;
     prompt.metadata = turn.metadata;
     facts.stamp(&mut prompt);
-    let begun = app.turns().begin(route, prompt, Voice::chat());
+    let begun = app.turns().begin(route, prompt, Voice::chat())?;
     stream(route, begun, Framing::Chat, line, &facts.trace).await
 }
 
@@ -138,11 +138,11 @@ async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>, 
     facts.stamp(&mut prompt);
     match parsed.form {
         openai::Form::Streamed => {
-            let begun = app.turns().begin(route, prompt, Voice::chunks(parsed.include_usage));
+            let begun = app.turns().begin(route, prompt, Voice::chunks(parsed.include_usage))?;
             stream(route, begun, Framing::OpenAi, line, &facts.trace).await
         }
         openai::Form::Whole => {
-            let begun = app.turns().begin(route, prompt, Voice::whole());
+            let begun = app.turns().begin(route, prompt, Voice::whole())?;
             whole(begun, line, &facts.trace).await
         }
     }
@@ -213,7 +213,7 @@ async fn resume(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<I
     };
     let reader = hook.read(after).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))?;
     let begun = Begun { turn, session: SessionId::fresh(), drive: Drive::elsewhere(), reader };
-    stream(route, begun, Framing::Chat, peer.line(request.version()), &Trace::from_headers(request.headers())).await
+    stream(route, begun, Framing::Chat, peer.line(request.version()), &route.trace(request.headers())).await
 }
 
 fn last_event_id(id: &HeaderValue, turn: TurnId) -> Result<u64, Stop> {
@@ -253,7 +253,7 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    pub(crate) fn of(headers: &HeaderMap) -> Result<Facts, Stop> {
+    pub(crate) fn of(route: &Route, headers: &HeaderMap) -> Result<Facts, Stop> {
         // A key that is dropped in silence is a turn that runs twice.
         let wrong = || Stop::Failed(Fault::client(Code::InvalidRequest).saying("Idempotency-Key must be 1 to 255 visible characters"));
         let fits = |key: &&str| (1..=255).contains(&key.len());
@@ -261,7 +261,7 @@ impl Facts {
             None => None,
             Some(key) => Some(key.to_str().ok().filter(fits).ok_or_else(wrong)?.to_owned()),
         };
-        Ok(Facts { credential: credential(headers), idempotency_key, trace: Trace::from_headers(headers) })
+        Ok(Facts { credential: credential(headers), idempotency_key, trace: route.trace(headers) })
     }
 
     pub(crate) fn stamp(&self, prompt: &mut Prompt) {
@@ -303,7 +303,7 @@ async fn read(route: &Route, request: Request<Incoming>) -> Result<(Facts, Bytes
     if kinds.peek().is_none() || !kinds.all(is_json) {
         return Err(Fault::client(Code::UnsupportedMediaType).saying("the body must be application/json").into());
     }
-    let facts = Facts::of(headers)?;
+    let facts = Facts::of(route, headers)?;
     if request.body().size_hint().lower() > route.plan.body_bytes as u64 {
         // Known from its length: nobody need send it first.
         return Err(Fault::client(Code::PayloadTooLarge).into());

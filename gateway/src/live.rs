@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use headgate_config::plan::{self, Origins};
-use headgate_filters::Built;
+use headgate_contracts::Trace;
+use headgate_filters::{Built, Spec, Step, trace::Inbound};
 use headgate_policy::Ring;
 use headgate_upstream::{EndpointHealth, Upstream};
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
 use crate::{
@@ -54,6 +55,14 @@ pub struct Live {
 }
 
 impl Route {
+    /// The trace of a request: the one it brings, or one that begins here, as the route's filter `trace` says.
+    ///
+    /// The filter says the same of a turn; here it also goes for the response's head and for what is no turn.
+    pub fn trace(&self, headers: &HeaderMap) -> Trace {
+        let restarts = |step: &Step| matches!(&step.spec, Spec::Trace(settings) if settings.inbound == Inbound::Restart);
+        if self.plan.steps.iter().any(restarts) { Trace::fresh() } else { Trace::from_headers(headers) }
+    }
+
     /// Whether a page of `origin` may call: one of the route's own list, or one that this very host served.
     pub fn allows(&self, origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
         let Ok(origin) = origin.to_str() else { return false };
@@ -98,7 +107,7 @@ impl Live {
 impl App {
     /// A gateway that runs `live`, for at most so many connections.
     pub fn new(live: Live, meters: Arc<Meters>, connections: usize) -> App {
-        App(Arc::new(Shared { live: ArcSwap::from_pointee(live), turns: Turns::default(), drain: Drain::new(connections), meters }))
+        App(Arc::new(Shared { live: ArcSwap::from_pointee(live), turns: Turns::new(connections), drain: Drain::new(connections), meters }))
     }
 
     /// The configuration now.

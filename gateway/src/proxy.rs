@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use headgate_contracts::{Code, Fault, Stop, Trace};
+use headgate_contracts::{Code, Fault, Stop};
 use http::{HeaderName, HeaderValue, header};
 use hyper::{Request, Response, body::Incoming};
 use hyper_util::rt::TokioIo;
@@ -26,7 +26,7 @@ pub(crate) async fn pass(app: &App, route: &Arc<Route>, mut request: Request<Inc
     }
     identify(route, credential(request.headers())).await?;
     let place = app.drain().hold().ok_or_else(|| Stop::Failed(Fault::us(Code::Overloaded)))?;
-    let trace = Trace::from_headers(request.headers());
+    let trace = route.trace(request.headers());
     if let Ok(value) = HeaderValue::try_from(trace.traceparent()) {
         request.headers_mut().insert(HeaderName::from_static("traceparent"), value);
     }

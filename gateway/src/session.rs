@@ -27,12 +27,7 @@ const MAX_KEPT: usize = 1024;
 pub struct Turns {
     map: Arc<Mutex<HashMap<TurnId, Kept>>>,
     keeping: Arc<Semaphore>,
-}
-
-impl Default for Turns {
-    fn default() -> Turns {
-        Turns { map: Arc::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)) }
-    }
+    places: Arc<Semaphore>,
 }
 
 struct Kept {
@@ -57,13 +52,24 @@ impl Turns {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Room for `most` turns at once, over all connections: a socket or an HTTP/2 connection carries many, and the memory
+    /// ceiling printed at start-up counts on it.
+    pub fn new(most: usize) -> Turns {
+        let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+        Turns { map: Arc::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)), places }
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.map().len()
     }
 
     /// Begins a turn: nothing happens yet, the drive has to be polled.
-    pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Begun {
+    ///
+    /// Errors: `overloaded`, while as many turns run as may.
+    pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Result<Begun, Stop> {
+        let place = self.places.clone().try_acquire_owned();
+        let place = place.map_err(|_| Fault::us(Code::Overloaded).after(Duration::from_secs(1)))?;
         let (id, session) = (prompt.turn, prompt.session.clone());
         let mut turn = Turn { id, session: session.clone(), route: route.plan.name.clone(), flow: route.plan.flow.clone(), record: Record::default() };
         // A filter that cannot even start costs its own turn, not the connection with its neighbours.
@@ -78,9 +84,9 @@ impl Turns {
             if let Ok(chain) = chain {
                 turn::run(turn, prompt, chain, upstream, outbox, watch).await;
             }
-            drop(entry);
+            drop((entry, place));
         });
-        Begun { turn: id, session, drive, reader }
+        Ok(Begun { turn: id, session, drive, reader })
     }
 
     fn enter(&self, id: TurnId, hook: Hook, owner: Arc<OnceLock<Principal>>, on_disconnect: OnDisconnect) -> Entry {

@@ -90,7 +90,7 @@ pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incomi
         (Some(token), Credential::None) => Credential::Bearer(Secret::new(token)),
         (_, credential) => credential,
     };
-    let facts = Facts::of(headers)?;
+    let facts = Facts::of(route, headers)?;
     let chosen = (!offered.is_empty()).then_some(HeaderValue::from_static(frames::SUBPROTOCOL));
     let mut response = Response::new(Reply::empty());
     if request.method() != Method::CONNECT {
@@ -418,7 +418,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 // A key names one turn, and the handshake's headers are those of many.
                 prompt.idempotency_key = None;
                 prompt.credential = self.credential.clone();
-                let Begun { turn, drive, reader, .. } = self.app.turns().begin(&self.route, prompt, Voice::chat());
+                let Begun { turn, drive, reader, .. } = match self.app.turns().begin(&self.route, prompt, Voice::chat()) {
+                    Ok(begun) => begun,
+                    Err(stop) => return self.tell(&stop, reference.as_deref()),
+                };
                 self.turns.push(Open { turn, reference, drive, reader, credit: None, starved: None });
             }
             ClientFrame::Stop(Which::Turn(turn_id)) => match self.turns.iter().find(|open| open.turn == turn_id) {
