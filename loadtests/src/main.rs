@@ -133,11 +133,11 @@ impl Common {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let done = match cli.command {
+    let done = peer::open_many().and_then(|()| match cli.command {
         None => run(cli.run),
         Some(Verb::Smoke { headgate }) => smoke(headgate),
         Some(Verb::Grow(common)) => grow(&common),
-    };
+    });
     match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

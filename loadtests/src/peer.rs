@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::{
-    process::{Pid, Signal, kill_process},
+    process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit},
     thread::{CpuSet, sched_setaffinity},
 };
 use tempfile::TempDir;
@@ -436,6 +436,12 @@ pub(crate) fn headgate_binary(named: Option<PathBuf>) -> io::Result<PathBuf> {
     }
     let beside = std::env::current_exe()?.with_file_name("headgate");
     if beside.is_file() { Ok(beside) } else { Err(io::Error::other("no gateway beside this program; name one with --headgate")) }
+}
+
+/// Lets this process and its peers open as many files as the system allows: each idle stream is two here and two there.
+pub(crate) fn open_many() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
 /// Runs the calling process before everything else on its core, as peers do that [`start`] starts so.

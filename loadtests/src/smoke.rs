@@ -173,41 +173,7 @@ impl Scripted {
         self.says.send(case.says).map_err(|_| "the model is gone".to_owned())?;
         let answer = ask(self.gateway.address, voice, &self.gateway.key).map_err(|error| error.to_string())?;
         self.asked.recv_timeout(Duration::from_secs(5)).map_err(|_| "the model was not asked".to_owned())?;
-        if !answer.starts_with("HTTP/1.1 200") {
-            return Err(format!("answered with {:?}", answer.lines().next()));
-        }
-        let mut heard = String::new();
-        for data in answer.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]") {
-            let object: serde_json::Value = serde_json::from_str(data).map_err(|error| format!("an event that is no JSON: {error}"))?;
-            heard += object.pointer(voice.lane()).and_then(serde_json::Value::as_str).unwrap_or_default();
-        }
-        if heard != case.heard {
-            return Err(format!("heard {heard:?}, expected {:?}", case.heard));
-        }
-        let end = match voice {
-            Voice::OpenAi => match (answer.contains("data: [DONE]"), answer.contains("\"content_filter\"")) {
-                (true, filtered) => {
-                    if filtered {
-                        End::Filtered
-                    } else {
-                        End::Done
-                    }
-                }
-                (false, _) => End::Cut,
-            },
-            Voice::Chat => match (answer.contains("event: done"), answer.contains("\"content_filter\""), answer.contains("event: error")) {
-                (true, filtered, false) => {
-                    if filtered {
-                        End::Filtered
-                    } else {
-                        End::Done
-                    }
-                }
-                (false, _, true) => End::Cut,
-                _ => return Err("not exactly one end".to_owned()),
-            },
-        };
-        if end == case.end { Ok(()) } else { Err(format!("ended as {end:?}, expected {:?}", case.end)) }
+        judge(case, voice, &answer)
     }
 
     fn stranger(&self) -> Result<(), String> {
@@ -217,6 +183,32 @@ impl Scripted {
         }
         if self.asked.try_recv().is_ok() { Err("the model was asked".to_owned()) } else { Ok(()) }
     }
+}
+
+/// Whether an answer, head and body, is what the case wants.
+fn judge(case: &Case, voice: Voice, answer: &str) -> Result<(), String> {
+    if !answer.starts_with("HTTP/1.1 200") {
+        return Err(format!("answered with {:?}", answer.lines().next()));
+    }
+    let mut heard = String::new();
+    for data in answer.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]") {
+        let object: serde_json::Value = serde_json::from_str(data).map_err(|error| format!("an event that is no JSON: {error}"))?;
+        heard += object.pointer(voice.lane()).and_then(serde_json::Value::as_str).unwrap_or_default();
+    }
+    if heard != case.heard {
+        return Err(format!("heard {heard:?}, expected {:?}", case.heard));
+    }
+    let whole = if answer.contains("\"content_filter\"") { End::Filtered } else { End::Done };
+    let end = match voice {
+        Voice::OpenAi if answer.contains("data: [DONE]") => whole,
+        Voice::OpenAi => End::Cut,
+        Voice::Chat => match (answer.contains("event: done"), answer.contains("event: error")) {
+            (true, false) => whole,
+            (false, true) => End::Cut,
+            (true, true) | (false, false) => return Err("not exactly one end".to_owned()),
+        },
+    };
+    if end == case.end { Ok(()) } else { Err(format!("ended as {end:?}, expected {:?}", case.end)) }
 }
 
 /// Reads one request; false where none comes.
@@ -295,4 +287,44 @@ fn ask(gateway: SocketAddr, voice: Voice, key: &str) -> io::Result<String> {
         body = body.get(line + 4 + size..).ok_or_else(broken)?;
     }
     Ok(head + "\n" + &String::from_utf8_lossy(&whole))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn case(heard: &'static str, end: End) -> Case {
+        Case { name: "a case", says: &[], heard, end }
+    }
+
+    fn judged(heard: &'static str, end: End, answer: &str) -> Result<(), String> {
+        judge(&case(heard, end), Voice::OpenAi, &format!("HTTP/1.1 200 OK\n{answer}"))
+    }
+
+    #[test]
+    fn what_leaks_or_is_lost_or_ends_wrongly_fails() {
+        let event = |text: &str| format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{text}\"}}}}]}}\n\n");
+        let filtered = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"content_filter\"}]}\n\n";
+        let done = "data: [DONE]\n\n";
+        let whole = event("a ") + &event("b");
+        assert_eq!(judged("a b", End::Done, &(whole.clone() + done)), Ok(()));
+        assert_eq!(judged("a ", End::Filtered, &(event("a ") + filtered + done)), Ok(()));
+        assert_eq!(judged("a b", End::Cut, &whole), Ok(()));
+        for (heard, end, answer) in [
+            ("a ", End::Done, whole.clone() + done),
+            ("a bc", End::Done, whole.clone() + done),
+            ("a b", End::Done, whole.clone()),
+            ("a b", End::Filtered, whole.clone() + done),
+            ("a b", End::Cut, whole.clone() + done),
+            ("a b", End::Done, "data: {broken\n\n".to_owned()),
+        ] {
+            assert!(judged(heard, end, &answer).is_err(), "{heard:?} {end:?} {answer}");
+        }
+    }
+
+    #[test]
+    fn a_gateway_that_does_not_start_fails_everything() {
+        let failures = run(Path::new("/bin/false"), &mut |_, _| {});
+        assert_eq!(failures.len(), workload::all().len() + 1, "{failures:?}");
+    }
 }
