@@ -13,8 +13,8 @@ use std::{
     str::FromStr,
 };
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use aws_lc_rs::signature::Ed25519KeyPair;
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ed25519_dalek::{SigningKey, VerifyingKey};
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use zeroize::Zeroizing;
