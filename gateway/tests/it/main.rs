@@ -7,4 +7,5 @@ mod faults;
 mod bad_input;
 mod clients;
 mod house;
+mod sockets;
 mod streams;

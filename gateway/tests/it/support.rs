@@ -23,6 +23,7 @@ pub(crate) struct Setup {
     upstream: String,
     route: String,
     top: String,
+    chat: String,
     protocol: &'static str,
     files: Vec<(&'static str, String)>,
 }
@@ -30,7 +31,7 @@ pub(crate) struct Setup {
 impl Setup {
     /// No filters but the defaults.
     pub(crate) fn new() -> Setup {
-        Setup { filters: String::new(), upstream: String::new(), route: String::new(), top: String::new(), protocol: "openai", files: Vec::new() }
+        Setup { filters: String::new(), upstream: String::new(), route: String::new(), top: String::new(), chat: String::new(), protocol: "openai", files: Vec::new() }
     }
 
     /// With these filters, one a line, as the config has them: `moderation: { mask: [email] }`.
@@ -40,6 +41,12 @@ impl Setup {
             let _ = writeln!(setup.filters, "      - {filter}");
         }
         setup
+    }
+
+    /// With this filter on `/v1/chat/stream` alone: `cancellation: { on_disconnect: grace 30s }`.
+    pub(crate) fn chat(mut self, filter: &str) -> Setup {
+        let _ = writeln!(self.chat, "      - {filter}");
+        self
     }
 
     /// With these settings of the upstream: `timeouts: { idle: 1s }`.
@@ -73,14 +80,15 @@ impl Setup {
     }
 
     fn yaml(&self, url: &str) -> String {
-        let Setup { filters, upstream, route, top, protocol, .. } = self;
-        let filters = if filters.is_empty() { String::new() } else { format!("    filters:\n{filters}") };
+        let Setup { filters, upstream, route, top, chat, protocol, .. } = self;
         let mut yaml = format!(
             "listen: 127.0.0.1:1\nadmin: {{ listen: \"127.0.0.1:2\" }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\" }}\n{top}\
              upstreams:\n  model:\n    protocol: {protocol}\n    endpoints: [\"{url}\"]\n    health: {{ interval: 0s }}\n{upstream}routes:\n"
         );
         for path in ["/v1/chat/stream", "/v1/chat/completions", "/v1/models"] {
             let models = if path == "/v1/models" { "    models: [demo]\n" } else { "" };
+            let filters = format!("{}{filters}", if path == "/v1/chat/stream" { chat } else { "" });
+            let filters = if filters.is_empty() { filters } else { format!("    filters:\n{filters}") };
             let _ = write!(yaml, "  - path: {path}\n    upstream: model\n{models}{filters}{route}");
         }
         yaml
@@ -122,4 +130,52 @@ pub(crate) fn key() -> (&'static str, &'static str) {
     let key = "hg_0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
     let hash = headgate_filters::auth::KeyHash::of(key);
     (key, LINE.get_or_init(|| format!("auth: {{ keys: [{{ key: \"{hash}\", tenant: acme, subject: u1 }}] }}")))
+}
+
+impl Gateway {
+    /// What `/metrics` shows.
+    pub(crate) async fn metrics(&self) -> String {
+        headgate_testkit::client::ask(self.admin, &headgate_testkit::client::Request::get("/metrics")).await.expect("metrics").text()
+    }
+
+    /// The turns that have ended: how, with which code, how often.
+    pub(crate) async fn ends(&self) -> Vec<(String, String, u64)> {
+        let metrics = self.metrics().await;
+        let label = |line: &str, name: &str| {
+            let (_, rest) = line.split_once(&format!("{name}=\"")).expect("a label");
+            rest.split('"').next().unwrap_or_default().to_owned()
+        };
+        let lines = metrics.lines().filter(|line| line.starts_with("headgate_turns_total{"));
+        let mut ends: Vec<_> = lines
+            .map(|line| {
+                let count = line.rsplit(' ').next().and_then(|count| count.parse().ok()).expect("a number");
+                (label(line, "end"), label(line, "code"), count)
+            })
+            .collect();
+        ends.sort();
+        ends
+    }
+
+    /// Waits until every turn has ended, and gives how they did.
+    pub(crate) async fn ended(&self) -> Vec<(String, String, u64)> {
+        let none = async {
+            while self.open().await > 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        headgate_testkit::soon(none, "every turn to end").await;
+        self.ends().await
+    }
+
+    /// Turns that run now.
+    pub(crate) async fn open(&self) -> u64 {
+        let metrics = self.metrics().await;
+        let lines = metrics.lines().filter(|line| line.starts_with("headgate_open_turns{"));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+}
+
+/// One end, as [`Gateway::ends`] has it.
+pub(crate) fn end(end: &str, code: &str, times: u64) -> (String, String, u64) {
+    (end.into(), code.into(), times)
 }
