@@ -121,8 +121,18 @@ const MAX_LANES: usize = 64;
 /// What an event costs beside its text and payload, in bytes, roughly.
 const EVENT_COST: u64 = 80;
 
-/// Room for payloads and events without text that wait behind held text, in bytes, beside twice the terms' `max_held`.
+/// Room for what waits beside held text, in bytes: the payloads it came in, and events without text.
 const FRAMES_ROOM: u64 = 64 << 10;
+
+/// The most a gate's buffers take, in bytes, beside one event of the largest size the upstream may send: what waits, what goes,
+/// and a spare to sweep into.
+pub(crate) fn ceiling_bytes(terms: &Terms) -> u64 {
+    3 * most_weight(terms)
+}
+
+fn most_weight(terms: &Terms) -> u64 {
+    terms.max_held().saturating_add(FRAMES_ROOM)
+}
 
 impl Gate {
     /// A gate for `filter`, known as `name` in logs and metrics.
@@ -168,7 +178,7 @@ impl Gate {
         self.held_bytes
     }
 
-    /// Whether more may come in. False only while a filter that has to think is behind.
+    /// Whether more may come in: no more text waits than the terms allow.
     pub fn has_room(&self) -> bool {
         self.held_bytes <= self.terms.max_held()
     }
@@ -516,7 +526,7 @@ impl Gate {
     /// Sees to it that no more waits than may: first by keeping it smaller, then by being late.
     fn keep_bounds(&mut self, now: Instant) {
         let weight = |held: &Batch| held.bytes() as u64 + EVENT_COST * held.events().len() as u64;
-        let most = self.terms.max_held().saturating_mul(2).saturating_add(FRAMES_ROOM);
+        let most = most_weight(&self.terms);
         if weight(&self.held) > most {
             self.compact();
         }

@@ -81,12 +81,14 @@ pub trait Filter: Send {
         Verdict::pass()
     }
 
-    /// Nothing more will come on this lane: the last verdict on what is still held.
+    /// Nothing more will come on this lane (its choice has finished, the answer or the turn has ended): the last verdict on
+    /// what is still held. Asked once a lane.
     fn last(&mut self, _lane: Lane) -> Verdict {
         Verdict::pass()
     }
 
-    /// A verdict that had to be waited for, and the lane it is about. Pending while there is none; keeps the waker.
+    /// A verdict that had to be waited for, and the lane it is about. Pending while there is none; keeps the waker. What is
+    /// still pending when the answer has ended is late: the gate's terms decide.
     fn poll(&mut self, _cx: &mut Context<'_>) -> Poll<(Lane, Verdict)> {
         Poll::Pending
     }

@@ -18,7 +18,7 @@ use serde::{
 };
 
 use crate::{
-    Admit, Chain, Gate, Late, Mode, OnFault, Problem, Rule, Terms, Tools, auth, backpressure, budget, cancellation, moderation,
+    Admit, Chain, Gate, Late, Mode, OnFault, Problem, Rule, Terms, Tools, auth, backpressure, budget, cancellation, gate, moderation,
     policy_headers, problem::did_you_mean, rate_limit, trace,
 };
 
@@ -266,6 +266,17 @@ impl Built {
     /// The most text of one turn that may wait here, in bytes.
     pub fn worst_held_bytes(&self) -> u64 {
         if self.facts.holds_text && self.terms.mode == Mode::Enforce { self.terms.max_held() } else { 0 }
+    }
+
+    /// The most memory this step takes for one turn, in bytes, beside one event of the largest size the upstream may send: its
+    /// gate's buffers, and what a match in the making costs. 0 where nothing is ever held.
+    pub fn ceiling_bytes(&self) -> u64 {
+        if self.worst_held_bytes() == 0 {
+            return 0;
+        }
+        // A few dozen bytes for each character of a match, and a character has up to four bytes.
+        let forming = 8 * self.facts.worst_hold_bytes;
+        gate::ceiling_bytes(&self.terms).saturating_add(forming)
     }
 
     /// The most text in one wait that may leave unjudged, in bytes: above 0 only where the config says `late: release`.
