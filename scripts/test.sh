@@ -65,7 +65,7 @@ smoke() {
 
 stage format cargo fmt --all --check
 stage dependencies scripts/deny.sh
-stage lints cargo clippy --workspace --all-targets --quiet -- -D warnings
+stage lints cargo clippy --workspace --all-targets --keep-going --quiet -- -D warnings
 stage tests cargo test --workspace --no-fail-fast
 if [ -d tests/browser/node_modules ] && command -v chromium >/dev/null; then
     stage page browser

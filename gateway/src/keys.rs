@@ -27,7 +27,10 @@ const MAX_BYTES: usize = 256 << 10;
 
 /// Keys by the URL they are published at.
 #[derive(Clone, Default)]
-pub struct Fetched(Arc<RwLock<HashMap<String, (Arc<Keys>, Instant)>>>);
+pub struct Fetched(Arc<RwLock<HashMap<String, Kept>>>);
+
+/// Keys, and when they were fetched.
+type Kept = (Arc<Keys>, Instant);
 
 impl Fetched {
     /// Fetches now, and again and again, for as long as the future is polled. A failed fetch leaves what is there.

@@ -314,7 +314,7 @@ impl Outbox {
             let seq = state.next();
             state.add(|voice, bytes, add| voice.close(turn, &record, end, seq, bytes, add));
         }
-        let told = opened && !(state.voice.is_whole() && !matches!(end, Ok(()) | Err(Stop::Refused(_))));
+        let told = opened && (!state.voice.is_whole() || matches!(end, Ok(()) | Err(Stop::Refused(_))));
         state.closed = Some(end.clone().err().filter(|_| !told));
         state.wake_readers();
         record

@@ -64,6 +64,11 @@ impl Turns {
         self.map().len()
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.map().is_empty()
+    }
+
     /// Begins a turn: nothing happens yet, the drive has to be polled.
     ///
     /// Errors: `overloaded`, while as many turns run as may.

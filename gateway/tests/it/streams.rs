@@ -59,7 +59,7 @@ async fn a_client_who_leaves_stops_the_model_before_the_first_byte_too() {
     soon(here.notified(), "the model to be asked").await;
     client.abort();
     within(Duration::from_secs(1), upstream.closed(1), "the model to be stopped").await;
-    within(Duration::from_secs(1), async { while gateway.process.app.turns().len() > 0 { tokio::task::yield_now().await } }, "the turn to end").await;
+    within(Duration::from_secs(1), async { while !gateway.process.app.turns().is_empty() { tokio::task::yield_now().await } }, "the turn to end").await;
 }
 
 #[tokio::test]
