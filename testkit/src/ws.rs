@@ -251,7 +251,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Ws<S> {
         let Some(Value::String(name)) = members.shift_remove("type") else { return Err(wrong("a type that is no text")) };
         if !of_turn {
             // Wrong before any turn was there: an answer of its own, that begins and ends with this.
-            let mut judge = Judge::resumed("", 0);
+            // It may name the turn that it would have been.
+            let mut judge = Judge::resumed(data["turn_id"].as_str().unwrap_or_default(), 0);
             let event = judge.event(name, None, data, text.into(), now)?;
             return Ok(Frame { turn_id: None, event });
         }

@@ -3,6 +3,7 @@
 mod demo;
 mod support;
 
+mod security;
 mod faults;
 mod bad_input;
 mod clients;
