@@ -3,6 +3,8 @@
 mod demo;
 mod support;
 
+mod reload;
+mod tls;
 mod security;
 mod faults;
 mod bad_input;
