@@ -109,6 +109,8 @@ impl Judge {
         match (name.as_str(), self.begun) {
             ("open", true) => return Err(Broken::Order("`open` twice, or after a resume".into())),
             ("open", false) => self.begun = true,
+            // A response that was begun before its answer was, and then there was none.
+            ("error", false) if self.kind == Kind::Client && seq == Some(0) => {}
             (_, false) => return Err(Broken::Order(format!("`{name}` before `open`"))),
             (_, true) => {}
         }
