@@ -16,7 +16,7 @@ const CLEAN: &str = "the lamp was lit ";
 fn read(c: &mut Criterion) {
     let mut group = c.benchmark_group("read");
     let single = format!("data: {}\n\n", chunk(CLEAN));
-    for (name, count) in [("sse, one event", 1), ("sse, burst of 32, each", 32)] {
+    for (name, count) in [("sse, one event", 1), ("sse, burst of 32", 32)] {
         let bytes = single.repeat(count);
         let mut decoder = sse::Decoder::new(sse::Limits::default());
         group.throughput(Throughput::Elements(count as u64));
