@@ -16,6 +16,21 @@ impl TurnId {
         TurnId(Uuid::now_v7())
     }
 
+    /// The id as 16 bytes, most significant first.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.into_bytes()
+    }
+
+    /// The id of those bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> TurnId {
+        TurnId(Uuid::from_bytes(bytes))
+    }
+
+    /// An id within this turn, always the same for the same `name`: a UUID version 5 in the namespace of the turn's own.
+    pub fn named(self, name: &str) -> String {
+        Uuid::new_v5(&self.0, name.as_bytes()).as_hyphenated().to_string()
+    }
+
     /// Appends the id as it is displayed: 36 characters.
     pub fn write(&self, out: &mut Vec<u8>) {
         let mut text = Uuid::encode_buffer();

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::wire::chat::{Done, ErrorEvent, Gap, Open, TurnRequest};
 use crate::wire::conversation::{self, StepAnswer};
 use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
+use crate::wire::log;
 use crate::wire::problem::{self, Problem};
 use crate::{Code, Message, Retry, TurnId, Usage};
 
@@ -30,6 +31,12 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("conversation-request.json", schema::<conversation::Body<'static>>()),
         ("step-answer.json", schema::<StepAnswer>()),
         ("chat-completion-request.json", schema::<ChatCompletionRequest>()),
+        ("events/turn.accepted.v1.json", event::<log::Accepted>(log::Kind::Accepted)),
+        ("events/verdict.input.v1.json", event::<log::InputVerdict>(log::Kind::InputVerdict)),
+        ("events/turn.completed.v1.json", event::<log::Completed>(log::Kind::Completed)),
+        ("events/turn.cancelled.v1.json", event::<log::Cancelled>(log::Kind::Cancelled)),
+        ("events/turn.denied.v1.json", event::<log::Denied>(log::Kind::Denied)),
+        ("events/turn.failed.v1.json", event::<log::Failed>(log::Kind::Failed)),
         ("openapi.json", pretty(&openapi())),
         ("asyncapi.json", pretty(&asyncapi())),
         ("errors.md", errors()),
@@ -39,6 +46,16 @@ pub fn documents() -> Vec<(&'static str, String)> {
 fn schema<T: JsonSchema>() -> String {
     let schema = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>();
     pretty(&schema.to_value())
+}
+
+/// The schema of one kind of the events that are kept.
+fn event<D: JsonSchema>(kind: log::Kind) -> String {
+    let mut schema = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<log::Event<D>>().to_value();
+    schema["title"] = kind.as_str().into();
+    schema["properties"]["specversion"] = json!({"const": log::SPEC_VERSION, "description": "The version of CloudEvents."});
+    schema["properties"]["type"] = json!({"const": kind.as_str(), "description": "What it says."});
+    schema["properties"]["sequence"]["const"] = format!("{:020}", kind.place()).into();
+    pretty(&schema)
 }
 
 fn pretty(value: &Value) -> String {
@@ -458,7 +475,9 @@ mod tests {
             let kept = std::fs::read_to_string(folder.join(name)).unwrap_or_default();
             assert!(kept == fresh, "contracts/schema/{name} is stale: run `cargo run -p headgate-contracts --example schema`");
         }
-        let files = std::fs::read_dir(folder).unwrap().count();
+        let count =
+            |folder: &std::path::Path| std::fs::read_dir(folder).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_file()).count();
+        let files = count(&folder) + count(&folder.join("events"));
         assert_eq!(files, documents().len(), "a file in contracts/schema/ is no document any more");
     }
 

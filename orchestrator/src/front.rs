@@ -11,6 +11,7 @@ use headgate_contracts::{
         problem::{self, Problem},
     },
 };
+use headgate_policy::Claims;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited, combinators::UnsyncBoxBody};
 use hyper::body::{Body as _, Incoming};
@@ -78,10 +79,10 @@ async fn turn(orchestrator: Arc<Orchestrator>, route: Route, caller: Request, re
         let body = read(&orchestrator, &head.headers, body).await?;
         caller.answering();
         let dispatched = Dispatched { method: head.method.as_str(), path: head.uri.path(), body: &body };
-        let prompt = admit(&orchestrator, &head.headers, &dispatched)?;
-        let turn = prompt.turn;
+        let admitted = admit(&orchestrator, &head.headers, &dispatched)?;
+        let turn = admitted.prompt.turn;
         drop(body);
-        let mut run = Run::begin(&orchestrator, route, prompt).await.map_err(|fault| (Stop::from(fault), Some(turn)))?;
+        let mut run = Run::begin(&orchestrator, route, admitted).await.map_err(|fault| (Stop::from(fault), Some(turn)))?;
         run.open(Some(&caller)).await.map_err(|stop| (stop, Some(turn)))?;
         Ok(run)
     };
@@ -115,31 +116,43 @@ impl From<(Stop, Option<TurnId>)> for Refused {
     }
 }
 
-/// The prompt of a dispatch whose verdict holds, with what travels on to the model.
-pub(crate) fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched: &Dispatched<'_>) -> Result<Prompt, Refused> {
+/// A dispatch whose verdict holds.
+pub(crate) struct Admitted {
+    /// The prompt, with what travels on to the model.
+    pub(crate) prompt: Prompt,
+    /// What the verdict claims.
+    pub(crate) claims: Claims,
+    /// The size of the body that it binds.
+    pub(crate) body_bytes: usize,
+}
+
+/// The dispatch, if its verdict holds.
+pub(crate) fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched: &Dispatched<'_>) -> Result<Admitted, Refused> {
     let mut prompt = prompt(conversation::Request::parse(dispatched.body)?);
     prompt.trace = Trace::from_headers(headers);
     let key = verify::only(headers, &IDEMPOTENCY_KEY)?.and_then(|key| key.to_str().ok());
     prompt.idempotency_key = key.filter(|key| key.len() <= MAX_IDEMPOTENCY_KEY_BYTES).map(str::to_owned);
-    let judged = orchestrator.court.judge(headers, dispatched, &prompt);
-    if let Err(fault) = judged {
-        tracing::warn!(
-            code = %fault.code,
-            reason = %fault.message,
-            turn_id = %prompt.turn,
-            session_id = %prompt.session,
-            tenant = %prompt.principal.tenant,
-            trace_id = prompt.trace.trace_id_hex(),
-            "dispatch rejected"
-        );
-        return Err(Refused(fault.into(), Some(prompt.turn)));
-    }
+    let claims = match orchestrator.court.judge(headers, dispatched, &prompt) {
+        Ok(claims) => claims,
+        Err(fault) => {
+            tracing::warn!(
+                code = %fault.code,
+                reason = %fault.message,
+                turn_id = %prompt.turn,
+                session_id = %prompt.session,
+                tenant = %prompt.principal.tenant,
+                trace_id = prompt.trace.trace_id_hex(),
+                "dispatch rejected"
+            );
+            return Err(Refused(fault.into(), Some(prompt.turn)));
+        }
+    };
     for name in [verify::VERDICT, verify::VERSION, verify::CONSTITUTION] {
         if let Some(value) = headers.get(&name) {
             prompt.headers.insert(name, value.clone());
         }
     }
-    Ok(prompt)
+    Ok(Admitted { prompt, claims, body_bytes: dispatched.body.len() })
 }
 
 fn prompt(request: conversation::Request) -> Prompt {

@@ -7,11 +7,13 @@
 //! | **runs**: the open turns, one per session | `runs` |
 //! | **run**: one open turn, from the dispatch to its end | `run` |
 //! | **models**: who answers | [`Models`] |
+//! | **events**: what became of each turn, on disk | [`events`] |
 //!
 //! A dispatch comes as `POST /v1/conversation/stream` (server-sent events), `POST /v1/conversation/step` (one JSON answer) or as a
 //! frame on a WebSocket at the first of these; `docs/wire.md` has the contract. The response's body reads the model itself, in the
 //! connection's own task: whoever stops reading, stops the model, before the first byte too.
 
+pub mod events;
 mod front;
 mod history;
 mod metrics;
@@ -44,6 +46,7 @@ pub struct Orchestrator {
     history: history::History,
     runs: Arc<runs::Runs>,
     metrics: metrics::Metrics,
+    events: Option<events::Log>,
 }
 
 impl Orchestrator {
@@ -56,13 +59,23 @@ impl Orchestrator {
             metrics: metrics::Metrics::new(),
             models,
             settings,
+            events: None,
         }
+    }
+
+    /// The same, keeping what becomes of each turn in `log`.
+    pub fn keeping(mut self, log: events::Log) -> Orchestrator {
+        self.events = Some(log);
+        self
     }
 
     /// Adds the orchestrator's metrics to what is exported.
     pub fn register(&self, registry: &mut prometheus_client::registry::Registry) {
         self.metrics.register(registry);
         registry.register_collector(Box::new(metrics::Upstreams(self.models.all().cloned().collect())));
+        if let Some(log) = &self.events {
+            log.register(registry);
+        }
     }
 
     /// Believes verdicts signed with these keys from now on: call it when the gateway's keys rotate.
@@ -74,6 +87,8 @@ impl Orchestrator {
     pub fn ready(&self) -> Result<(), &'static str> {
         if !self.runs.is_open() {
             Err("draining\n")
+        } else if self.events.as_ref().is_some_and(events::Log::is_sealed) {
+            Err("the event log is sealed after a failed write\n")
         } else if !self.models.ready() {
             Err("no model is ready\n")
         } else {

@@ -5,7 +5,10 @@ use std::{panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use headgate_contracts::{
     Batch, Code, Content, End, Fault, Finish, Gone, Message, Prompt, Role, Settings, Stop, TurnId, Usage, What,
-    wire::openai::{Completion, ToolCall},
+    wire::{
+        log::{Name, Progress},
+        openai::{Completion, ToolCall},
+    },
 };
 use headgate_upstream::{Answer, Upstream};
 use serde_json::{Map, Value, json};
@@ -14,6 +17,8 @@ use tracing::{Instrument, Span, field};
 
 use crate::{
     Orchestrator,
+    events::{self, Account, Beginning},
+    front::Admitted,
     history::Cut,
     metrics::{Metrics, Route},
     runs::{Lease, Refused},
@@ -38,6 +43,8 @@ pub(crate) struct Run {
     brought: Option<Vec<Message>>,
     /// Given back when the turn ends.
     lease: Option<Lease>,
+    /// Closed when the turn ends; `None` where no events are kept.
+    account: Option<Account>,
     answer: Option<Answer>,
     /// What reading the first batch gave, until it is asked for.
     first: Option<bool>,
@@ -48,17 +55,23 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Takes the session's place for `prompt`.
+    /// Takes the session's place for a dispatch, and waits until its beginning is on disk.
     ///
-    /// Errors: the session has an open turn, or there is no room.
-    pub(crate) async fn begin(orchestrator: &Arc<Orchestrator>, route: Route, mut prompt: Prompt) -> Result<Run, Fault> {
+    /// Errors: the session has an open turn, there is no room, or the event log cannot take the turn.
+    pub(crate) async fn begin(orchestrator: &Arc<Orchestrator>, route: Route, admitted: Admitted) -> Result<Run, Fault> {
         let begun = Instant::now();
+        let Admitted { mut prompt, claims, body_bytes } = admitted;
         let key = crate::history::Key::of(&prompt);
         let lease = orchestrator.runs.begin(prompt.turn, &key).await.map_err(|refused| match refused {
             Refused::Conflict => Fault::client(Code::TurnConflict),
             Refused::Full => Fault::us(Code::Overloaded).after(Duration::from_secs(1)),
             Refused::Draining => Fault::us(Code::Draining),
         })?;
+        // Before anything is done for the turn: what nobody could account for afterwards does not happen.
+        let account = match &orchestrator.events {
+            Some(log) => Some(log.begin(Beginning::of(&prompt, &claims, body_bytes, route)).await.map_err(not_taken)?),
+            None => None,
+        };
         let brought = std::mem::take(&mut prompt.messages);
         prompt.messages = orchestrator.history.recall(&key, &brought);
         orchestrator.metrics.open.inc();
@@ -78,6 +91,7 @@ impl Run {
             prompt,
             brought: orchestrator.history.takes(&brought).then_some(brought),
             lease: Some(lease),
+            account,
             answer: None,
             first: None,
             begun,
@@ -187,8 +201,22 @@ impl Run {
                 self.orchestrator.history.remember(lease.key(), brought, answer, cut);
             }
         }
+        if let Some(account) = self.account.take() {
+            account.close(&end, self.finish(), self.progress(&model));
+        }
         self.write_down(&end, &model);
         drop(lease);
+    }
+
+    fn progress(&self, model: &str) -> Progress {
+        Progress {
+            model: Name::of(model),
+            usage: self.said.usage,
+            text_bytes: self.text_bytes as u64,
+            events: self.events,
+            first_text_ms: self.first_text.map(milliseconds),
+            took_ms: milliseconds(self.begun.elapsed()),
+        }
     }
 
     /// What the model said, as the message it will be in the next turn. What is too long to be remembered is not: half of it
@@ -221,14 +249,14 @@ impl Run {
         span.record("gen_ai.usage.input_tokens", input_tokens);
         span.record("gen_ai.usage.output_tokens", output_tokens);
         let _entered = span.enter();
-        let ttft_ms = self.first_text.map(|waited| u64::try_from(waited.as_millis()).unwrap_or(u64::MAX));
+        let ttft_ms = self.first_text.map(milliseconds);
         tracing::info!(
             end = word,
             code,
             cause,
             route = self.route.as_str(),
             ttft_ms,
-            took_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            took_ms = milliseconds(self.begun.elapsed()),
             events = self.events,
             text_bytes = self.text_bytes,
             input_tokens,
@@ -239,6 +267,20 @@ impl Run {
             tenant = %self.prompt.principal.tenant,
             "turn ended"
         );
+    }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The fault that it is, to whoever sent the dispatch, that the event log does not take a turn.
+fn not_taken(refused: events::Refused) -> Fault {
+    match refused {
+        events::Refused::Known => Fault::client(Code::TurnConflict).saying("a turn of that id has been taken before"),
+        events::Refused::Full | events::Refused::Behind | events::Refused::Sealed | events::Refused::TooLong => {
+            Fault::us(Code::EventLogUnavailable).after(Duration::from_secs(1)).caused_by(refused)
+        }
     }
 }
 

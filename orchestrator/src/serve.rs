@@ -72,6 +72,11 @@ pub async fn serve(listener: TcpListener, orchestrator: Arc<Orchestrator>, shutd
             connections.shutdown().await;
         }
     }
+    if let Some(log) = &orchestrator.events
+        && !matches!(timeout(LAST_WORD, log.flush()).await, Ok(Ok(())))
+    {
+        tracing::warn!("the event log did not take the last ends of turns: the next start calls them crashed");
+    }
 }
 
 async fn ended(connections: &mut JoinSet<()>) {

@@ -315,12 +315,12 @@ async fn begin(orchestrator: &Arc<Orchestrator>, turn_id: TurnId, payload: Strin
             return Err(Fault::client(Code::PayloadTooLarge).into());
         }
         let dispatched = Dispatched { method: "GET", path: STREAM, body: payload.as_bytes() };
-        let prompt = front::admit(orchestrator, &headers, &dispatched)?;
-        if prompt.turn != turn_id {
+        let admitted = front::admit(orchestrator, &headers, &dispatched)?;
+        if admitted.prompt.turn != turn_id {
             return Err(Fault::client(Code::InvalidRequest).saying("turn_id: the payload names another turn").into());
         }
         drop(payload);
-        let mut run = Run::begin(orchestrator, Route::WebSocket, prompt).await?;
+        let mut run = Run::begin(orchestrator, Route::WebSocket, admitted).await?;
         run.open(None).await.map_err(|stop| Refused(stop, Some(turn_id)))?;
         Ok(run)
     };

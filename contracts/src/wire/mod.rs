@@ -16,6 +16,7 @@
 pub mod chat;
 pub mod conversation;
 pub mod frames;
+pub mod log;
 pub mod openai;
 pub mod problem;
 pub mod sse;

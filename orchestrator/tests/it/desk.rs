@@ -8,7 +8,7 @@ use std::{
 };
 
 use headgate_contracts::TurnId;
-use headgate_orchestrator::{Models, Orchestrator, Settings, serve};
+use headgate_orchestrator::{Models, Orchestrator, Settings, events, serve};
 use headgate_policy::{ANY_TENANT, Claims, Decision, Digest, Entry, Facts, Issuer, Memory, Policy, Registry, Ring};
 use headgate_testkit::{
     client::{self, Events, Reply, Request},
@@ -97,12 +97,31 @@ impl Desk {
     }
 
     pub(crate) async fn asking(models: Models, settings: Settings, registry: Arc<Memory>, asked: Arc<dyn Registry>) -> Desk {
+        Desk::made(models, settings, registry, asked, None).await
+    }
+
+    pub(crate) async fn keeping(models: Models, settings: Settings, log: events::Log) -> Desk {
+        let registry = Arc::new(Memory::new(16));
+        Desk::made(models, settings, registry.clone(), registry, Some(log)).await
+    }
+
+    async fn made(
+        models: Models,
+        settings: Settings,
+        registry: Arc<Memory>,
+        asked: Arc<dyn Registry>,
+        events: Option<events::Log>,
+    ) -> Desk {
         log();
         let (ring, policy_ring) = (Ring::generate(now()).unwrap(), Ring::generate(now()).unwrap());
         let con = Digest::of(b"constitution");
         let entry = Entry::first(ANY_TENANT, "7", con, now() - 1000);
         registry.install(&policy_ring.sign_entry(&entry).unwrap(), &policy_ring.verifier(), now()).unwrap();
-        let orchestrator = Arc::new(Orchestrator::new(settings, models, ring.verifier(), asked));
+        let orchestrator = Orchestrator::new(settings, models, ring.verifier(), asked);
+        let orchestrator = Arc::new(match events {
+            Some(log) => orchestrator.keeping(log),
+            None => orchestrator,
+        });
         let mut metrics = Metrics::default();
         orchestrator.register(&mut metrics);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -2,6 +2,7 @@
 
 mod desk;
 
+mod events;
 mod leaving;
 mod limits;
 mod model;
