@@ -678,6 +678,27 @@ fn a_filter_that_breaks_ends_the_turn_or_is_left_out_as_the_terms_say() {
 }
 
 #[test]
+fn a_filter_left_out_for_one_lane_does_not_free_what_it_has_cut_in_another() {
+    struct Torn;
+    impl Filter for Torn {
+        fn text(&mut self, text: Text<'_>) -> Verdict {
+            Verdict::hold_from(text.at)
+        }
+        fn last(&mut self, lane: Lane) -> Verdict {
+            match lane {
+                Lane::DEFAULT => Verdict::refuse_from(At(1), Refusal::new(Code::PolicyDenied, "torn")),
+                _ => Verdict::fail_from(At(0), Fault::us(Code::ModerationUnavailable)),
+            }
+        }
+    }
+    let terms = Terms { on_fault: OnFault::Pass, ..Terms::default() };
+    let answer = [(Lane::DEFAULT, "abc".to_owned()), (LANES[1], "xyz".to_owned())];
+    let seen = run(Chain::new(vec![Gate::new("torn", Box::new(Torn), terms)]), whole(&answer));
+    assert_eq!((seen.texts[&LANES[0]].as_str(), seen.texts[&LANES[1]].as_str()), ("a", "xyz"));
+    assert_eq!(seen.end, "refused torn []");
+}
+
+#[test]
 fn an_edit_of_text_that_has_gone_is_a_fault_and_never_passes_for_a_mask() {
     struct TooLate;
     impl Filter for TooLate {
