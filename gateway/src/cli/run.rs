@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use headgate_config::{Environment, Plan, plan::Logs};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{EX_CONFIG, EX_UNAVAILABLE, fail};
 use crate::{
@@ -57,6 +57,8 @@ pub async fn run(args: Args, part: Part) -> ExitCode {
         Ok(flush) => flush,
         Err(error) => return fail(&error, EX_CONFIG),
     };
+    // Before anybody can see us run: a signal that nobody listens for ends the process where it stands.
+    let mut signals = Signals::listen();
     let process = match Process::start(&plan, Sockets::default()).await {
         Ok(process) => process,
         Err(error) => return fail(&error, EX_UNAVAILABLE),
@@ -75,11 +77,11 @@ pub async fn run(args: Args, part: Part) -> ExitCode {
         "running"
     );
     let reload = tokio::spawn(reload::follow(plan, load, process.app.clone(), process.lasting.clone(), process.tls.clone()));
-    told_to_stop().await;
+    signals.stop().await;
     reload.abort();
     let ended = tokio::select! {
         ended = process.stop() => ended,
-        () = told_to_stop() => false,
+        () = signals.stop() => false,
     };
     if let Some(flush) = flush {
         flush.flush(Duration::from_secs(5)).await;
@@ -97,13 +99,30 @@ pub(super) fn begin_logs(plan: &Plan) -> Result<Option<crate::telemetry::Flush>,
     logs::begin(format, &eyes.level, collector.as_deref().map(|endpoint| (endpoint, eyes.sampling)))
 }
 
-pub(super) async fn told_to_stop() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        // Without signals the process can only be killed.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The signals a process is told to stop by. None is missed from the moment this is made.
+pub(super) struct Signals {
+    stop: Option<(Signal, Signal)>,
+    // Listened for by whoever reloads, which may begin later; until then it must not end the process.
+    _hangup: Option<Signal>,
+}
+
+impl Signals {
+    pub(super) fn listen() -> Signals {
+        let stop = signal(SignalKind::terminate()).ok().zip(signal(SignalKind::interrupt()).ok());
+        Signals { stop, _hangup: signal(SignalKind::hangup()).ok() }
     }
+
+    /// Ready each time the process is told to stop.
+    pub(super) async fn stop(&mut self) {
+        // Without signals the process can only be killed.
+        let Some((terminate, interrupt)) = &mut self.stop else { return std::future::pending().await };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+}
+
+pub(super) async fn told_to_stop() {
+    Signals::listen().stop().await;
 }
