@@ -487,7 +487,9 @@ fn the_judge_objects_to_whatever_must_not_be() {
     use Part::{Begins, Ends, Within};
     let (one, two) = (TurnId::fresh(), TurnId::fresh());
     let begin = (Begins, one, Kind::Accepted);
-    let cases: [(&[(Part, TurnId, Kind)], u64, &str); 9] = [
+    /// Records, the number of the first, and what is objected to.
+    type Case<'a> = (&'a [(Part, TurnId, Kind)], u64, &'a str);
+    let cases: [Case<'_>; 9] = [
         (&[begin, (Within, one, Kind::InputVerdict), (Ends, one, Kind::Completed)], 1, ""),
         (&[begin, (Ends, one, Kind::Completed), (Ends, one, Kind::Failed)], 1, "ends a second time"),
         (&[begin, begin], 1, "begins a second time"),

@@ -157,7 +157,7 @@ impl Writer {
             // Before anybody is told: what is published is never older than what is known.
             self.publish();
             for tell in waiting.drain(..) {
-                let _ = tell.send(durable.clone());
+                let _ = tell.send(durable);
             }
             // Room for what comes next is taken while nobody waits for it.
             if !self.sealed && self.spare.is_empty() && self.at > self.segment_bytes / 2 {
