@@ -914,6 +914,7 @@ impl Check<'_> {
         self.time(&at_limits.key("turn"), limits.turn);
         self.within(&at_limits.key("body_bytes"), limits.body_bytes, Bytes(1 << 10)..=Bytes(MOST_BODY));
         self.within(&at_limits.key("answer_bytes"), limits.answer_bytes, Bytes(1 << 10)..=Bytes(MOST_ANSWER));
+        let events = self.events(orchestrator.events.as_ref(), at);
         let issuer = orchestrator.issuer.clone().or_else(|| file.policy.as_ref().map(|policy| policy.issuer.clone()));
         Some(plan::Orchestrator {
             listen: orchestrator.listen.0,
@@ -930,7 +931,25 @@ impl Check<'_> {
             turn: limits.turn.0,
             body_bytes: size(limits.body_bytes),
             answer_bytes: size(limits.answer_bytes),
+            events,
         })
+    }
+
+    fn events(&mut self, events: Option<&file::Events>, at: &Path) -> Option<plan::Events> {
+        let Some(events) = events else {
+            self.warn(
+                at,
+                problem("what becomes of a turn is not kept: after a crash nobody knows which turns were cut")
+                    .remedy("add e.g. `events: { folder: events, cap: 1GiB }`"),
+            );
+            return None;
+        };
+        let at = at.key("events");
+        self.within(&at.key("cap"), events.cap, Bytes(16 << 20)..=Bytes(1 << 40));
+        if events.folder.as_os_str().is_empty() {
+            self.refuse(&at.key("folder"), problem("no folder").expected("a path, such as `events` or `/var/lib/headgate/events`"));
+        }
+        Some(plan::Events { folder: self.disk.files.resolve(&events.folder), cap: events.cap.0 })
     }
 
     /// Upstreams that nobody asks.

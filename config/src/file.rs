@@ -686,6 +686,9 @@ pub struct Orchestrator {
     /// How much is taken from gateways.
     #[serde(default)]
     pub limits: OrchestratorLimits,
+    /// What became of each turn, kept on disk. Without it, a turn leaves nothing but a line in the log.
+    #[serde(default)]
+    pub events: Option<Events>,
 }
 
 /// Whose verdicts an orchestrator believes.
@@ -775,6 +778,23 @@ impl Default for OrchestratorLimits {
             answer_bytes: mib(4),
         }
     }
+}
+
+/// The log of what became of each turn: who asked, what the verdict was, how much was answered, how it ended; never what was
+/// said. A turn is answered only after its beginning is on disk, and every turn gets exactly one end, even across a crash. While
+/// the log cannot take a turn, turns are refused with `event_log_unavailable`. Read it with `headgate events tail`.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Events {
+    /// The folder of its files, made if it is not there. It must survive a restart, and only one process may write to it.
+    pub folder: PathBuf,
+    /// The most that it takes on disk, from `16MiB` to `1TiB`. The oldest events are let go first.
+    #[serde(default = "default_events_cap")]
+    pub cap: Bytes,
+}
+
+fn default_events_cap() -> Bytes {
+    mib(1 << 10)
 }
 
 /// The embedded small language model behind an OpenAI-compatible API: for demos and tests.

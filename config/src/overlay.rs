@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What an overlay may set. `*` stands for one name that the config has too; what is below a setting goes with it.
-const MAY: [&str; 28] = [
+const MAY: [&str; 29] = [
     "listen",
     "admin",
     "workers",
@@ -35,6 +35,7 @@ const MAY: [&str; 28] = [
     "orchestrator.issuer",
     "orchestrator.history",
     "orchestrator.limits",
+    "orchestrator.events",
     "slm.listen",
     "slm.model",
     "slm.pace",

@@ -287,6 +287,17 @@ pub struct Orchestrator {
     pub body_bytes: usize,
     /// The most text of one answer, in bytes.
     pub answer_bytes: usize,
+    /// What became of each turn, kept on disk.
+    pub events: Option<Events>,
+}
+
+/// Where the log of events is, and how large it may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Events {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// The most that it takes on disk, in bytes.
+    pub cap: u64,
 }
 
 /// Whose verdicts an orchestrator believes.

@@ -93,6 +93,8 @@ fn orchestrator_runs_three_parts_in_one_process() {
     let plan = load(folder.path(), "orchestrator.yaml", None);
     let orchestrator = plan.orchestrator.as_ref().unwrap();
     assert_eq!((&orchestrator.keys, orchestrator.issuer.as_str(), orchestrator.sessions), (&VerdictKeys::Own, "headgate", 1000));
+    let events = orchestrator.events.as_ref().unwrap();
+    assert_eq!((events.folder.as_path(), events.cap), (folder.path().join("events").as_path(), 1 << 30));
     assert_eq!(plan.slm.as_ref().unwrap().pace, Some(40.0));
     assert!(plan.page && plan.route("/").is_none());
     assert_eq!(warnings(&plan), ["routes[0].path: anybody who can connect may call this"]);

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use headgate_config::plan::{self, Plan, PolicyKey, Protocol, VerdictKeys};
 use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_chain, unix_now};
-use headgate_orchestrator::{Bounds, Models, Orchestrator};
+use headgate_orchestrator::{Bounds, Models, Orchestrator, events};
 use headgate_policy::{ANY_TENANT, Entry, KeyFault, Memory, Ring, Verifier};
 use headgate_slm::Slm;
 use headgate_upstream::{Settings, Upstream, settings};
@@ -50,6 +50,9 @@ pub enum Unbuildable {
     /// The model cannot be loaded.
     #[error("the model cannot be loaded")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The orchestrator's event log cannot be opened.
+    #[error(transparent)]
+    Events(#[from] headgate_orchestrator::events::Unopened),
     /// An orchestrator is to believe the gateway's keys, and there are none.
     #[error("the orchestrator believes this gateway's verdicts, but no policy is in force that signs them")]
     NoKeys,
@@ -189,7 +192,20 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     settings.limits.turn = told.turn;
     settings.limits.body = told.body_bytes;
     settings.limits.text = told.answer_bytes;
-    Ok(Arc::new(Orchestrator::new(settings, models, verifier, Arc::new(registry))))
+    let turns = settings.limits.turns;
+    let mut orchestrator = Orchestrator::new(settings, models, verifier, Arc::new(registry));
+    if let Some(plan::Events { folder, cap }) = &told.events {
+        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns })?;
+        tracing::info!(
+            folder = %folder.display(),
+            records = recovered.records,
+            crashed_turns = recovered.crashed,
+            torn_bytes = recovered.torn_bytes,
+            "event log opened"
+        );
+        orchestrator = orchestrator.keeping(log);
+    }
+    Ok(Arc::new(orchestrator))
 }
 
 /// The embedded model, or the one of the plan's file.

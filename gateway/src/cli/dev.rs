@@ -1,6 +1,13 @@
 //! `headgate dev`: everything in one process, nothing to configure; and `headgate slm`, the model alone.
 
-use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    io,
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use headgate_filters::{auth::KeyHash, unix_now};
 use headgate_slm::{Options, Slm};
@@ -18,7 +25,9 @@ const CONFIG: &str = include_str!("dev.yaml");
 
 /// Where to listen, and who answers.
 #[derive(clap::Args)]
-#[command(after_help = "The page is at the printed URL, with the token in it. By hand:\n\n  curl -N http://127.0.0.1:8080/v1/chat/stream -H \"authorization: Bearer $TOKEN\" -H 'content-type: application/json' \\\n    -d '{\"messages\":[{\"role\":\"user\",\"content\":\"what is your email address?\"}]}'\n\nThe demo model is two million parameters small and knows a little about a web shop. Ask it for its e-mail address or the card on file\nto see masking, and to tell a secret to see a refusal.")]
+#[command(
+    after_help = "The page is at the printed URL, with the token in it. By hand:\n\n  curl -N http://127.0.0.1:8080/v1/chat/stream -H \"authorization: Bearer $TOKEN\" -H 'content-type: application/json' \\\n    -d '{\"messages\":[{\"role\":\"user\",\"content\":\"what is your email address?\"}]}'\n\nThe demo model is two million parameters small and knows a little about a web shop. Ask it for its e-mail address or the card on file\nto see masking, and to tell a secret to see a refusal."
+)]
 pub struct Args {
     /// Where clients connect; port 0 lets the system choose.
     #[arg(long, default_value = "127.0.0.1:8080")]
@@ -50,7 +59,9 @@ pub async fn run(args: Args) -> ExitCode {
         Err(error) => return fail(&error, EX_UNAVAILABLE),
     };
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let open = |address| std::net::TcpListener::bind(address).map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")));
+    let open = |address| {
+        std::net::TcpListener::bind(address).map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+    };
     let sockets = match (open(args.listen), open(args.admin), open(any), open(any)) {
         (Ok(clients), Ok(admin), Ok(orchestrator), Ok(slm)) => {
             Sockets { clients: Some(clients), admin: Some(admin), orchestrator: Some(orchestrator), slm: Some(slm) }
@@ -64,11 +75,16 @@ pub async fn run(args: Args) -> ExitCode {
         socket.as_ref().and_then(|socket| socket.local_addr().ok()).map_or_else(String::new, |address| address.to_string())
     };
     let (orchestrator, slm) = (at(&sockets.orchestrator), at(&sockets.slm));
+    let events = match events_folder() {
+        Ok(folder) => folder,
+        Err(error) => return fail(&error, EX_UNAVAILABLE),
+    };
     let variables = |name: &str| {
         Some(match name {
             "HEADGATE_DEV_LISTEN" => at(&sockets.clients),
             "HEADGATE_DEV_ADMIN" => at(&sockets.admin),
             "HEADGATE_DEV_ORCHESTRATOR" => orchestrator.clone(),
+            "HEADGATE_DEV_EVENTS" => events.display().to_string(),
             "HEADGATE_DEV_SLM" => slm.clone(),
             "HEADGATE_DEV_MODEL_SERVER" => args.model_server.as_ref().map_or_else(|| format!("http://{slm}"), ToString::to_string),
             "HEADGATE_DEV_KEY" => KeyHash::of(&token).to_string(),
@@ -97,7 +113,7 @@ pub async fn run(args: Args) -> ExitCode {
         Err(error) => return fail(&error, EX_UNAVAILABLE),
     };
     if let Some(clients) = process.clients {
-        greet(&clients.to_string(), process.admin, &token);
+        greet(&clients.to_string(), process.admin, &events, &token);
     }
     told_to_stop().await;
     let ended = tokio::select! {
@@ -111,23 +127,34 @@ pub async fn run(args: Args) -> ExitCode {
 }
 
 #[expect(clippy::print_stdout, reason = "the command line speaks to a person")]
-fn greet(clients: &str, admin: Option<SocketAddr>, token: &str) {
+fn greet(clients: &str, admin: Option<SocketAddr>, events: &Path, token: &str) {
     println!("chat page   http://{clients}/#token={token}");
     println!("turns       http://{clients}/v1/chat/stream        server-sent events, WebSocket");
     println!("OpenAI      http://{clients}/v1                    any OpenAI SDK");
     if let Some(admin) = admin {
         println!("operators   http://{admin}/metrics             also /readyz, /config");
     }
+    println!("events      headgate events tail --follow {}", events.display());
     println!("token       {token}");
     println!();
     println!("curl -N http://{clients}/v1/chat/stream -H 'authorization: Bearer {token}' \\");
-    println!("  -H 'content-type: application/json' -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"what is your email address?\"}}]}}'");
+    println!(
+        "  -H 'content-type: application/json' -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"what is your email address?\"}}]}}'"
+    );
 }
 
 #[expect(clippy::print_stdout, reason = "the command line speaks to a person")]
 fn print(text: &str) -> ExitCode {
     print!("{text}");
     ExitCode::SUCCESS
+}
+
+/// A folder for the events of this run alone: two of them do not meet.
+fn events_folder() -> io::Result<PathBuf> {
+    let folder = std::env::temp_dir().join(format!("headgate-dev-events-{}-{}", std::process::id(), unix_now()));
+    // It fails where something of that name is there: temporary folders are everybody's.
+    std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+    Ok(folder)
 }
 
 /// The files that the built-in config names, in a folder of their own, as long as it takes to read them.
@@ -141,7 +168,9 @@ fn written() -> io::Result<PathBuf> {
 
 /// Which model, where.
 #[derive(clap::Args)]
-#[command(after_help = "Example: headgate slm --listen 127.0.0.1:8091, then an upstream `{ protocol: openai, endpoints: [http://127.0.0.1:8091] }`.")]
+#[command(
+    after_help = "Example: headgate slm --listen 127.0.0.1:8091, then an upstream `{ protocol: openai, endpoints: [http://127.0.0.1:8091] }`."
+)]
 pub struct SlmArgs {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:8091")]

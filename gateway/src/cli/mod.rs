@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 pub mod chat;
 pub mod check;
 pub mod dev;
+pub mod events;
 pub mod run;
 pub mod schema;
 pub mod token;
@@ -39,6 +40,9 @@ enum Command {
     Check(check::Args),
     /// Print the schemas of the config and of everything on the wire.
     Schema(schema::Args),
+    /// Show or judge the log of what became of each turn.
+    #[command(subcommand)]
+    Events(events::Events),
     /// Make an API key.
     Token(token::Args),
     /// Talk through a gateway from this terminal.
@@ -76,6 +80,7 @@ pub fn main() -> ExitCode {
         Command::Slm(args) => block_on(dev::slm(args)),
         Command::Check(args) => check::run(args),
         Command::Schema(args) => schema::run(args),
+        Command::Events(args) => events::run(args),
         Command::Token(args) => token::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Completions { shell } => {

@@ -1,0 +1,162 @@
+//! An orchestrator killed at any moment: what it acknowledged is in its event log, and every turn there ends exactly once.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::SystemTime,
+};
+
+use headgate_contracts::TurnId;
+use headgate_orchestrator::events::{Follow, Judged, Part, verify};
+use headgate_policy::{Decision, Digest, Facts, Issuer, Ring};
+use headgate_testkit::{
+    client::{self, Request},
+    dialect::{Answer, Cut},
+    services::{Program, Ready, Service, Signal},
+    soon,
+    upstream::{Script, Upstream},
+};
+use serde_json::json;
+use tokio::sync::watch;
+
+const STEP: &str = "/v1/conversation/step";
+/// How often the orchestrator is killed.
+const KILLS: u64 = 20;
+/// Callers at once.
+const CALLERS: u64 = 8;
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// Numbers without a pattern, the same in every run.
+fn scattered(seed: u64) -> u64 {
+    let mixed = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 33
+}
+
+struct House {
+    folder: tempfile::TempDir,
+    ring: Arc<Ring>,
+    issuer: Issuer,
+}
+
+impl House {
+    fn before(model: &Upstream) -> House {
+        let folder = tempfile::tempdir().unwrap();
+        let ring = Arc::new(Ring::generate(now()).unwrap());
+        fs::write(folder.path().join("gateway.jwks.json"), ring.jwks()).unwrap();
+        fs::write(folder.path().join("constitution.md"), "# Be kind\n\nBe kind to whoever asks.\n").unwrap();
+        let config = format!(
+            "admin: {{ listen: \"off\" }}\npolicy: {{ constitution: constitution.md, version: \"7\" }}\nupstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"] }}\n\
+             orchestrator:\n  listen: 127.0.0.1:0\n  upstream: model\n  keys: file:gateway.jwks.json\n  events: {{ folder: events, cap: 16MiB }}\n",
+            model.url()
+        );
+        fs::write(folder.path().join("headgate.yaml"), config).unwrap();
+        let plan = headgate_config::load(&folder.path().join("headgate.yaml"), None, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+        House { issuer: plan.policy.unwrap().issuer, ring, folder }
+    }
+
+    fn events(&self) -> std::path::PathBuf {
+        self.folder.path().join("events")
+    }
+
+    async fn start(&self) -> (Service, SocketAddr) {
+        let program =
+            Program::at(env!("CARGO_BIN_EXE_headgate")).arguments(["orchestrator"]).argument(self.folder.path().join("headgate.yaml"));
+        let service = program.start(Ready::Line("\"running\"".to_owned())).await;
+        let line = service.line("\"running\"").await;
+        let told: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let at = told["fields"]["orchestrator"].as_str().or(told["orchestrator"].as_str());
+        let at = at.unwrap_or_else(|| panic!("{line}")).parse().unwrap();
+        (service, at)
+    }
+
+    fn turn(&self, id: TurnId, session: &str) -> Request {
+        let id = id.to_string();
+        let body = json!({"turn_id": id, "session_id": session, "tenant": "acme", "subject": "u1", "model": "demo",
+            "messages": [{"role": "user", "content": "canary"}]});
+        let body = body.to_string();
+        let facts = Facts { tid: "acme", sub: "u1", sid: session, turn: &id, dec: Decision::Allow, cat: &[], trc: None };
+        let claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), now()).unwrap();
+        Request::new("POST", STEP)
+            .header("content-type", "application/json")
+            .header("policy-verdict", &self.ring.sign(&claims).unwrap())
+            .header("policy-version", &claims.pol.ver)
+            .header("constitution-hash", &claims.con.to_string())
+            .body(body)
+    }
+}
+
+/// The turns that begin in a log.
+fn begun(folder: &Path) -> BTreeSet<TurnId> {
+    let mut log = Follow::open(folder).unwrap();
+    let entries = std::iter::from_fn(|| log.next_entry().unwrap());
+    entries.filter(|entry| entry.part == Part::Begins).map(|entry| entry.turn).collect()
+}
+
+fn good(folder: &Path) -> Judged {
+    let judged = verify(folder).unwrap();
+    assert!(judged.is_good(), "{:?}", judged.violations);
+    judged
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_orchestrator_killed_at_any_moment_has_kept_what_it_acknowledged_and_ends_it_once() {
+    let model = Upstream::always(Script::stream(Answer::openai("demo", &["yes", " and", " no"]).cut(Cut::Whole))).await;
+    let house = Arc::new(House::before(&model));
+    let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
+    let mut crashed = 0;
+    for kill in 0..KILLS {
+        let (mut service, at) = house.start().await;
+        let judged = good(&house.events());
+        assert_eq!(judged.open, [], "the start ends what the kill before it cut");
+        crashed = judged.crashed;
+        let (count, mut counted) = watch::channel(0_u64);
+        let callers = (0..CALLERS).map(|caller| {
+            let (house, acknowledged, count) = (house.clone(), acknowledged.clone(), count.clone());
+            tokio::spawn(async move {
+                loop {
+                    let turn = TurnId::fresh();
+                    let Ok(reply) = client::ask(at, &house.turn(turn, &format!("s{caller}"))).await else { return };
+                    assert_eq!(reply.status, 200, "{}", reply.text());
+                    acknowledged.lock().unwrap().insert(turn);
+                    count.send_modify(|count| *count += 1);
+                }
+            })
+        });
+        let callers: Vec<_> = callers.collect();
+        // Wherever the writer is at the moment at which that many answers have come.
+        let enough = 1 + scattered(kill) % 40;
+        soon(counted.wait_for(|count| *count >= enough), "turns to be answered").await.unwrap();
+        service.signal(Signal::Kill);
+        service.exited().await;
+        for caller in callers {
+            soon(caller, "a caller to notice").await.unwrap();
+        }
+        good(&house.events());
+        let begun = begun(&house.events());
+        let lost: Vec<TurnId> = acknowledged.lock().unwrap().difference(&begun).copied().collect();
+        assert_eq!(lost, [], "after kill {kill}");
+    }
+    assert!(crashed > 0, "no kill met an open turn: the test shows nothing");
+    let (mut service, _) = house.start().await;
+    service.signal(Signal::Terminate);
+    assert!(service.exited().await.success());
+    let judged = good(&house.events());
+    assert_eq!((judged.begun, judged.open.len()), (judged.ended, 0));
+
+    let headgate = |arguments: [&str; 3]| {
+        std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(arguments).arg(house.events()).output().unwrap()
+    };
+    let verdict = headgate(["events", "verify", "--ended"]);
+    assert!(verdict.status.success(), "{verdict:?}");
+    assert!(String::from_utf8_lossy(&verdict.stdout).contains("violations      0"), "{verdict:?}");
+    let tail = std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(["events", "tail"]).arg(house.events()).output().unwrap();
+    let lines = String::from_utf8(tail.stdout).unwrap();
+    assert_eq!(lines.lines().count() as u64, judged.records);
+    assert!(lines.contains("turn.completed.v1") && !lines.contains("canary"), "names and numbers, and nothing that was said");
+}
