@@ -72,8 +72,9 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
                     tracing::error!(%error, "the config cannot run, the running one stays");
                 }
                 Ok(live) => {
-                    if (plan.listen, plan.admin, plan.workers) != (running.listen, running.admin, running.workers) {
-                        tracing::warn!("listen, admin and workers change only with a restart");
+                    let stays = |plan: &Plan| (plan.listen, plan.admin, plan.workers, plan.tls.clone(), plan.limits.clone());
+                    if stays(&plan) != stays(&running) {
+                        tracing::warn!("listen, admin, workers, connection limits and the names of certificate files change only with a restart");
                     }
                     app.exchange(live);
                     app.meters().reloaded("taken");

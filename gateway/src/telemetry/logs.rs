@@ -24,7 +24,9 @@ pub fn begin(format: Format, level: &str, collector: Option<(&str, f64)>) -> Res
         Format::Json => fmt::layer().json().flatten_event(true).with_current_span(false).with_span_list(false).with_writer(std::io::stderr).boxed(),
         Format::Text => fmt::layer().compact().with_target(false).with_writer(std::io::stderr).boxed(),
     };
-    let lines = lines.with_filter(filter.and(filter_fn(|metadata| metadata.is_event())));
+    // At their most talkative, libraries of HTTP and WebSocket show headers and frames: tokens and text, whatever the level asked for.
+    let is_ours = |metadata: &tracing::Metadata<'_>| metadata.target().starts_with("headgate") || *metadata.level() <= tracing::Level::INFO;
+    let lines = lines.with_filter(filter.and(filter_fn(move |metadata| metadata.is_event() && is_ours(metadata))));
     let (spans, flush) = match collector {
         None => (None, None),
         Some((endpoint, sampling)) => {
@@ -35,5 +37,9 @@ pub fn begin(format: Format, level: &str, collector: Option<(&str, f64)>) -> Res
     };
     // A second call, as in tests of several gateways in one process, keeps the first.
     let _ = registry().with(lines).with(spans).try_init();
+    // What a panic says may quote the text that it was about: where it happened has to do.
+    std::panic::set_hook(Box::new(|panic| {
+        tracing::error!(at = panic.location().map(tracing::field::display), thread = std::thread::current().name(), "panicked");
+    }));
     Ok(flush)
 }

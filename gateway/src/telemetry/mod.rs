@@ -46,39 +46,19 @@ impl Watch {
     pub fn begin(route: Arc<Route>, prompt: &Prompt, owner: Arc<OnceLock<Principal>>) -> Watch {
         let now = Instant::now();
         route.meters.open.inc();
-        Watch {
-            route,
-            owner,
-            turn: prompt.turn,
-            trace: prompt.trace.clone(),
-            begun: now,
-            admitted: None,
-            read: now,
-            first: None,
-            last: None,
-            gaps: Tally::default(),
-            delays: Tally::default(),
-            longest_gap: Duration::ZERO,
-            span: Span::none(),
-            is_over: false,
-        }
-    }
-
-    /// The filters let the prompt through.
-    pub fn admitted(&mut self, prompt: &Prompt) {
-        self.admitted = Some(Instant::now());
-        self.trace = prompt.trace.clone();
-        self.span = tracing::info_span!(
+        let trace = prompt.trace.clone();
+        // From the start: a turn that is refused at the door is one that somebody will look for.
+        let span = tracing::info_span!(
             target: "headgate",
             "chat",
             otel.kind = "server",
-            trace_id = self.trace.trace_id_hex(),
-            span_id = self.trace.span_id_hex(),
-            parent_span_id = self.trace.parent_id_hex(),
-            route = &*self.route.plan.name,
-            turn_id = %self.turn,
+            trace_id = trace.trace_id_hex(),
+            span_id = trace.span_id_hex(),
+            parent_span_id = trace.parent_id_hex(),
+            route = &*route.plan.name,
+            turn_id = %prompt.turn,
             session_id = %prompt.session,
-            tenant = %prompt.principal.tenant,
+            tenant = Empty,
             gen_ai.operation.name = "chat",
             gen_ai.request.model = prompt.settings.model.as_deref(),
             gen_ai.usage.input_tokens = Empty,
@@ -89,6 +69,29 @@ impl Watch {
             end = Empty,
             code = Empty,
         );
+        Watch {
+            route,
+            owner,
+            turn: prompt.turn,
+            trace,
+            begun: now,
+            admitted: None,
+            read: now,
+            first: None,
+            last: None,
+            gaps: Tally::default(),
+            delays: Tally::default(),
+            longest_gap: Duration::ZERO,
+            span,
+            is_over: false,
+        }
+    }
+
+    /// The filters let the prompt through.
+    pub fn admitted(&mut self, prompt: &Prompt) {
+        self.admitted = Some(Instant::now());
+        self.trace = prompt.trace.clone();
+        self.span.record("tenant", tracing::field::display(&prompt.principal.tenant));
         // A turn has one owner: the first to be named.
         let _ = self.owner.set(prompt.principal.clone());
     }

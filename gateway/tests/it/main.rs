@@ -3,6 +3,8 @@
 mod demo;
 mod support;
 
+mod eyes;
+mod proxy;
 mod reload;
 mod tls;
 mod security;
