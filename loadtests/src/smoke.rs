@@ -15,8 +15,8 @@ use crate::{
     workload::{self, Workload},
 };
 
-/// Everything must be done by then: a gateway that hangs is a failure, not a wait.
-const BUDGET: Duration = Duration::from_secs(60);
+/// Far above the half minute it takes: a gateway that hangs is a failure, a machine that is busy with other things is none.
+const BUDGET: Duration = Duration::from_secs(300);
 const WINDOW: Duration = Duration::from_millis(800);
 const CORES: Cores = Cores { apart: false, realtime: false };
 
@@ -172,7 +172,7 @@ impl Scripted {
     fn check(&self, case: &Case, voice: Voice) -> Result<(), String> {
         self.says.send(case.says).map_err(|_| "the model is gone".to_owned())?;
         let answer = ask(self.gateway.address, voice, &self.gateway.key).map_err(|error| error.to_string())?;
-        self.asked.recv_timeout(Duration::from_secs(5)).map_err(|_| "the model was not asked".to_owned())?;
+        self.asked.recv_timeout(Duration::from_secs(20)).map_err(|_| "the model was not asked".to_owned())?;
         judge(case, voice, &answer)
     }
 
@@ -213,7 +213,7 @@ fn judge(case: &Case, voice: Voice, answer: &str) -> Result<(), String> {
 
 /// Reads one request; false where none comes.
 fn asks(client: &TcpStream) -> io::Result<bool> {
-    client.set_read_timeout(Some(Duration::from_secs(5)))?;
+    client.set_read_timeout(Some(Duration::from_secs(20)))?;
     let mut reader = BufReader::new(client);
     let mut length = 0;
     loop {
@@ -256,7 +256,7 @@ fn say(mut client: TcpStream, pieces: &[&str]) -> io::Result<()> {
 /// One turn over a connection of its own: the whole answer, chunks put together.
 fn ask(gateway: SocketAddr, voice: Voice, key: &str) -> io::Result<String> {
     let mut gateway = TcpStream::connect(gateway)?;
-    gateway.set_read_timeout(Some(Duration::from_secs(5)))?;
+    gateway.set_read_timeout(Some(Duration::from_secs(20)))?;
     let stream = match voice {
         Voice::OpenAi => r#""model":"demo","stream":true,"#,
         Voice::Chat => "",
