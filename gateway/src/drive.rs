@@ -127,3 +127,75 @@ impl Drop for Call {
         self.0.let_go();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    /// A turn that waits to be told, and tells when it is over.
+    fn turn() -> (Drive, oneshot::Sender<()>, oneshot::Receiver<()>) {
+        let (go, told) = oneshot::channel();
+        let (over, ended) = oneshot::channel();
+        let drive = Drive::new(async move {
+            let _ = told.await;
+            let _ = over.send(());
+        });
+        (drive, go, ended)
+    }
+
+    fn poll(call: &Call) {
+        call.poll(&mut Context::from_waker(Waker::noop()));
+    }
+
+    #[tokio::test]
+    async fn a_turn_goes_on_by_itself_when_its_client_leaves() {
+        let (drive, go, ended) = turn();
+        let call = Call::new(Arc::default(), drive);
+        poll(&call);
+        drop(call);
+        go.send(()).unwrap();
+        ended.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_turn_goes_on_by_itself_when_its_client_takes_nothing_and_its_line_polls_on_for_nothing() {
+        let (drive, go, ended) = turn();
+        let line = Arc::new(Line::default());
+        let call = Call::new(line.clone(), drive);
+        poll(&call);
+        assert!(line.is_busy());
+        line.let_go();
+        poll(&call);
+        go.send(()).unwrap();
+        ended.await.unwrap();
+        assert!(line.is_busy(), "its answer is still under way");
+        drop(call);
+        assert!(!line.is_busy());
+    }
+
+    #[tokio::test]
+    async fn a_turn_on_a_shared_line_never_waits_for_its_client() {
+        let (drive, go, ended) = turn();
+        let _call = Call::new(Arc::new(Line::shared()), drive);
+        go.send(()).unwrap();
+        ended.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_panic_ends_its_turn_and_leaves_the_line_whole() {
+        let line = Arc::new(Line::default());
+        let call = Call::new(line.clone(), Drive::new(async { panic!("a turn that panics") }));
+        poll(&call);
+        poll(&call);
+        drop(call);
+        let (drive, go, ended) = turn();
+        let call = Call::new(line, drive);
+        go.send(()).unwrap();
+        poll(&call);
+        ended.await.unwrap();
+    }
+}

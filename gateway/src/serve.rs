@@ -21,7 +21,7 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     select,
     sync::watch,
     time::{Instant, Sleep, sleep, timeout},
@@ -182,7 +182,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
         let (tls, limits, service, drain, builder) = (tls.clone(), limits.clone(), service.clone(), drain.clone(), builder.clone());
         tokio::spawn(async move {
             let _permit = permit;
-            let _ = socket.set_nodelay(true);
+            tune(&socket, limits.stall);
             let peer = |tls| Peer { address, tls, stall: limits.stall, line: Arc::default() };
             match tls {
                 None => converse(socket, peer(false), &builder, &limits, service, drain).await,
@@ -194,6 +194,15 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
             }
         });
     }
+}
+
+/// What is small goes at once; and a peer that has vanished without a word is given up on when it has confirmed nothing of what
+/// was sent, heartbeats included, for as long as a present one may take nothing.
+fn tune(socket: &TcpStream, stall: Duration) {
+    let millis = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
+    // A socket that cannot be tuned is closed by its peer already, which reading it will tell.
+    let _ = socket.set_nodelay(true);
+    let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, millis);
 }
 
 /// One connection, to its end.
@@ -308,5 +317,59 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let shut = Pin::new(&mut self.socket).poll_shutdown(cx);
         self.watch(cx, shut)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_vanishes_is_given_up_on_after_the_stall_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        tune(&socket, Duration::from_secs(30));
+        assert_eq!(rustix::net::sockopt::tcp_user_timeout(&socket).unwrap(), 30_000);
+        assert!(socket.nodelay().unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_that_waits_for_the_whole_stall_time_fails_and_one_that_moves_in_time_does_not() {
+        let (ours, mut theirs) = tokio::io::duplex(8);
+        let mut patient = Patient::new(ours, Duration::from_secs(30));
+        let begun = Instant::now();
+        let reading = async {
+            for _ in 0..4 {
+                sleep(Duration::from_secs(29)).await;
+                theirs.read_exact(&mut [0; 8]).await.unwrap();
+            }
+            theirs
+        };
+        let (written, _theirs) = tokio::join!(patient.write_all(&[0; 40]), reading);
+        written.unwrap();
+        assert!(begun.elapsed() > Duration::from_secs(60));
+        let begun = Instant::now();
+        let error = patient.write_all(&[0; 8]).await.unwrap_err();
+        assert_eq!((error.kind(), begun.elapsed()), (io::ErrorKind::TimedOut, Duration::from_secs(30)));
+    }
+
+    #[tokio::test]
+    async fn while_an_answer_is_under_way_a_byte_and_an_end_are_both_leaving() {
+        for bytes in [&b"P"[..], b""] {
+            let (ours, mut theirs) = tokio::io::duplex(8);
+            let mut patient = Patient::new(ours, Duration::from_secs(30));
+            let call = crate::drive::Call::new(patient.line.clone(), crate::drive::Drive::elsewhere());
+            patient.flush().await.unwrap();
+            theirs.write_all(bytes).await.unwrap();
+            if bytes.is_empty() {
+                drop(theirs);
+            }
+            assert_eq!(patient.flush().await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+            drop(call);
+            patient.flush().await.unwrap();
+        }
     }
 }
