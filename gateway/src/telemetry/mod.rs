@@ -195,6 +195,7 @@ impl Drop for Watch {
         if !self.is_over {
             let code = Code::InternalError.as_str();
             self.route.meters.turn("failed", code, &Record::default());
+            self.span.record("end", "failed").record("code", code);
             tracing::error!(
                 target: "headgate::turn",
                 end = "failed",

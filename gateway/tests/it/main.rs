@@ -3,6 +3,7 @@
 mod demo;
 mod support;
 
+mod model;
 mod eyes;
 mod proxy;
 mod reload;
