@@ -510,7 +510,7 @@ fn the_judge_objects_to_whatever_must_not_be() {
     }
 }
 
-/// What an acknowledged beginning costs: `cargo test -p headgate-orchestrator --release --lib -- --ignored --nocapture acknowledged`.
+/// What an acknowledged beginning costs: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture acknowledged`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 #[allow(clippy::print_stdout, reason = "the figures are what it is for")]
