@@ -120,6 +120,8 @@ pub async fn run(args: Args) -> ExitCode {
         ended = process.stop() => ended,
         () = told_to_stop() => false,
     };
+    // Nobody has a use for the events of a demo that is over.
+    drop(std::fs::remove_dir_all(&events));
     if let Some(flush) = flush {
         flush.flush(std::time::Duration::from_secs(5)).await;
     }
@@ -149,7 +151,7 @@ fn print(text: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// A folder for the events of this run alone: two of them do not meet.
+/// A folder for the events of this run alone, as long as it lasts: two of them do not meet.
 fn events_folder() -> io::Result<PathBuf> {
     let folder = std::env::temp_dir().join(format!("headgate-dev-events-{}-{}", std::process::id(), unix_now()));
     // It fails where something of that name is there: temporary folders are everybody's.
