@@ -11,7 +11,10 @@ use headgate_contracts::{
 use headgate_filters::policy_headers::strip_forged;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use hyper::{Request, Response, body::{Body, Incoming}};
+use hyper::{
+    Request, Response,
+    body::{Body, Incoming},
+};
 
 use crate::{
     body::Reply,
@@ -73,7 +76,9 @@ async fn answer(
     }
     let Some(route) = route else {
         return match live.page {
-            true => page::answer(&request).or_else(|| page::keys(&request, live.jwks()?)).ok_or_else(|| Fault::client(Code::NotFound).into()),
+            true => {
+                page::answer(&request).or_else(|| page::keys(&request, live.jwks()?)).ok_or_else(|| Fault::client(Code::NotFound).into())
+            }
             false => Err(Fault::client(Code::NotFound).into()),
         };
     };
@@ -285,7 +290,9 @@ pub(crate) fn credential(headers: &HeaderMap) -> Credential {
     let mut all = headers.get_all(header::AUTHORIZATION).iter();
     let (Some(value), None) = (all.next(), all.next()) else { return Credential::None };
     match value.to_str().ok().and_then(|value| value.split_once(' ')) {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() => Credential::Bearer(Secret::new(token.trim())),
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() => {
+            Credential::Bearer(Secret::new(token.trim()))
+        }
         _ => Credential::None,
     }
 }
@@ -297,7 +304,8 @@ async fn read(route: &Route, request: Request<Incoming>) -> Result<(Facts, Bytes
         return Err(Fault::client(Code::EncodingRefused).into());
     }
     let is_json = |kind: &HeaderValue| {
-        kind.to_str().is_ok_and(|kind| kind.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json")))
+        kind.to_str()
+            .is_ok_and(|kind| kind.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json")))
     };
     let mut kinds = headers.get_all(header::CONTENT_TYPE).iter().peekable();
     if kinds.peek().is_none() || !kinds.all(is_json) {
@@ -326,7 +334,9 @@ fn accepts(headers: &HeaderMap, kind: &str) -> Result<(), Stop> {
         if parts.any(|part| matches!(part, "q=0" | "q=0." | "q=0.0" | "q=0.00" | "q=0.000")) {
             return false;
         }
-        range == "*/*" || range.eq_ignore_ascii_case(kind) || range.strip_suffix("/*").is_some_and(|range| range.eq_ignore_ascii_case(family))
+        range == "*/*"
+            || range.eq_ignore_ascii_case(kind)
+            || range.strip_suffix("/*").is_some_and(|range| range.eq_ignore_ascii_case(family))
     };
     if accepted.peek().is_none() || accepted.any(|value| value.to_str().is_ok_and(|value| value.split(',').any(fits))) {
         Ok(())

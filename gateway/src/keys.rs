@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use headgate_contracts::{Code, Fault};
-use headgate_filters::{BoxFuture, Keys, KeySource};
+use headgate_filters::{BoxFuture, KeySource, Keys};
 use headgate_upstream::{Settings, Upstream};
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};

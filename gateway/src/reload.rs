@@ -1,6 +1,10 @@
 //! Reads the config anew when its files change or SIGHUP comes: read, check, build, and only then exchange.
 
-use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
 
 use headgate_config::{Faults, Plan};
 use notify::{RecursiveMode, Watcher};
@@ -31,7 +35,11 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
     let mut watched = BTreeSet::new();
     let mut watch = |plan: &Plan| {
         // Folders, not files: a file that is replaced by renaming is a new file.
-        let folders: BTreeSet<PathBuf> = plan.watched().filter_map(|file| file.parent()).map(|folder| if folder.as_os_str().is_empty() { ".".into() } else { folder.into() }).collect();
+        let folders: BTreeSet<PathBuf> = plan
+            .watched()
+            .filter_map(|file| file.parent())
+            .map(|folder| if folder.as_os_str().is_empty() { ".".into() } else { folder.into() })
+            .collect();
         for folder in folders.difference(&watched.clone()) {
             if let Ok(watcher) = &mut watcher {
                 match watcher.watch(folder, RecursiveMode::NonRecursive) {
@@ -42,6 +50,7 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
         }
     };
     watch(&plan);
+    let mut stamp = stamps(&plan);
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     let mut running = plan;
     loop {
@@ -55,6 +64,12 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
         if !asked {
             sleep(QUIET).await;
             while changes.try_recv().is_ok() {}
+            // A folder has other files too, perhaps our own log: what did not change is not read again.
+            let now = stamps(&running);
+            if now == stamp {
+                continue;
+            }
+            stamp = now;
         }
         if let Some(tls) = &tls
             && let Err(error) = tls.reload()
@@ -74,15 +89,27 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
                 Ok(live) => {
                     let stays = |plan: &Plan| (plan.listen, plan.admin, plan.workers, plan.tls.clone(), plan.limits.clone());
                     if stays(&plan) != stays(&running) {
-                        tracing::warn!("listen, admin, workers, connection limits and the names of certificate files change only with a restart");
+                        tracing::warn!(
+                            "listen, admin, workers, connection limits and the names of certificate files change only with a restart"
+                        );
                     }
                     app.exchange(live);
                     app.meters().reloaded("taken");
                     tracing::info!(routes = plan.routes.len(), "the config was exchanged");
                     watch(&plan);
+                    stamp = stamps(&plan);
                     running = plan;
                 }
             },
         }
     }
+}
+
+/// What tells that a file of the config is another one: its length and when it was written. Follows links, as volume mounts swap them.
+fn stamps(plan: &Plan) -> Vec<(PathBuf, Option<(u64, SystemTime)>)> {
+    let stamp = |file: &Path| {
+        let about = std::fs::metadata(file).ok();
+        (file.to_owned(), about.and_then(|about| Some((about.len(), about.modified().ok()?))))
+    };
+    plan.watched().map(stamp).collect()
 }

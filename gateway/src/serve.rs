@@ -95,7 +95,12 @@ impl Drain {
     /// For so many connections at most.
     pub fn new(connections: usize) -> Drain {
         let all = connections.min(u32::MAX as usize) as u32;
-        Drain { begun: watch::channel(false).0, ended: watch::channel(false).0, open: Arc::new(tokio::sync::Semaphore::new(all as usize)), all }
+        Drain {
+            begun: watch::channel(false).0,
+            ended: watch::channel(false).0,
+            open: Arc::new(tokio::sync::Semaphore::new(all as usize)),
+            all,
+        }
     }
 
     /// No new connections, no new requests on old ones; streams go on to their end.

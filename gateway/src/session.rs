@@ -76,7 +76,8 @@ impl Turns {
         let place = self.places.clone().try_acquire_owned();
         let place = place.map_err(|_| Fault::us(Code::Overloaded).after(Duration::from_secs(1)))?;
         let (id, session) = (prompt.turn, prompt.session.clone());
-        let mut turn = Turn { id, session: session.clone(), route: route.plan.name.clone(), flow: route.plan.flow.clone(), record: Record::default() };
+        let mut turn =
+            Turn { id, session: session.clone(), route: route.plan.name.clone(), flow: route.plan.flow.clone(), record: Record::default() };
         // A filter that cannot even start costs its own turn, not the connection with its neighbours.
         let chain = catch_unwind(AssertUnwindSafe(|| headgate_filters::chain(&route.filters, &mut turn)));
         let (outbox, reader) = outbox(&turn, voice);
@@ -106,9 +107,9 @@ impl Turns {
     /// The hook of a turn that `principal` owns. Another's turn is simply not there.
     pub fn find(&self, id: TurnId, principal: &Principal) -> Result<Hook, Stop> {
         let map = self.map();
-        let kept = map.get(&id).filter(|kept| {
-            kept.owner.get().is_some_and(|owner| owner.tenant == principal.tenant && owner.subject == principal.subject)
-        });
+        let kept = map
+            .get(&id)
+            .filter(|kept| kept.owner.get().is_some_and(|owner| owner.tenant == principal.tenant && owner.subject == principal.subject));
         kept.map(|kept| kept.hook.clone()).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))
     }
 

@@ -1,7 +1,11 @@
 //! TLS towards clients: rustls with aws-lc-rs, TLS 1.2 and 1.3, ALPN for HTTP/2 and HTTP/1.1, certificates exchanged while
 //! connections live.
 
-use std::{io, path::{Path, PathBuf}, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -99,5 +103,6 @@ fn read(chain: &Path, key: &Path) -> Result<CertifiedKey, Unusable> {
         return Err(Unusable::Empty(chain.into()));
     }
     let private = PrivateKeyDer::from_pem_file(key).map_err(|source| Unusable::File { what: "a private key", path: key.into(), source })?;
-    CertifiedKey::from_der(certificates, private, &aws_lc_rs::default_provider()).map_err(|source| Unusable::Key { path: key.into(), source })
+    CertifiedKey::from_der(certificates, private, &aws_lc_rs::default_provider())
+        .map_err(|source| Unusable::Key { path: key.into(), source })
 }

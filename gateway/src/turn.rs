@@ -5,7 +5,7 @@ use headgate_filters::Chain;
 use headgate_upstream::{Answer, Upstream};
 use tokio::{select, time::sleep};
 
-use crate::{telemetry::Watch, outbox::Outbox};
+use crate::{outbox::Outbox, telemetry::Watch};
 
 /// Runs one turn. Dropping it at any point drops the answer, and that stops the model, before the first byte too.
 ///
@@ -18,23 +18,23 @@ pub async fn run(mut turn: Turn, mut prompt: Prompt, mut chain: Chain, upstream:
         end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch) => end,
     };
     let mut last = Batch::new();
-    let end = chain.end(end, &mut last, &mut turn.record);                      // what is still held gets its last verdict
-    let record = outbox.close(&turn, &last, &end);                              // the ending in the client's own dialect
-    watch.end(&turn, &prompt, &chain, &record, &end);                           // one log line, metrics, the span's end
+    let end = chain.end(end, &mut last, &mut turn.record); // what is still held gets its last verdict
+    let record = outbox.close(&turn, &last, &end); // the ending in the client's own dialect
+    watch.end(&turn, &prompt, &chain, &record, &end); // one log line, metrics, the span's end
 }
 
 async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Upstream, outbox: &Outbox, watch: &mut Watch) -> End {
     chain.prompt(prompt).await?;
     watch.admitted(prompt);
-    let mut answer: Answer = upstream.open(prompt).await?;                      // retries live in here: before the first byte only
+    let mut answer: Answer = upstream.open(prompt).await?; // retries live in here: before the first byte only
     let mut batch = Batch::new();
-    let mut more = answer.next(&mut batch).await?;                              // the first events say whose answer it is
+    let mut more = answer.next(&mut batch).await?; // the first events say whose answer it is
     chain.head(&mut answer.head)?;
     outbox.open(turn, answer.head.clone());
     while more {
         watch.read();
-        let passed = chain.pass(&mut batch);                                    // in: what came; out: what may go
-        outbox.send(&batch).await?;                                             // waits while the client is behind: the backpressure
+        let passed = chain.pass(&mut batch); // in: what came; out: what may go
+        outbox.send(&batch).await?; // waits while the client is behind: the backpressure
         watch.sent(&batch);
         passed?;
         if outbox.text_bytes() > turn.flow.max_text {

@@ -113,6 +113,8 @@ impl Voice {
                     self.text_bytes += words.len() as u64;
                     self.events += 1;
                 }
+                // An orchestrator says it with its last event again.
+                What::Usage(usage) if self.usage == Some(usage) => continue,
                 What::Usage(usage) => self.usage = Some(usage),
                 What::Finish { choice, finish } => self.finishes.push((choice, finish)),
                 What::Tool { .. } => self.events += 1,

@@ -70,7 +70,8 @@ const REFUSAL_WINDOW: Duration = Duration::from_secs(60);
 /// Whether a request asks for a WebSocket: HTTP/1.1 Upgrade (RFC 6455), or HTTP/2 extended CONNECT (RFC 8441).
 pub(crate) fn asks(request: &Request<Incoming>) -> bool {
     let upgrade = request.headers().get(header::UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"));
-    let connect = request.method() == Method::CONNECT && request.extensions().get::<Protocol>().is_some_and(|protocol| protocol.as_str() == "websocket");
+    let connect = request.method() == Method::CONNECT
+        && request.extensions().get::<Protocol>().is_some_and(|protocol| protocol.as_str() == "websocket");
     upgrade || connect
 }
 
@@ -482,7 +483,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 (Err(stop), _) => Err(stop),
             };
             match reader {
-                Ok(reader) => self.turns.push(Open { turn, reference: None, drive: Drive::elsewhere(), reader, credit: None, starved: None }),
+                Ok(reader) => {
+                    self.turns.push(Open { turn, reference: None, drive: Drive::elsewhere(), reader, credit: None, starved: None })
+                }
                 Err(stop) => {
                     self.waiting.extend(error_frame(&stop, Some(turn), None));
                     self.refused(&stop);

@@ -14,7 +14,9 @@ use crate::{
 
 /// Which config, and for which environment.
 #[derive(clap::Args)]
-#[command(after_help = "Signals: SIGTERM and SIGINT drain (open turns end, new ones get 503), a second one stops at once; SIGHUP reads the config anew.\nLogs go to standard error, one JSON line a turn; HEADGATE_LOG=debug shows more.\n\nExamples:\n  headgate run headgate.yaml\n  headgate run --env production /etc/headgate/headgate.yaml")]
+#[command(
+    after_help = "Signals: SIGTERM and SIGINT drain (open turns end, new ones get 503), a second one stops at once; SIGHUP reads the config anew.\nLogs go to standard error, one JSON line a turn; HEADGATE_LOG=debug shows more.\n\nExamples:\n  headgate run headgate.yaml\n  headgate run --env production /etc/headgate/headgate.yaml"
+)]
 pub struct Args {
     /// The config file.
     #[arg(default_value = "headgate.yaml", env = "HEADGATE_CONFIG")]

@@ -1,6 +1,13 @@
 //! Logs: one line per turn, JSON by default, to standard error; spans to a collector where one is named.
 
-use tracing_subscriber::{EnvFilter, Layer, filter::{FilterExt, filter_fn}, fmt, layer::SubscriberExt, registry, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{FilterExt, filter_fn},
+    fmt,
+    layer::SubscriberExt,
+    registry,
+    util::SubscriberInitExt,
+};
 
 use super::spans::{Flush, Spans};
 
@@ -21,7 +28,9 @@ pub fn begin(format: Format, level: &str, collector: Option<(&str, f64)>) -> Res
     let filter = EnvFilter::try_from_env("HEADGATE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     // A line says itself what it has to say, so spans are kept from whoever writes lines: nobody then pays for their fields.
     let lines = match format {
-        Format::Json => fmt::layer().json().flatten_event(true).with_current_span(false).with_span_list(false).with_writer(std::io::stderr).boxed(),
+        Format::Json => {
+            fmt::layer().json().flatten_event(true).with_current_span(false).with_span_list(false).with_writer(std::io::stderr).boxed()
+        }
         Format::Text => fmt::layer().compact().with_target(false).with_writer(std::io::stderr).boxed(),
     };
     // At their most talkative, libraries of HTTP and WebSocket show headers and frames: tokens and text, whatever the level asked for.

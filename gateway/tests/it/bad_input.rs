@@ -7,7 +7,8 @@ use headgate_testkit::{
     client::{Http1, Http2, Request, ask, stream},
     dialect::{Answer, Cut},
     upstream::{Script, Upstream},
-    within, ws::Ws,
+    within,
+    ws::Ws,
 };
 use serde_json::{Value, json};
 use tokio::sync::Notify;
@@ -45,7 +46,11 @@ async fn impatient(upstream: &Upstream) -> Gateway {
 async fn every_malformed_request_has_its_code_and_reaches_nobody() {
     let upstream = upstream().await;
     let gateway = Setup::new().start(&upstream.url()).await;
-    let deep = format!("{{\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}],\"metadata\":{}{}}}", "{\"a\":".repeat(70), "1".to_owned() + &"}".repeat(70));
+    let deep = format!(
+        "{{\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}],\"metadata\":{}{}}}",
+        "{\"a\":".repeat(70),
+        "1".to_owned() + &"}".repeat(70)
+    );
     let long = json!({"messages": [{"role": "user", "content": "x".repeat(2 << 20)}]}).to_string();
     let many: Vec<Value> = (0..257).map(|_| json!({"role": "user", "content": "x"})).collect();
     let cases = [
@@ -60,7 +65,12 @@ async fn every_malformed_request_has_its_code_and_reaches_nobody() {
         ("a form", Request::new("POST", "/v1/chat/stream").header("content-type", "text/plain").body("{}"), 415, "unsupported_media_type"),
         ("two content types", Request::turn("hi").header("content-type", "text/plain"), 415, "unsupported_media_type"),
         ("gzip", Request::turn("hi").header("content-encoding", "gzip"), 415, "encoding_refused"),
-        ("gzip in a second line", Request::turn("hi").header("content-encoding", "identity").header("content-encoding", "gzip"), 415, "encoding_refused"),
+        (
+            "gzip in a second line",
+            Request::turn("hi").header("content-encoding", "identity").header("content-encoding", "gzip"),
+            415,
+            "encoding_refused",
+        ),
         ("a client who wants HTML", Request::turn("hi").header("accept", "text/html"), 406, "not_acceptable"),
         ("a client who says no", Request::turn("hi").header("accept", "text/event-stream;q=0, text/html"), 406, "not_acceptable"),
         ("a body too large", raw(long), 413, "payload_too_large"),
@@ -77,9 +87,19 @@ async fn every_malformed_request_has_its_code_and_reaches_nobody() {
         ("an unknown member", turn_with("temprature", json!(1)), 400, "invalid_request"),
         ("an unknown role", raw("{\"messages\":[{\"role\":\"root\",\"content\":\"a\"}]}"), 400, "invalid_request"),
         ("too many messages", turn_with("messages", many.into()), 400, "invalid_request"),
-        ("a picture", turn_with("messages", json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])), 400, "invalid_request"),
+        (
+            "a picture",
+            turn_with("messages", json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])),
+            400,
+            "invalid_request",
+        ),
         ("a session that is no name", turn_with("session_id", json!("a\r\nb")), 400, "invalid_request"),
-        ("a number that is none", raw("{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"temperature\":1e999}"), 400, "malformed_json"),
+        (
+            "a number that is none",
+            raw("{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"temperature\":1e999}"),
+            400,
+            "malformed_json",
+        ),
         ("an idempotency key that is too long", Request::turn("hi").header("idempotency-key", &"k".repeat(256)), 400, "invalid_request"),
         ("two idempotency keys", Request::turn("hi").header("idempotency-key", "a").header("idempotency-key", "b"), 400, "invalid_request"),
         ("an idempotency key that is empty", Request::turn("hi").header("idempotency-key", ""), 400, "invalid_request"),
@@ -114,12 +134,19 @@ async fn what_clients_may_leave_out_or_write_oddly_is_taken() {
         Request::turn("hi").header("accept", "application/json").header("accept", "*/*"),
         Request::turn("hi").header("content-encoding", "identity"),
         odd.clone().header("content-type", "Application/JSON; charset=utf-8").body(plain.clone()),
-        odd.header("content-type", "application/json").header("transfer-encoding", "chunked").body(format!("{:x}\r\n{plain}\r\n0\r\n\r\n", plain.len())),
+        odd.header("content-type", "application/json")
+            .header("transfer-encoding", "chunked")
+            .body(format!("{:x}\r\n{plain}\r\n0\r\n\r\n", plain.len())),
         Request::turn("hi").header("expect", "100-continue"),
         Request::turn("hi").header("idempotency-key", "k1"),
     ];
     for request in requests {
-        let answer = stream(gateway.addr, &request, Kind::Client).await.unwrap_or_else(|broken| panic!("{request:?}: {broken}")).rest().await.unwrap();
+        let answer = stream(gateway.addr, &request, Kind::Client)
+            .await
+            .unwrap_or_else(|broken| panic!("{request:?}: {broken}"))
+            .rest()
+            .await
+            .unwrap();
         assert_eq!(answer.text(), "Hello");
     }
 }
@@ -137,13 +164,23 @@ async fn a_body_over_the_limit_is_refused_before_it_is_sent() {
 
 #[tokio::test]
 async fn a_resume_that_makes_no_sense_is_refused() {
-    let upstream = Upstream::always(Script::new().read().sse().send(Answer::openai("demo", &["Hello"]).events()[..2].concat()).stall()).await;
+    let upstream =
+        Upstream::always(Script::new().read().sse().send(Answer::openai("demo", &["Hello"]).events()[..2].concat()).stall()).await;
     let gateway = Setup::new().start(&upstream.url()).await;
     let mut events = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap();
     let turn = events.expect().await.text("turn_id").unwrap().to_owned();
     let path = format!("/v1/chat/stream/{turn}");
     let other = "0193a5f0-7e1c-7000-8000-000000000000";
-    for id in ["", "7", "x:1", &format!("{turn}:"), &format!("{turn}:-1"), &format!("{turn}:1:1"), &format!("{other}:1"), &format!("{turn}:99999999999999999999")] {
+    for id in [
+        "",
+        "7",
+        "x:1",
+        &format!("{turn}:"),
+        &format!("{turn}:-1"),
+        &format!("{turn}:1:1"),
+        &format!("{other}:1"),
+        &format!("{turn}:99999999999999999999"),
+    ] {
         let reply = ask(gateway.addr, &Request::get(&path).header("last-event-id", id)).await.unwrap();
         assert_eq!((reply.status, reply.problem().unwrap().as_str()), (400, "invalid_request"), "{id}");
     }
@@ -168,7 +205,11 @@ async fn heads_that_break_http_are_answered_by_a_status_and_the_end_of_the_conne
         ("no such version", "GET / HTTP/9.9\r\nhost: h\r\n\r\n".to_owned(), "400"),
         ("two lengths", "POST /v1/chat/stream HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx".to_owned(), "400"),
         ("a length that is none", "POST /v1/chat/stream HTTP/1.1\r\nhost: h\r\ncontent-length: +1\r\n\r\nx".to_owned(), "400"),
-        ("an encoding after chunked", "POST /v1/chat/stream HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked, gzip\r\n\r\n".to_owned(), "400"),
+        (
+            "an encoding after chunked",
+            "POST /v1/chat/stream HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked, gzip\r\n\r\n".to_owned(),
+            "400",
+        ),
         ("an encoding nobody knows", "POST /v1/chat/stream HTTP/1.1\r\nhost: h\r\ntransfer-encoding: xchunked\r\n\r\n".to_owned(), "400"),
         ("chunks in HTTP/1.0", "POST /v1/chat/stream HTTP/1.0\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n".to_owned(), "400"),
         ("no host", "GET /v1/models HTTP/1.1\r\n\r\n".to_owned(), "400"),
@@ -226,7 +267,16 @@ async fn silence_and_slow_heads_are_cut_off() {
         let ended = async { while client.read_bytes(4096).await.is_ok_and(|bytes| !bytes.is_empty()) {} };
         within(SOON, ended, &format!("{what} to be cut off")).await;
     }
-    within(SOON, async { while gateway.process.app.drain().connections() > 0 { tokio::task::yield_now().await } }, "all places to be free").await;
+    within(
+        SOON,
+        async {
+            while gateway.process.app.drain().connections() > 0 {
+                tokio::task::yield_now().await
+            }
+        },
+        "all places to be free",
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -252,7 +302,11 @@ async fn a_slow_body_is_a_timeout_and_a_cut_one_leaves_nothing() {
     let mut cut = Http1::connect(gateway.addr).await;
     cut.send_bytes(half).await;
     cut.abort();
-    let free = async { while gateway.process.app.drain().connections() > 0 { tokio::task::yield_now().await } };
+    let free = async {
+        while gateway.process.app.drain().connections() > 0 {
+            tokio::task::yield_now().await
+        }
+    };
     within(SOON, free, "all places to be free").await;
     assert_eq!(upstream.requests().len(), 0);
 }
@@ -262,7 +316,11 @@ async fn http2_requests_are_refused_in_the_same_words() {
     let upstream = upstream().await;
     let gateway = Setup::new().start(&upstream.url()).await;
     let mut client = Http2::connect(gateway.addr).await;
-    let cases = [(raw("nonsense"), 400, "malformed_json"), (Request::get("/nowhere"), 404, "not_found"), (raw("x".repeat(2 << 20)), 413, "payload_too_large")];
+    let cases = [
+        (raw("nonsense"), 400, "malformed_json"),
+        (Request::get("/nowhere"), 404, "not_found"),
+        (raw("x".repeat(2 << 20)), 413, "payload_too_large"),
+    ];
     for (request, status, code) in cases {
         let reply = client.ask(&request).await.unwrap();
         assert_eq!((reply.status, reply.problem().unwrap().as_str()), (status, code));
@@ -322,7 +380,11 @@ async fn a_flood_of_streams_reset_at_once_leaves_nothing_behind() {
         drop(tokio::time::timeout(Duration::from_millis(2), asked).await);
     }
     drop(client);
-    let quiet = async { while gateway.process.app.turns().len() + gateway.process.app.drain().connections() > 0 { tokio::task::yield_now().await } };
+    let quiet = async {
+        while gateway.process.app.turns().len() + gateway.process.app.drain().connections() > 0 {
+            tokio::task::yield_now().await
+        }
+    };
     within(Duration::from_secs(10), quiet, "every turn to end").await;
     within(Duration::from_secs(10), upstream.idle(), "every answer to be stopped").await;
 }
@@ -332,7 +394,10 @@ async fn a_websocket_handshake_that_is_none_is_refused() {
     let upstream = upstream().await;
     let gateway = Setup::new().start(&upstream.url()).await;
     let upgrade = |version: &str, protocol: &str| {
-        let request = Request::get("/v1/chat/stream").header("connection", "upgrade").header("upgrade", "websocket").header("sec-websocket-version", version);
+        let request = Request::get("/v1/chat/stream")
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .header("sec-websocket-version", version);
         request.header("sec-websocket-protocol", protocol)
     };
     for request in [upgrade("12", "headgate.v1").header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="), upgrade("13", "headgate.v1")] {

@@ -66,7 +66,11 @@ async fn streams_under_way_end_whole_while_nothing_new_is_taken() {
     kept.closed().await.expect("an idle connection is closed properly");
     assert_eq!(ask(admin, &Request::get("/readyz")).await.unwrap().status, 503);
     assert_eq!(ask(admin, &Request::get("/healthz")).await.unwrap().status, 200, "it is alive");
-    let refused = async { while TcpStream::connect(addr).await.is_ok() { tokio::task::yield_now().await } };
+    let refused = async {
+        while TcpStream::connect(addr).await.is_ok() {
+            tokio::task::yield_now().await
+        }
+    };
     within(5 * SECOND, refused, "new connections to be refused").await;
     assert!(!stopped.is_finished(), "it waits for its streams");
     let telling = async {

@@ -56,11 +56,19 @@ async fn operators_pages_are_not_on_the_clients_listener() {
 async fn metrics_are_openmetrics_and_count_each_turn_once() {
     let answers = |request: &headgate_testkit::upstream::Request| match request.json()["model"].as_str() {
         Some("cut") => Script::new().read().sse().send(Answer::openai("demo", &["Hello, "]).events()[..2].concat()).reset(),
-        _ => Script::new().read().sse().send_paced(Answer::openai("demo", &["Hello, bob@exam", "ple.com."]).cut(Cut::Events), Duration::from_millis(5)).end().again(),
+        _ => Script::new()
+            .read()
+            .sse()
+            .send_paced(Answer::openai("demo", &["Hello, bob@exam", "ple.com."]).cut(Cut::Events), Duration::from_millis(5))
+            .end()
+            .again(),
     };
     let upstream = Upstream::answering(answers).await;
-    let gateway = Setup::chain(&["moderation: { mask: [email], deny: [deny.txt] }"]).file("deny.txt", "bluebird\n").start(&upstream.url()).await;
-    let asks = |model: &str, text: &str| Request::post("/v1/chat/stream", &json!({"model": model, "messages": [{"role": "user", "content": text}]}));
+    let gateway =
+        Setup::chain(&["moderation: { mask: [email], deny: [deny.txt] }"]).file("deny.txt", "bluebird\n").start(&upstream.url()).await;
+    let asks = |model: &str, text: &str| {
+        Request::post("/v1/chat/stream", &json!({"model": model, "messages": [{"role": "user", "content": text}]}))
+    };
     for _ in 0..3 {
         stream(gateway.addr, &asks("demo", "hi"), Kind::Client).await.unwrap().rest().await.unwrap();
     }
@@ -71,7 +79,11 @@ async fn metrics_are_openmetrics_and_count_each_turn_once() {
     let text = reply.text();
     let samples = openmetrics(&text);
     let value = |start: &str, has: &[&str]| -> f64 {
-        samples.iter().filter(|(name, _)| name.starts_with(start) && has.iter().all(|label| name.contains(label))).map(|(_, value)| value).sum()
+        samples
+            .iter()
+            .filter(|(name, _)| name.starts_with(start) && has.iter().all(|label| name.contains(label)))
+            .map(|(_, value)| value)
+            .sum()
     };
     assert_eq!(value("headgate_turns_total", &["end=\"complete\"", "code=\"ok\""]), 3.0, "{text}");
     assert_eq!(value("headgate_turns_total", &["end=\"failed\"", "code=\"upstream_reset\""]), 1.0, "{text}");
@@ -140,7 +152,9 @@ async fn nothing_that_was_said_and_no_secret_is_in_logs_metrics_traces_or_pages(
     let canaries = Canaries::new();
     let said = Answer::openai("demo", &[&canaries.answer, " and ", "bob@example.com", " again ", &canaries.answer]);
     let (begun, answer) = (said.events()[..2].concat(), said.cut(Cut::Bytes(11)));
-    let quoting = json!({"error": {"message": format!("bad prompt: {}", canaries.prompt), "type": "server_error", "param": null, "code": null}}).to_string();
+    let quoting =
+        json!({"error": {"message": format!("bad prompt: {}", canaries.prompt), "type": "server_error", "param": null, "code": null}})
+            .to_string();
     let here = Arc::new(Notify::new());
     let tells = here.clone();
     let upstream = Upstream::answering(move |request| match request.json()["model"].as_str() {
@@ -171,7 +185,12 @@ async fn nothing_that_was_said_and_no_secret_is_in_logs_metrics_traces_or_pages(
     };
     let told = |answer: Transcript| answer.error().map(str::to_owned);
     // Ok, and failed in the middle in three ways.
-    for (model, error) in [("demo", None), ("cut", Some("upstream_reset")), ("quote-late", Some("upstream_reset")), ("nonsense", Some("upstream_protocol_error"))] {
+    for (model, error) in [
+        ("demo", None),
+        ("cut", Some("upstream_reset")),
+        ("quote-late", Some("upstream_reset")),
+        ("nonsense", Some("upstream_protocol_error")),
+    ] {
         let answer = stream(running.addr, &asks(model, "hi"), Kind::Client).await.unwrap().rest().await.unwrap();
         assert_eq!(told(answer).as_deref(), error, "{model}");
     }
@@ -179,7 +198,16 @@ async fn nothing_that_was_said_and_no_secret_is_in_logs_metrics_traces_or_pages(
     assert_eq!(ask(running.addr, &asks("demo", "bluebird")).await.unwrap().status, 403);
     assert_eq!(ask(running.addr, &asks("quote", "hi")).await.unwrap().status, 502);
     assert_eq!(ask(running.addr, &Request::turn(&canaries.prompt).bearer(&format!("{}x", canaries.token))).await.unwrap().status, 401);
-    assert_eq!(ask(running.addr, &Request::post("/v1/chat/stream", &json!({"messages": canaries.prompt, &canaries.prompt: 1})).bearer(&canaries.token)).await.unwrap().status, 400);
+    assert_eq!(
+        ask(
+            running.addr,
+            &Request::post("/v1/chat/stream", &json!({"messages": canaries.prompt, &canaries.prompt: 1})).bearer(&canaries.token)
+        )
+        .await
+        .unwrap()
+        .status,
+        400
+    );
     let mut left = stream(running.addr, &asks("stall", "hi"), Kind::Client).await.unwrap();
     left.expect().await;
     here.notified().await;
@@ -189,7 +217,16 @@ async fn nothing_that_was_said_and_no_secret_is_in_logs_metrics_traces_or_pages(
     socket.ask("r", &canaries.prompt).await.unwrap();
     drop(socket);
     let ended = "\"message\":\"turn ended\"";
-    within(SOON, async { while running.service.output().matches(ended).count() < 9 { tokio::task::yield_now().await } }, "nine turns in the log").await;
+    within(
+        SOON,
+        async {
+            while running.service.output().matches(ended).count() < 9 {
+                tokio::task::yield_now().await
+            }
+        },
+        "nine turns in the log",
+    )
+    .await;
     let mut pages = Vec::new();
     for path in ["/metrics", "/config", "/readyz", "/.well-known/jwks.json"] {
         pages.push((path, ask(running.admin, &Request::get(path)).await.unwrap().text()));
@@ -201,7 +238,9 @@ async fn nothing_that_was_said_and_no_secret_is_in_logs_metrics_traces_or_pages(
     let spans: Vec<u8> = collector.requests().iter().flat_map(|request| request.body.to_vec()).collect();
     let spans = String::from_utf8_lossy(&spans).into_owned();
     assert!(spans.contains("gen_ai.operation.name") && spans.contains("policy_denied") && spans.contains("headgate-gateway"), "spans came");
-    canaries.assert_absent(pages.iter().map(|(path, text)| (*path, text.as_str())).chain([("the log", log.as_str()), ("spans", spans.as_str())]));
+    canaries.assert_absent(
+        pages.iter().map(|(path, text)| (*path, text.as_str())).chain([("the log", log.as_str()), ("spans", spans.as_str())]),
+    );
 
     // One line a turn, each of them JSON, and each says whose it was and where to look further.
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect();
@@ -249,11 +288,17 @@ async fn one_turn_is_one_trace_over_gateway_orchestrator_and_model() {
     // What is queued is sent before the process ends.
     running.service.signal(Signal::Terminate);
     running.service.exited().await;
-    let all = async { while collector.output().matches("Trace ID").count() < 3 { tokio::task::yield_now().await } };
+    let all = async {
+        while collector.output().matches("Trace ID").count() < 3 {
+            tokio::task::yield_now().await
+        }
+    };
     within(SOON, all, "three spans at the collector").await;
     let output = collector.output();
     let spans = spans(&output);
-    let span = |service: &str| spans.iter().find(|span| span.service.contains(service)).unwrap_or_else(|| panic!("no span of {service} in {output}"));
+    let span = |service: &str| {
+        spans.iter().find(|span| span.service.contains(service)).unwrap_or_else(|| panic!("no span of {service} in {output}"))
+    };
     let (gateway, orchestrator, model) = (span("headgate-gateway"), span("headgate-orchestrator"), span("headgate-slm"));
     assert_eq!(spans.len(), 3, "{output}");
     assert!(spans.iter().all(|span| span.trace == trace), "{spans:?}");
@@ -276,7 +321,8 @@ fn spans(output: &str) -> Vec<Span> {
     let (mut spans, mut service): (Vec<Span>, String) = (Vec::new(), String::new());
     for line in output.lines() {
         let line = line.trim();
-        let value = |name: &str| line.strip_prefix(name).and_then(|rest| rest.trim_start().strip_prefix(':')).map(|value| value.trim().to_owned());
+        let value =
+            |name: &str| line.strip_prefix(name).and_then(|rest| rest.trim_start().strip_prefix(':')).map(|value| value.trim().to_owned());
         if let Some((_, rest)) = line.split_once("service.name") {
             service = rest.to_owned();
         } else if let Some(trace) = value("Trace ID") {

@@ -1,7 +1,7 @@
 //! Models that misbehave in every way, seen from the client: the same text for every cut, one error for every fault, and
 //! never an end that is none.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use headgate_testkit::{
     Broken,
@@ -13,6 +13,7 @@ use headgate_testkit::{
     ws::Ws,
 };
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use crate::support::{Gateway, Setup};
 
@@ -54,7 +55,11 @@ fn rich(dialect: Dialect) -> Answer {
     let said = ["Grüße, bluebi", "n \u{1F600} 世界 write to bob@exa", "mple.com", ", card 4111 1111 11", "11 1111 ok\r\n", "\"q\" \\ end"]
         .iter()
         .fold(said, |said, text| said.text(text));
-    let said = said.tool(0, 0, "call_1", "send_mail").text_in(0, Lane::ToolArguments(0), "{\"to\":\"al").text_in(0, Lane::ToolArguments(0), "ice@example.org\"}");
+    let said = said.tool(0, 0, "call_1", "send_mail").text_in(0, Lane::ToolArguments(0), "{\"to\":\"al").text_in(
+        0,
+        Lane::ToolArguments(0),
+        "ice@example.org\"}",
+    );
     said.done("tool_calls", Some((3, 9)))
 }
 
@@ -67,9 +72,12 @@ async fn the_same_text_comes_out_for_every_cut_and_every_spelling() {
     let expected = ["Grüße, bluebin \u{1F600} 世界 write to •••, card ••• ok\r\n\"q\" \\ end", "think: mail •••? ", "{\"to\":\"•••\"}"];
     for dialect in [Dialect::OpenAi, Dialect::Conversation] {
         let plain = rich(dialect);
-        let crlf = plain.clone().written(Writing { newline: "\r\n", escapes: Escapes::NotAscii, mark: Mark::Present, ..Writing::default() });
+        let crlf =
+            plain.clone().written(Writing { newline: "\r\n", escapes: Escapes::NotAscii, mark: Mark::Present, ..Writing::default() });
         let tight = plain.clone().written(Writing { newline: "\r", after_colon: "", escapes: Escapes::All, ..Writing::default() });
-        let cuts = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(3), Cut::Inside].into_iter().chain((0..8).map(|seed| Cut::Random { seed, most: 40 }));
+        let cuts = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(3), Cut::Inside]
+            .into_iter()
+            .chain((0..8).map(|seed| Cut::Random { seed, most: 40 }));
         let mut pieces = Vec::new();
         for cut in cuts {
             for answer in [&plain, &crlf, &tight] {
@@ -90,7 +98,10 @@ async fn the_same_text_comes_out_for_every_cut_and_every_spelling() {
 #[tokio::test]
 async fn a_refusal_cuts_at_the_same_byte_for_every_cut() {
     let said = Answer::openai("demo", &["The name is b", "l", "ue\u{200b}bi", "RD, and more"]);
-    let cuts: Vec<Cut> = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(2), Cut::Inside].into_iter().chain((0..20).map(|seed| Cut::Random { seed, most: 60 })).collect();
+    let cuts: Vec<Cut> = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(2), Cut::Inside]
+        .into_iter()
+        .chain((0..20).map(|seed| Cut::Random { seed, most: 60 }))
+        .collect();
     let scripts: Vec<Script> = cuts.iter().map(|cut| Script::new().read().sse().send_all(said.cut(cut.clone())).end().close()).collect();
     let upstream = Upstream::each(scripts).await;
     let gateway = whole_chain().start(&upstream.url()).await;
@@ -157,29 +168,64 @@ async fn answers_that_are_no_stream_have_a_code_and_are_never_passed_on() {
         ("a page", html, 502, "upstream_protocol_error"),
         ("204", Script::no_content(), 502, "upstream_protocol_error"),
         ("a redirect", Script::redirect("http://127.0.0.1:1/"), 502, "upstream_protocol_error"),
-        ("a JSON that is no answer", Script::reply(200, "application/json", format!("{{\"a\":\"{secret}\"}}")), 502, "upstream_protocol_error"),
+        (
+            "a JSON that is no answer",
+            Script::reply(200, "application/json", format!("{{\"a\":\"{secret}\"}}")),
+            502,
+            "upstream_protocol_error",
+        ),
         ("500", Script::reply(500, "application/json", error.clone()), 502, "upstream_reset"),
         ("401", Script::reply(401, "application/json", error.clone()), 502, "upstream_refused"),
         ("404", Script::reply(404, "text/plain", secret), 502, "upstream_refused"),
         ("429", Script::reply(429, "application/json", error.clone()), 503, "overloaded"),
         ("503", Script::reply(503, "application/json", error.clone()), 503, "overloaded"),
         ("no HTTP", Script::new().read().raw("hello, this is SMTP\r\n\r\n").close(), 502, "upstream_protocol_error"),
-        ("a compressed stream", Script::new().read().head(200, Framing::Chunked, &[("content-type", "text/event-stream"), ("content-encoding", "gzip")]).send("x").end(), 502, "upstream_protocol_error"),
-        ("two lengths", Script::new().read().raw("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n").close(), 502, "upstream_protocol_error"),
+        (
+            "a compressed stream",
+            Script::new()
+                .read()
+                .head(200, Framing::Chunked, &[("content-type", "text/event-stream"), ("content-encoding", "gzip")])
+                .send("x")
+                .end(),
+            502,
+            "upstream_protocol_error",
+        ),
+        (
+            "two lengths",
+            Script::new()
+                .read()
+                .raw("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n")
+                .close(),
+            502,
+            "upstream_protocol_error",
+        ),
         ("an endless head", Script::new().read().raw("HTTP/1.1 200 OK\r\n").flood("x-a: 1\r\n"), 502, "upstream_protocol_error"),
         ("an error at once", Script::stream([format!("data: {error}\n\n")]), 502, "upstream_reset"),
         ("a stream without an event", Script::stream([": nothing\n\n"]), 502, "upstream_reset"),
         ("silence and a close", Script::new().read().close(), 502, "upstream_reset"),
         ("JSON that is none", Script::stream(["data: {\"choices\":\n\n"]), 502, "upstream_protocol_error"),
-        ("a line without an end", Script::new().read().sse().flood("data: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"), 502, "upstream_event_too_large"),
-        ("an event without an end", Script::new().read().sse().flood("data: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\n"), 502, "upstream_event_too_large"),
+        (
+            "a line without an end",
+            Script::new().read().sse().flood("data: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"),
+            502,
+            "upstream_event_too_large",
+        ),
+        (
+            "an event without an end",
+            Script::new().read().sse().flood("data: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\n"),
+            502,
+            "upstream_event_too_large",
+        ),
     ];
     let mut found = Vec::new();
     for (what, script, status, code) in cases {
         let upstream = Upstream::always(script).await;
         let gateway = whole_chain().upstream("retry: { attempts: 0 }").start(&upstream.url()).await;
         let reply = ask(gateway.addr, &Request::turn("hi")).await.unwrap_or_else(|broken| panic!("{what}: {broken}"));
-        let Ok(problem) = reply.problem() else { found.push(format!("{what}: {}", reply.text())); continue };
+        let Ok(problem) = reply.problem() else {
+            found.push(format!("{what}: {}", reply.text()));
+            continue;
+        };
         assert!(!reply.text().contains(secret), "{what}: {}", reply.text());
         if (reply.status, problem.as_str()) != (status, code) {
             found.push(format!("{what}: {} {problem}, expected {status} {code}", reply.status));
@@ -305,7 +351,11 @@ fn texts(answer: &Transcript) -> String {
 #[tokio::test]
 async fn two_choices_are_masked_each_for_itself() {
     let said = Answer::new(Dialect::OpenAi, "demo").open();
-    let said = said.text_in(0, Lane::Content, "a bob@exa").text_in(1, Lane::Content, "b eve@exam").text_in(0, Lane::Content, "mple.com.").text_in(1, Lane::Content, "ple.org!");
+    let said = said
+        .text_in(0, Lane::Content, "a bob@exa")
+        .text_in(1, Lane::Content, "b eve@exam")
+        .text_in(0, Lane::Content, "mple.com.")
+        .text_in(1, Lane::Content, "ple.org!");
     let said = said.finish(1, "stop").done("stop", None);
     let upstream = Upstream::always(Script::stream(said.cut(Cut::Events))).await;
     let gateway = whole_chain().start(&upstream.url()).await;
@@ -316,32 +366,38 @@ async fn two_choices_are_masked_each_for_itself() {
 }
 
 #[tokio::test]
-async fn lanes_leave_in_the_order_they_came_though_one_of_them_is_held() {
+async fn a_lane_leaves_in_the_order_it_came_and_text_that_is_held_is_overtaken_by_other_lanes() {
+    let go = Arc::new(Notify::new());
     let said = Answer::new(Dialect::OpenAi, "demo").open();
-    let said = said.text_in(0, Lane::Content, "one blue").text_in(0, Lane::Reasoning, "two").text_in(0, Lane::Content, "bell three").done("stop", None);
-    let upstream = Upstream::always(Script::stream(said.cut(Cut::Events))).await;
+    let said = said
+        .text("one blue")
+        .text_in(0, Lane::Reasoning, "two, ")
+        .text_in(0, Lane::Reasoning, "three, ")
+        .text("bell four")
+        .done("stop", None);
+    let events = said.events();
+    let script = Script::new().read().sse().send(events[..4].concat()).wait(&go).send(events[4..].concat()).end().close();
+    let upstream = Upstream::always(script).await;
     let gateway = whole_chain().start(&upstream.url()).await;
-    let answer = answered(&gateway).await;
-    let order: Vec<(String, String)> = answer
-        .named("text")
-        .map(|event| (event.text("lane").unwrap_or("content").to_owned(), event.text("text").unwrap_or_default().to_owned()))
-        .collect();
-    let mut merged: Vec<(String, String)> = Vec::new();
-    for (lane, text) in order {
-        match merged.last_mut() {
-            Some(last) if last.0 == lane => last.1.push_str(&text),
-            _ => merged.push((lane, text)),
-        }
+    let mut open = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap();
+    // `blue` may still become a denied phrase; nobody else waits for that (docs/decisions/0031-held-text-is-overtaken.md).
+    while !open.so_far().text_in(0, "reasoning").contains("three,") {
+        open.expect().await;
     }
-    let expected = [("content", "one blue"), ("reasoning", "two"), ("content", "bell three")];
-    assert_eq!(merged, expected.map(|(lane, text)| (lane.to_owned(), text.to_owned())));
+    assert_eq!(open.so_far().text(), "one ");
+    go.notify_one();
+    let answer = open.rest().await.unwrap();
+    assert_eq!((answer.text().as_str(), answer.text_in(0, "reasoning").as_str()), ("one bluebell four", "two, three, "));
 }
 
 #[tokio::test]
 async fn shadow_changes_nothing_but_the_record() {
     let said = Answer::openai("demo", &["mail bob@exam", "ple.com about blue", "bird now"]);
     let upstream = Upstream::always(Script::stream(said.cut(Cut::Events))).await;
-    let shadow = Setup::chain(&["moderation: { deny: [deny.txt], mask: [email] }\n        mode: shadow"]).file("deny.txt", "bluebird\n").start(&upstream.url()).await;
+    let shadow = Setup::chain(&["moderation: { deny: [deny.txt], mask: [email] }\n        mode: shadow"])
+        .file("deny.txt", "bluebird\n")
+        .start(&upstream.url())
+        .await;
     let plain = Setup::new().start(&upstream.url()).await;
     let (shadowed, bare) = (answered(&shadow).await, answered(&plain).await);
     let told = |answer: &Transcript| -> Vec<Value> { answer.named("text").map(|event| event.data.clone()).collect() };

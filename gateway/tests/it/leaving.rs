@@ -32,7 +32,16 @@ async fn reads_text(client: Http1) -> Http1 {
 async fn is_over(gateway: &Gateway, upstream: &Upstream, turns: u64) {
     within(SECOND, upstream.closed(turns as usize), "the model to be stopped").await;
     assert_eq!(gateway.ended().await, [end("cancelled", "client_closed", turns)]);
-    within(SECOND, async { while gateway.process.app.turns().len() > 0 { tokio::task::yield_now().await } }, "no turn to be left").await;
+    within(
+        SECOND,
+        async {
+            while gateway.process.app.turns().len() > 0 {
+                tokio::task::yield_now().await
+            }
+        },
+        "no turn to be left",
+    )
+    .await;
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +151,12 @@ async fn anothers_turn_is_not_found_in_the_same_words_as_one_that_never_was() {
     let auth = |subject: [&str; 2], tenants: [&str; 2]| {
         format!(
             "auth: {{ keys: [{{ key: \"{}\", tenant: {}, subject: {} }}, {{ key: \"{}\", tenant: {}, subject: {} }}] }}",
-            hash(mine), tenants[0], subject[0], hash(&other), tenants[1], subject[1]
+            hash(mine),
+            tenants[0],
+            subject[0],
+            hash(&other),
+            tenants[1],
+            subject[1]
         )
     };
     for auth in [auth(["u1", "u2"], ["acme", "acme"]), auth(["u1", "u1"], ["acme", "evil"])] {

@@ -6,7 +6,7 @@ use headgate_gateway::shell::{Process, Sockets};
 use headgate_testkit::{
     answer::{Kind, Transcript},
     client::{Request, ask, stream},
-    services::{OrSkip, Program, Ready, Missing, Service},
+    services::{Missing, OrSkip, Program, Ready, Service},
     within,
 };
 use serde_json::{Value, json};
@@ -81,16 +81,22 @@ fn says(text: &str) -> Value {
 
 fn header<'a>(request: &'a Value, name: &str) -> Vec<&'a str> {
     let headers = request["headers"].as_array().expect("headers");
-    headers.iter().filter(|pair| pair[0].as_str().is_some_and(|found| found.eq_ignore_ascii_case(name))).filter_map(|pair| pair[1].as_str()).collect()
+    headers
+        .iter()
+        .filter(|pair| pair[0].as_str().is_some_and(|found| found.eq_ignore_ascii_case(name)))
+        .filter_map(|pair| pair[1].as_str())
+        .collect()
 }
 
 #[tokio::test]
 async fn policy_and_trace_travel_as_far_as_the_model() {
     let house = house(CHAIN, None).await;
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
-    let request = Request::turn("hello").header("traceparent", &format!("00-{trace}-00f067aa0ba902b7-01")).header("policy-version", "forged");
+    let request =
+        Request::turn("hello").header("traceparent", &format!("00-{trace}-00f067aa0ba902b7-01")).header("policy-version", "forged");
     let events = stream(house.addr, &request, Kind::Client).await.unwrap();
-    let (version, hash) = (events.head.header("policy-version").unwrap().to_owned(), events.head.header("constitution-hash").unwrap().to_owned());
+    let (version, hash) =
+        (events.head.header("policy-version").unwrap().to_owned(), events.head.header("constitution-hash").unwrap().to_owned());
     let answer = events.rest().await.unwrap();
     assert!(!answer.text().is_empty() && answer.outcome() == "allowed", "{}", answer.end().raw);
     let requests = house.requests().await;
@@ -173,7 +179,8 @@ async fn answers_are_the_recorded_ones() {
             std::fs::create_dir_all(&folder).unwrap();
             std::fs::write(&file, &said).unwrap();
         }
-        let recorded = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{error}: {}; HEADGATE_RECORD=1 records it", file.display()));
+        let recorded =
+            std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{error}: {}; HEADGATE_RECORD=1 records it", file.display()));
         assert_eq!(said, recorded, "{name}");
     }
 }
@@ -203,7 +210,8 @@ async fn another_real_model_streams_and_is_judged_the_same_way() {
     let mut turn = says("Repeat exactly: my address is bob@example.com");
     turn["max_output_tokens"] = json!(40);
     turn["temperature"] = json!(0);
-    let answer = stream(process.clients.unwrap(), &Request::post("/v1/chat/stream", &turn), Kind::Client).await.unwrap().rest().await.unwrap();
+    let answer =
+        stream(process.clients.unwrap(), &Request::post("/v1/chat/stream", &turn), Kind::Client).await.unwrap().rest().await.unwrap();
     assert!(answer.error().is_none() && !answer.text().is_empty(), "{}", answer.end().raw);
     assert!(!answer.text().contains("bob@"), "{}", answer.text());
     assert!(["stop", "length"].contains(&answer.finish()), "{}", answer.end().raw);

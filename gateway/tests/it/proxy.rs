@@ -67,7 +67,20 @@ async fn a_route_takes_the_methods_it_names_and_may_strip_its_prefix() {
 
 #[tokio::test]
 async fn answers_come_with_their_status_headers_and_trailers() {
-    let answer = Script::new().read().head(418, Framing::Chunked, &[("content-type", "text/plain"), ("x-a", "1"), ("x-a", "2"), ("vary", "accept"), ("keep-alive", "timeout=5"), ("connection", "x-hop"), ("x-hop", "h"), ("trailer", "x-sum")]);
+    let answer = Script::new().read().head(
+        418,
+        Framing::Chunked,
+        &[
+            ("content-type", "text/plain"),
+            ("x-a", "1"),
+            ("x-a", "2"),
+            ("vary", "accept"),
+            ("keep-alive", "timeout=5"),
+            ("connection", "x-hop"),
+            ("x-hop", "h"),
+            ("trailer", "x-sum"),
+        ],
+    );
     let upstream = Upstream::always(answer.send("one").send("two").raw("0\r\nx-sum: 6\r\n\r\n").close()).await;
     let gateway = gateway(&upstream.url(), "    origins: [\"https://app.example.com\"]\n").await;
     let request = Request::get("/files/a").header("te", "trailers").header("origin", "https://app.example.com");
@@ -85,9 +98,22 @@ async fn what_concerns_one_connection_or_is_ours_to_say_is_taken_off() {
     let (key, auth) = key();
     let gateway = gateway(&upstream.url(), &format!("    filters:\n      - {auth}\n")).await;
     assert_eq!(ask(gateway.addr, &Request::get("/files/a")).await.unwrap().problem().unwrap(), "unauthenticated");
-    let request = Request::new("POST", "/files/a").bearer(key).header("connection", "keep-alive, x-hop, policy-verdict").header("x-hop", "h").header("keep-alive", "5");
-    let request = request.header("proxy-authorization", "Basic eA==").header("Policy-Verdict", "forged").header("x_policy_mode", "forged").header("constitution-hash", "forged").header("x-kept", "yes").header("host", "other.example");
-    let chunks = request.header("transfer-encoding", "chunked").header("trailer", "policy-verdict, x-sum").body("5\r\nhello\r\n0\r\npolicy-verdict: forged\r\nx-sum: 7\r\n\r\n");
+    let request = Request::new("POST", "/files/a")
+        .bearer(key)
+        .header("connection", "keep-alive, x-hop, policy-verdict")
+        .header("x-hop", "h")
+        .header("keep-alive", "5");
+    let request = request
+        .header("proxy-authorization", "Basic eA==")
+        .header("Policy-Verdict", "forged")
+        .header("x_policy_mode", "forged")
+        .header("constitution-hash", "forged")
+        .header("x-kept", "yes")
+        .header("host", "other.example");
+    let chunks = request
+        .header("transfer-encoding", "chunked")
+        .header("trailer", "policy-verdict, x-sum")
+        .body("5\r\nhello\r\n0\r\npolicy-verdict: forged\r\nx-sum: 7\r\n\r\n");
     assert_eq!(ask(gateway.addr, &chunks).await.unwrap().json()["bytes"], 5);
     let sent = upstream.request(0).await;
     let raw = String::from_utf8_lossy(&sent.head.raw).into_owned();
@@ -158,7 +184,11 @@ async fn an_upgrade_is_a_tunnel_both_ways_until_one_side_ends() {
     assert_eq!(upstream.request(0).await.header("upgrade"), Some("echo"));
     client.abort();
     within(SOON, upstream.closed(1), "the tunnel to be closed").await;
-    let free = async { while gateway.process.app.drain().connections() > 0 { tokio::task::yield_now().await } };
+    let free = async {
+        while gateway.process.app.drain().connections() > 0 {
+            tokio::task::yield_now().await
+        }
+    };
     within(SOON, free, "the tunnel's place to be free").await;
 }
 
@@ -167,7 +197,8 @@ async fn bytes_after_an_upgrade_that_is_refused_are_no_tunnel() {
     let upstream = echo().await;
     let gateway = gateway(&upstream.url(), "").await;
     let mut client = Http1::connect(gateway.addr).await;
-    let early = "GET /files/ws HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\nGET /files/hidden HTTP/1.1\r\nhost: h\r\n\r\n";
+    let early =
+        "GET /files/ws HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\nGET /files/hidden HTTP/1.1\r\nhost: h\r\n\r\n";
     client.send_bytes(early.as_bytes()).await;
     assert_eq!(client.reply().await.unwrap().json()["target"], "/files/ws");
     // They are the next request, which is parsed and judged as one, or nothing.
@@ -175,7 +206,10 @@ async fn bytes_after_an_upgrade_that_is_refused_are_no_tunnel() {
     for request in upstream.requests() {
         assert!(["/files/ws", "/files/hidden"].contains(&request.target.as_str()) && request.body.is_empty());
     }
-    let unasked = Upstream::always(Script::new().read().raw("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n").stall()).await;
+    let unasked = Upstream::always(
+        Script::new().read().raw("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n").stall(),
+    )
+    .await;
     let gateway = self::gateway(&unasked.url(), "").await;
     let reply = ask(gateway.addr, &Request::get("/files/a")).await.unwrap();
     assert_eq!((reply.status, reply.problem().unwrap().as_str()), (502, "upstream_protocol_error"));

@@ -65,7 +65,12 @@ async fn a_changed_file_is_taken_for_the_next_turn_and_a_bad_one_never() {
     go.notify_one();
     assert_eq!(open.rest().await.unwrap().text(), SAID.concat(), "a turn keeps the plan it began with");
 
-    for bad in [good.replace("upstream: model", "upstream: modle"), "routes: [".to_owned(), String::new(), masking.replace("mask: [email]", "mask: []\n        mode: shadwo")] {
+    for bad in [
+        good.replace("upstream: model", "upstream: modle"),
+        "routes: [".to_owned(),
+        String::new(),
+        masking.replace("mask: [email]", "mask: []\n        mode: shadwo"),
+    ] {
         let refused = count(&ask(gateway.admin, &Request::get("/metrics")).await.unwrap().text(), "refused");
         std::fs::write(&file, bad).unwrap();
         reloaded(gateway.admin, "refused", refused + 1).await;

@@ -7,7 +7,10 @@ use std::{
 
 use headgate_contracts::{Prompt, Stop, Turn};
 use headgate_filters::{BoxFuture, Built, Facts, Filter, Rule, Terms, Text, Verdict};
-use headgate_gateway::{build, live::{Live, Route}};
+use headgate_gateway::{
+    build,
+    live::{Live, Route},
+};
 use headgate_testkit::{
     answer::Kind,
     client::{Http1, Http2, Request, ask, stream},
@@ -38,8 +41,20 @@ async fn forged_headers_never_reach_the_upstream_whatever_their_spelling() {
     let upstream = Upstream::always(hello()).await;
     let gateway = Setup::chain(&["policy_headers"]).start(&upstream.url()).await;
     let names = [
-        "Policy-Verdict", "policy-version", "POLICY_VERDICT", "x-policy-mode", "X_Policy_Mode", "Constitution-Hash", "constitution_hash",
-        "x-constitution-hash", "Content-Digest", "content_digest", "X-GW-Trust", "x-headgate-turn", "X_Headgate_Tenant", "policy-anything",
+        "Policy-Verdict",
+        "policy-version",
+        "POLICY_VERDICT",
+        "x-policy-mode",
+        "X_Policy_Mode",
+        "Constitution-Hash",
+        "constitution_hash",
+        "x-constitution-hash",
+        "Content-Digest",
+        "content_digest",
+        "X-GW-Trust",
+        "x-headgate-turn",
+        "X_Headgate_Tenant",
+        "policy-anything",
     ];
     let forged = |request: Request| names.iter().fold(request, |request, name| request.header(name, "forged").header(name, "forged again"));
     let nominated = |request: Request| request.header("connection", "policy-verdict, x-secret").header("x-secret", "forged");
@@ -71,7 +86,13 @@ async fn forged_headers_never_reach_the_upstream_whatever_their_spelling() {
 async fn what_a_client_writes_beside_its_turn_is_never_forwarded() {
     let upstream = Upstream::always(hello()).await;
     let gateway = Setup::new().start(&upstream.url()).await;
-    let request = Request::turn("hi").header("cookie", "a=b").header("x-forwarded-for", "1.2.3.4").header("x-api-key", "k").bearer("t").header("accept-encoding", "gzip").header("te", "trailers");
+    let request = Request::turn("hi")
+        .header("cookie", "a=b")
+        .header("x-forwarded-for", "1.2.3.4")
+        .header("x-api-key", "k")
+        .bearer("t")
+        .header("accept-encoding", "gzip")
+        .header("te", "trailers");
     text(&gateway, &request).await;
     let twice = "{\"messages\":[{\"role\":\"user\",\"content\":\"first\"}],\"messages\":[{\"role\":\"user\",\"content\":\"second\"}]}";
     text(&gateway, &Request::new("POST", "/v1/chat/stream").header("content-type", "application/json").body(twice)).await;
@@ -110,13 +131,20 @@ async fn a_trace_that_is_none_or_a_strangers_is_begun_anew() {
     let trusting = Setup::new().start(&upstream.url()).await;
     let strict = Setup::chain(&["trace: { inbound: restart }"]).start(&upstream.url()).await;
     let good = format!("00-{TRACE}-{PARENT}-01");
-    let wrong = ["garbage".into(), format!("ff-{TRACE}-{PARENT}-01"), format!("00-{}-{PARENT}-01", "0".repeat(32)), good.to_uppercase(), format!("{good}-x")];
+    let wrong = [
+        "garbage".into(),
+        format!("ff-{TRACE}-{PARENT}-01"),
+        format!("00-{}-{PARENT}-01", "0".repeat(32)),
+        good.to_uppercase(),
+        format!("{good}-x"),
+    ];
     for traceparent in &wrong {
         text(&trusting, &Request::turn("hi").header("traceparent", traceparent).header("tracestate", "a=1")).await;
     }
     text(&trusting, &Request::turn("hi").header("traceparent", &good).header("traceparent", &good)).await;
     let head = {
-        let events = stream(strict.addr, &Request::turn("hi").header("traceparent", &good).header("tracestate", "a=1"), Kind::Client).await.unwrap();
+        let events =
+            stream(strict.addr, &Request::turn("hi").header("traceparent", &good).header("tracestate", "a=1"), Kind::Client).await.unwrap();
         let head = events.head.header("traceparent").unwrap().to_owned();
         events.rest().await.unwrap();
         head
@@ -188,7 +216,9 @@ impl Provider {
     async fn start(keys: &[&SigningKey]) -> Provider {
         let published = Arc::new(Mutex::new(keys.iter().map(|key| key.jwk.clone()).collect::<Vec<_>>()));
         let shown = published.clone();
-        let answer = move |_: &headgate_testkit::upstream::Request| Script::reply(200, "application/json", json!({"keys": *shown.lock().unwrap()}).to_string());
+        let answer = move |_: &headgate_testkit::upstream::Request| {
+            Script::reply(200, "application/json", json!({"keys": *shown.lock().unwrap()}).to_string())
+        };
         Provider { server: Upstream::answering(answer).await, published }
     }
 
@@ -314,9 +344,23 @@ async fn a_place_for_a_stream_is_free_again_however_its_turn_ends() {
         hello(),
     ];
     let upstream = Upstream::each(scripts).await;
-    let gateway = Setup::chain(&[auth, "rate_limit: { per: subject, streams: 1 }"]).upstream("retry: { attempts: 0 }").upstream("idle: { max: 0 }").start(&upstream.url()).await;
+    let gateway = Setup::chain(&[auth, "rate_limit: { per: subject, streams: 1 }"])
+        .upstream("retry: { attempts: 0 }")
+        .upstream("idle: { max: 0 }")
+        .start(&upstream.url())
+        .await;
     let turn = Request::turn("hi").bearer(key);
-    let free = || within(SOON, async { while gateway.process.app.turns().len() > 0 { tokio::task::yield_now().await } }, "the turn to end");
+    let free = || {
+        within(
+            SOON,
+            async {
+                while !gateway.process.app.turns().is_empty() {
+                    tokio::task::yield_now().await
+                }
+            },
+            "the turn to end",
+        )
+    };
     // One open: no place for a second.
     let mut open = stream(gateway.addr, &turn, Kind::Client).await.unwrap();
     while open.expect().await.name != "text" {}
@@ -370,7 +414,8 @@ impl Breaking {
 
 impl Filter for Breaking {
     fn prompt<'a>(&'a mut self, prompt: &'a mut Prompt) -> BoxFuture<'a, Result<(), Stop>> {
-        self.asked = prompt.messages.iter().any(|message| format!("{:?}", message.role).eq_ignore_ascii_case("user")) && prompt.settings.model.as_deref() == Some("break");
+        self.asked = prompt.messages.iter().any(|message| format!("{:?}", message.role).eq_ignore_ascii_case("user"))
+            && prompt.settings.model.as_deref() == Some("break");
         self.here(At::Prompt);
         Box::pin(std::future::ready(Ok(())))
     }
@@ -398,7 +443,12 @@ async fn with_broken_filter(at: At, upstream: &Upstream) -> Gateway {
         let mut filters = route.filters.clone();
         let facts = Facts { judges_text: true, ..Facts::default() };
         filters.push(Built { name: "breaks", terms: Terms::default(), rule: Arc::new(Breaks(at)), facts, admit: None });
-        Arc::new(Route { plan: route.plan.clone(), upstream: route.upstream.clone(), filters, meters: lasting.meters.route(&route.plan.name) })
+        Arc::new(Route {
+            plan: route.plan.clone(),
+            upstream: route.upstream.clone(),
+            filters,
+            meters: lasting.meters.route(&route.plan.name),
+        })
     });
     let routes = routes.collect();
     gateway.process.app.exchange(Live { routes, ..live });
@@ -437,7 +487,10 @@ async fn a_filter_that_panics_costs_its_own_turn_and_no_other() {
                 let answer = stream(gateway.addr, &asks("break"), Kind::Client).await.unwrap().rest().await.unwrap();
                 assert_eq!(answer.error(), Some("internal_error"));
                 assert!("Hello, there •••".starts_with(&answer.text()), "{}", answer.text());
-                let chunks = Request::post("/v1/chat/completions", &json!({"model": "break", "stream": true, "messages": [{"role": "user", "content": "hi"}]}));
+                let chunks = Request::post(
+                    "/v1/chat/completions",
+                    &json!({"model": "break", "stream": true, "messages": [{"role": "user", "content": "hi"}]}),
+                );
                 let chunks = stream(gateway.addr, &chunks, Kind::OpenAi).await.unwrap().rest().await.unwrap();
                 assert_eq!((chunks.error(), chunks.named("[DONE]").count()), (Some("internal_error"), 0));
             }
@@ -446,7 +499,11 @@ async fn a_filter_that_panics_costs_its_own_turn_and_no_other() {
         let untouched = neighbour.rest().await.unwrap();
         assert_eq!(untouched.text(), "Hello, there •••", "{}", untouched.end().raw);
         assert_eq!(text(&gateway, &asks("other")).await, "Hello, there •••");
-        let quiet = async { while gateway.process.app.turns().len() > 0 { tokio::task::yield_now().await } };
+        let quiet = async {
+            while !gateway.process.app.turns().is_empty() {
+                tokio::task::yield_now().await
+            }
+        };
         within(SOON, quiet, "every turn to be gone").await;
         let metrics = ask(gateway.admin, &Request::get("/metrics")).await.unwrap().text();
         let failed = metrics.lines().find(|line| line.starts_with("headgate_turns_total") && line.contains("internal_error"));
@@ -482,7 +539,10 @@ async fn pages_of_allowed_origins_may_call_and_others_may_not() {
         assert!(events.head.header("access-control-expose-headers").unwrap().contains("x-headgate-turn"));
         assert_eq!(events.head.header("access-control-allow-credentials"), None);
         events.rest().await.unwrap();
-        let asked = Request::new("OPTIONS", "/v1/chat/stream").header("origin", origin).header("access-control-request-method", "POST").header("access-control-request-headers", "authorization,content-type");
+        let asked = Request::new("OPTIONS", "/v1/chat/stream")
+            .header("origin", origin)
+            .header("access-control-request-method", "POST")
+            .header("access-control-request-headers", "authorization,content-type");
         let reply = ask(gateway.addr, &asked).await.unwrap();
         assert_eq!((reply.status, reply.header("access-control-allow-origin")), (204, Some(origin)));
         assert!(reply.header("access-control-allow-headers").unwrap().contains("authorization"));
@@ -492,10 +552,21 @@ async fn pages_of_allowed_origins_may_call_and_others_may_not() {
         assert!(Ws::open(gateway.addr, &Request::get("/v1/chat/stream").header("origin", origin)).await.is_ok());
     }
     let before = upstream.requests().len();
-    for origin in ["https://evil.example", "http://app.example.com", "https://app.example.com.evil.example", "https://app.example.com:8443", "null", ""] {
+    for origin in [
+        "https://evil.example",
+        "http://app.example.com",
+        "https://app.example.com.evil.example",
+        "https://app.example.com:8443",
+        "null",
+        "",
+    ] {
         let asked = Request::new("OPTIONS", "/v1/chat/stream").header("origin", origin).header("access-control-request-method", "POST");
         let socket = Ws::open(gateway.addr, &Request::get("/v1/chat/stream").header("origin", origin)).await.err();
-        let replies = [ask(gateway.addr, &Request::turn("hi").header("origin", origin)).await.unwrap(), ask(gateway.addr, &asked).await.unwrap(), *socket.expect("refused before 101")];
+        let replies = [
+            ask(gateway.addr, &Request::turn("hi").header("origin", origin)).await.unwrap(),
+            ask(gateway.addr, &asked).await.unwrap(),
+            *socket.expect("refused before 101"),
+        ];
         for reply in replies {
             assert_eq!((reply.status, reply.problem().unwrap().as_str()), (403, "origin_denied"), "{origin}");
             assert_eq!(reply.header("access-control-allow-origin"), None, "{origin}");

@@ -48,7 +48,9 @@ async fn two_turns_run_at_once_and_each_is_known_by_the_clients_name_for_it() {
     let (one, two) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let upstream = Upstream::answering({
         let (one, two) = (one.clone(), two.clone());
-        move |request| if request.body.windows(5).any(|bytes| bytes == b"first") { halting(&["a", "b"], &one) } else { halting(&["c", "d"], &two) }
+        move |request| {
+            if request.body.windows(5).any(|bytes| bytes == b"first") { halting(&["a", "b"], &one) } else { halting(&["c", "d"], &two) }
+        }
     })
     .await;
     let gateway = Setup::new().start(&upstream.url()).await;
@@ -231,7 +233,9 @@ async fn messages_that_break_the_rules_close_the_socket_with_their_own_code() {
         assert_eq!(ws.closed().await.unwrap().code, expected);
     }
     // Text that is not UTF-8; a frame of a reserved kind; one that is not masked.
-    for (bytes, expected) in [(&[0x81, 0x82, 0, 0, 0, 0, 0xc3, 0x28][..], 1007), (&[0x83, 0x80, 0, 0, 0, 0], 1002), (&[0x81, 0x01, b'x'], 1002)] {
+    for (bytes, expected) in
+        [(&[0x81, 0x82, 0, 0, 0, 0, 0xc3, 0x28][..], 1007), (&[0x83, 0x80, 0, 0, 0, 0], 1002), (&[0x81, 0x01, b'x'], 1002)]
+    {
         let mut client = upgraded(&gateway).await;
         client.send_bytes(bytes).await;
         assert_eq!(close_code(&mut client).await, expected, "{bytes:?}");

@@ -59,7 +59,16 @@ async fn a_client_who_leaves_stops_the_model_before_the_first_byte_too() {
     soon(here.notified(), "the model to be asked").await;
     client.abort();
     within(Duration::from_secs(1), upstream.closed(1), "the model to be stopped").await;
-    within(Duration::from_secs(1), async { while !gateway.process.app.turns().is_empty() { tokio::task::yield_now().await } }, "the turn to end").await;
+    within(
+        Duration::from_secs(1),
+        async {
+            while !gateway.process.app.turns().is_empty() {
+                tokio::task::yield_now().await
+            }
+        },
+        "the turn to end",
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -103,7 +112,12 @@ async fn openai_clients_get_chunks_or_one_whole_answer() {
     let gateway = Setup::new().start(&upstream.url()).await;
     let chunks = stream(gateway.addr, &Request::completion("demo", "hi"), Kind::OpenAi).await.unwrap().rest().await.unwrap();
     assert_eq!(chunks.text(), "Hello there");
-    let reply = ask(gateway.addr, &Request::post("/v1/chat/completions", &json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}))).await.unwrap();
+    let reply = ask(
+        gateway.addr,
+        &Request::post("/v1/chat/completions", &json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}]})),
+    )
+    .await
+    .unwrap();
     assert_eq!(reply.status, 200);
     assert_eq!(reply.json()["choices"][0]["message"]["content"], "Hello there");
 }

@@ -31,7 +31,15 @@ pub(crate) struct Setup {
 impl Setup {
     /// No filters but the defaults.
     pub(crate) fn new() -> Setup {
-        Setup { filters: String::new(), upstream: String::new(), route: String::new(), top: String::new(), chat: String::new(), protocol: "openai", files: Vec::new() }
+        Setup {
+            filters: String::new(),
+            upstream: String::new(),
+            route: String::new(),
+            top: String::new(),
+            chat: String::new(),
+            protocol: "openai",
+            files: Vec::new(),
+        }
     }
 
     /// With these filters, one a line, as the config has them: `moderation: { mask: [email] }`.

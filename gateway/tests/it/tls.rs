@@ -9,7 +9,10 @@ use headgate_testkit::{
     upstream::{Script, Upstream},
     within,
 };
-use rustls::{ClientConfig, RootCertStore, pki_types::{CertificateDer, ServerName}};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName},
+};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -108,6 +111,10 @@ async fn a_handshake_that_does_not_come_is_not_waited_for() {
         let ended = async { while client.read_bytes(4096).await.is_ok_and(|bytes| !bytes.is_empty()) {} };
         within(SOON, ended, "the handshake to be given up").await;
     }
-    let free = async { while gateway.process.app.drain().connections() > 0 { tokio::task::yield_now().await } };
+    let free = async {
+        while gateway.process.app.drain().connections() > 0 {
+            tokio::task::yield_now().await
+        }
+    };
     within(SOON, free, "all places to be free").await;
 }
