@@ -35,7 +35,7 @@ async fn is_over(gateway: &Gateway, upstream: &Upstream, turns: u64) {
     within(
         SECOND,
         async {
-            while gateway.process.app.turns().len() > 0 {
+            while !gateway.process.app.turns().is_empty() {
                 tokio::task::yield_now().await
             }
         },
