@@ -125,18 +125,19 @@ impl State {
         self.first + self.entries.len() as u64
     }
 
-    /// Takes up what `write` appends, as events.
-    fn add(&mut self, write: impl FnOnce(&mut Voice, &mut Vec<u8>, &mut dyn FnMut(&'static str, Range<usize>))) {
+    /// Takes up what `write` appends, as events. `running`: the task that writes. Readers of that very task are not woken, since
+    /// whoever polls a turn polls its reader next: it would be polled twice for every batch.
+    fn add(&mut self, running: Option<&Waker>, write: impl FnOnce(&mut Voice, &mut Vec<u8>, &mut dyn FnMut(&'static str, Range<usize>))) {
         let State { voice, bytes, base, entries, .. } = self;
         write(voice, bytes, &mut |name, range| {
             entries.push_back(Entry { name, start: *base + range.start as u64, len: range.len() });
         });
-        self.wake_readers();
+        self.wake_readers(running);
     }
 
-    fn wake_readers(&mut self) {
+    fn wake_readers(&mut self, running: Option<&Waker>) {
         for place in &mut self.readers {
-            if let Some(waker) = place.waker.take() {
+            if let Some(waker) = place.waker.take_if(|waker| running.is_none_or(|running| !waker.will_wake(running))) {
                 waker.wake();
             }
         }
@@ -211,7 +212,7 @@ impl Outbox {
     /// The answer begins: the client may now have its head.
     pub fn open(&self, turn: &Turn, head: Head) {
         let mut state = self.ring.state();
-        state.add(|voice, bytes, add| voice.open(turn, &head, bytes, add));
+        state.add(None, |voice, bytes, add| voice.open(turn, &head, bytes, add));
         state.head = Some(Arc::new(head));
     }
 
@@ -220,7 +221,11 @@ impl Outbox {
         if batch.is_empty() {
             return Ok(());
         }
-        self.ring.state().add(|voice, bytes, add| voice.write(batch, bytes, add));
+        poll_fn(|cx| {
+            self.ring.state().add(Some(cx.waker()), |voice, bytes, add| voice.write(batch, bytes, add));
+            Poll::Ready(())
+        })
+        .await;
         let mut since = Instant::now();
         loop {
             let is_alone = self.ring.state().readers.is_empty();
@@ -307,16 +312,16 @@ impl Outbox {
         let state = &mut *guard;
         let opened = state.head.is_some();
         if opened {
-            state.add(|voice, bytes, add| voice.write(last, bytes, add));
+            state.add(None, |voice, bytes, add| voice.write(last, bytes, add));
         }
         let record = state.voice.settle(turn, end);
         if opened {
             let seq = state.next();
-            state.add(|voice, bytes, add| voice.close(turn, &record, end, seq, bytes, add));
+            state.add(None, |voice, bytes, add| voice.close(turn, &record, end, seq, bytes, add));
         }
         let told = opened && (!state.voice.is_whole() || matches!(end, Ok(()) | Err(Stop::Refused(_))));
         state.closed = Some(end.clone().err().filter(|_| !told));
-        state.wake_readers();
+        state.wake_readers(None);
         record
     }
 }
@@ -330,10 +335,10 @@ impl Drop for Outbox {
             let stop = Stop::Failed(Fault::us(Code::InternalError));
             if state.head.is_some() {
                 let seq = state.next();
-                state.add(|voice, bytes, add| voice.break_off(&stop, seq, bytes, add));
+                state.add(None, |voice, bytes, add| voice.break_off(&stop, seq, bytes, add));
             }
             state.closed = Some(Some(stop));
-            state.wake_readers();
+            state.wake_readers(None);
         }
     }
 }
@@ -687,6 +692,23 @@ mod tests {
         drop(reader);
         assert_eq!(woken.0.load(Ordering::Relaxed), 2, "and its leaving wakes it once more");
         assert!(gone.as_mut().poll(&mut cx).is_ready());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_of_another_task_is_woken_by_every_batch_and_one_of_the_turns_own_task_by_none() {
+        let (_turn, outbox, mut own) = ring(OnDisconnect::Cancel);
+        let mut other = outbox.hook().read(None).unwrap();
+        let wakers = [(); 2].map(|()| Arc::new(Counts(AtomicUsize::new(0))));
+        let [here, there] = wakers.each_ref().map(|counts| Waker::from(counts.clone()));
+        let (mut here, mut there) = (Context::from_waker(&here), Context::from_waker(&there));
+        for _ in 0..10 {
+            while own.poll_next(&mut here, 9, |_| ()).is_ready() {}
+            while other.poll_next(&mut there, 9, |_| ()).is_ready() {}
+            let batch = batch(64);
+            assert!(pin!(outbox.send(&batch)).as_mut().poll(&mut here).is_ready());
+        }
+        let woken = wakers.map(|counts| counts.0.load(Ordering::Relaxed));
+        assert_eq!(woken, [0, 10]);
     }
 
     #[tokio::test(start_paused = true)]

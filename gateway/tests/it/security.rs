@@ -186,19 +186,19 @@ async fn another_tenants_turn_is_not_there() {
 }
 
 /// An identity provider over HTTP.
-struct Provider {
-    server: Upstream,
+pub(crate) struct Provider {
+    pub(crate) server: Upstream,
     published: Arc<Mutex<Vec<Value>>>,
 }
 
-struct SigningKey {
+pub(crate) struct SigningKey {
     key: EncodingKey,
     jwk: Value,
     kid: String,
 }
 
 impl SigningKey {
-    fn new(kid: &str) -> SigningKey {
+    pub(crate) fn new(kid: &str) -> SigningKey {
         use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
         let x = URL_SAFE_NO_PAD.encode(pair.public_key_raw());
@@ -206,14 +206,14 @@ impl SigningKey {
         SigningKey { key: EncodingKey::from_ed_der(&pair.serialize_der()), jwk, kid: kid.to_owned() }
     }
 
-    fn token(&self, claims: &Value) -> String {
+    pub(crate) fn token(&self, claims: &Value) -> String {
         let header = Header { kid: Some(self.kid.clone()), ..Header::new(Algorithm::EdDSA) };
         jsonwebtoken::encode(&header, claims, &self.key).unwrap()
     }
 }
 
 impl Provider {
-    async fn start(keys: &[&SigningKey]) -> Provider {
+    pub(crate) async fn start(keys: &[&SigningKey]) -> Provider {
         let published = Arc::new(Mutex::new(keys.iter().map(|key| key.jwk.clone()).collect::<Vec<_>>()));
         let shown = published.clone();
         let answer = move |_: &headgate_testkit::upstream::Request| {
@@ -222,16 +222,16 @@ impl Provider {
         Provider { server: Upstream::answering(answer).await, published }
     }
 
-    fn claims(&self) -> Value {
+    pub(crate) fn claims(&self) -> Value {
         json!({"iss": self.server.url(), "aud": "chat", "sub": "u7", "tenant": "acme", "exp": headgate_filters::unix_now() + 300})
     }
 
-    fn auth(&self) -> String {
+    pub(crate) fn auth(&self) -> String {
         format!("auth: {{ jwks: \"{}/jwks.json\", audience: chat }}", self.server.url())
     }
 }
 
-fn with(mut claims: Value, name: &str, value: Value) -> Value {
+pub(crate) fn with(mut claims: Value, name: &str, value: Value) -> Value {
     claims[name] = value;
     claims
 }

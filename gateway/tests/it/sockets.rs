@@ -15,7 +15,10 @@ use serde_json::json;
 use tokio::{net::TcpStream, sync::Notify};
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::support::{Gateway, Setup, end, key};
+use crate::{
+    security::{Provider, SigningKey, with},
+    support::{Gateway, Setup, end, key},
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -200,6 +203,33 @@ async fn a_wrong_token_is_an_error_and_then_the_end_of_the_socket() {
     let closed = ws.closed().await.unwrap();
     assert_eq!((closed.code, closed.reason.as_str()), (3000, "unauthenticated"));
     assert_eq!(upstream.opened(), 0, "nobody was asked");
+}
+
+#[tokio::test]
+async fn a_token_that_expires_ends_the_socket_with_its_next_turn_and_cuts_none() {
+    let signing = SigningKey::new("a");
+    let provider = Provider::start(&[&signing]).await;
+    // A model that thinks for a while, so that not too many turns are needed.
+    let events = Answer::openai("demo", &["Hello"]).events();
+    let script = Script::new().read().sse().send(events[..2].concat()).pause(SECOND / 5).send(events[2..].concat()).end().again();
+    let upstream = Upstream::always(script).await;
+    let gateway = Setup::chain(&[&provider.auth()]).start(&upstream.url()).await;
+    let mut ws = connect(&gateway).await;
+    // Clocks may differ by five seconds.
+    let exp = headgate_filters::unix_now() - 3;
+    ws.auth(&signing.token(&with(provider.claims(), "exp", exp.into()))).await;
+    let mut whole = 0;
+    let refused = loop {
+        ws.turn("a", "hi").await;
+        let first = frame(&mut ws).await;
+        let Some(turn) = first.turn_id.clone() else { break first };
+        assert_eq!(ws.finish(&turn).await.unwrap().text(), "Hello");
+        whole += 1;
+    };
+    assert!(whole > 0);
+    assert_eq!((code(&refused), refused.reference()), ("token_expired", Some("a")));
+    let closed = ws.closed().await.unwrap();
+    assert_eq!((closed.code, closed.reason.as_str()), (3000, "token_expired"));
 }
 
 #[tokio::test]
