@@ -64,7 +64,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("redis", &["policy", "orchestrator", "gateway"]),
     ("rdkafka", &["orchestrator"]),
     // The event log: what it writes is on disk, and whole, before a turn is taken.
-    ("rustix", &["orchestrator"]),
+    ("rustix", &["orchestrator", "gateway"]),
     ("crc32c", &["orchestrator"]),
     // eyes
     ("tracing", &["filters", "upstream", "orchestrator", "slm", "gateway"]),
