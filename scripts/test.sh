@@ -60,7 +60,7 @@ browser() { (cd tests/browser && node --test --test-concurrency=1); }
 # What the tests have built will do: this asks whether all is correct, not how fast.
 smoke() {
     local built="${CARGO_TARGET_DIR:-target}/debug"
-    cargo build --quiet --bin headgate --bin headgate-load && "$built/headgate-load" smoke --headgate "$built/headgate"
+    cargo build --quiet --workspace --bin headgate --bin headgate-load && "$built/headgate-load" smoke --headgate "$built/headgate"
 }
 
 stage format cargo fmt --all --check
