@@ -9,6 +9,7 @@
 //! | **constitution**: the document of principles in force | [`Constitution`] |
 //! | **registry**: which constitution is in force for a tenant | [`Registry`], [`Entry`] |
 //! | **replays**: the verdicts already used | [`Replays`] |
+//! | **audit**: who changed what, as a chain of records | [`audit::Audit`] |
 //!
 //! The gateway signs:
 //!
@@ -39,8 +40,9 @@
 //! ```
 //!
 //! Times are whole Unix seconds and come in as arguments: nothing here reads a clock. Nothing here opens a socket; the only
-//! files touched are those of [`Ring::load`] and [`Ring::save`].
+//! files touched are those of [`Ring::load`], [`Ring::save`] and [`audit::Audit`].
 
+pub mod audit;
 mod claims;
 mod constitution;
 mod digest;
