@@ -9,9 +9,10 @@ use serde_json::{Map, Value, json};
 use crate::wire::chat::{Done, ErrorEvent, Gap, Open, TurnRequest};
 use crate::wire::conversation::{self, StepAnswer};
 use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
+use crate::wire::hop::DispatchFrame;
 use crate::wire::log;
 use crate::wire::problem::{self, Problem};
-use crate::{Code, Message, Retry, TurnId, Usage};
+use crate::{Code, Message, Retry, Usage};
 
 /// All documents, as file name and content.
 ///
@@ -27,6 +28,7 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("done.json", schema::<Done>()),
         ("error.json", schema::<ErrorEvent>()),
         ("client-frame.json", schema::<ClientFrameShape>()),
+        ("dispatch-frame.json", schema::<DispatchFrame>()),
         ("problem.json", schema::<Problem>()),
         ("conversation-request.json", schema::<conversation::Body<'static>>()),
         ("step-answer.json", schema::<StepAnswer>()),
@@ -109,27 +111,6 @@ struct ToolEvent {
     /// Which answer of several; absent: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     choice: Option<u16>,
-}
-
-/// A frame from the gateway to the orchestrator.
-#[derive(JsonSchema)]
-#[schemars(tag = "type", rename_all = "snake_case")]
-#[allow(dead_code, reason = "the schema is all it is for; the orchestrator reads them")]
-enum DispatchFrame {
-    /// Dispatches a turn.
-    Turn {
-        /// Which.
-        turn_id: TurnId,
-        /// The body that a request would have, as a string: the verdict binds exactly its bytes.
-        payload: String,
-        /// The headers that a request would have.
-        headers: BTreeMap<String, String>,
-    },
-    /// Stops a turn.
-    Stop {
-        /// Which.
-        turn_id: TurnId,
-    },
 }
 
 /// A request for a chat completion: the members that are understood. Others are dropped.
@@ -432,7 +413,7 @@ fn asyncapi() -> Value {
             "sendEvents": operation("send", "chatStream", "the gateway answers it", &events),
             "receiveFrames": operation("receive", "chatSocket", "a client sends frames", &["frame"]),
             "sendFrames": operation("send", "chatSocket", "the gateway answers them", &events),
-            "receiveDispatches": operation("receive", "conversationSocket", "the orchestrator takes dispatches, and stops them", &["dispatch"]),
+            "receiveDispatches": operation("receive", "conversationSocket", "the orchestrator takes dispatches, stops them and sends as much as it has credit for", &["dispatch"]),
             "sendDispatchEvents": operation("send", "conversationSocket", "the orchestrator answers them", &upstream_events),
             "receiveConversation": operation("receive", "conversationStream", "the orchestrator takes a dispatch", &["conversation"]),
             "sendConversationEvents": operation("send", "conversationStream", "the orchestrator answers it", &upstream_events),

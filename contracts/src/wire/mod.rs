@@ -7,6 +7,7 @@
 //! | [`chat`] | our own chat stream: a turn, and the events of its answer |
 //! | [`frames`] | the same events as WebSocket frames, and the frames clients send |
 //! | [`conversation`] | what the gateway asks the orchestrator |
+//! | [`hop`] | the same over one WebSocket for many turns |
 //! | [`problem`] | a refusal or fault as an HTTP body |
 //!
 //! Two rules hold in all of them. A decoder never quotes what it read: its faults name members and places, because message
@@ -16,6 +17,7 @@
 pub mod chat;
 pub mod conversation;
 pub mod frames;
+pub mod hop;
 pub mod log;
 pub mod openai;
 pub mod problem;
