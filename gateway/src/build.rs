@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 use headgate_config::plan::{self, Plan, PolicyKey, Protocol, VerdictKeys};
 use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_chain, unix_now};
 use headgate_orchestrator::{Bounds, Models, Orchestrator, events};
-use headgate_policy::{ANY_TENANT, Entry, KeyFault, Memory, Ring, Verifier};
+use headgate_policy::{ANY_TENANT, Entry, KeyFault, Memory, Ring, Verifier, custody};
 use headgate_slm::Slm;
 use headgate_upstream::{Settings, Upstream, settings};
 
@@ -35,9 +35,12 @@ pub enum Unbuildable {
         /// Why.
         problems: Vec<Problem>,
     },
-    /// The signing key cannot be read or made.
+    /// A signing key cannot be made, or the keys of verdicts cannot be read.
     #[error("the policy's signing key cannot be used")]
     Key(#[from] KeyFault),
+    /// The file of signing keys cannot be read, or not be made on record.
+    #[error("the policy's signing key cannot be used")]
+    Custody(#[from] custody::CustodyFault),
     /// The signing key cannot sign.
     #[error("the policy's signing key cannot sign: {0}")]
     Unsigned(#[from] headgate_policy::Unsigned),
@@ -77,7 +80,7 @@ impl Lasting {
         let ring = match plan.policy.as_ref().map(|policy| &policy.key) {
             None => None,
             Some(PolicyKey::Generated) => Some(Ring::generate(unix_now())?),
-            Some(PolicyKey::File(path)) => Some(Ring::load_or_generate(path, unix_now())?),
+            Some(PolicyKey::File(path)) => Some(custody::load_or_generate(path, unix_now(), "headgate run")?),
         };
         Ok(Lasting { ledger: Arc::new(LocalLedger::new()), keys: Fetched::default(), ring: ring.map(Arc::new), meters: Arc::default() })
     }

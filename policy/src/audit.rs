@@ -147,6 +147,11 @@ impl Audit {
         Ok(self.last.insert(next))
     }
 
+    /// Checks the whole file and shows each record, as [`verify`] does for those who only read.
+    pub fn verify(&self, each: impl FnMut(&Record)) -> Result<Judged, AuditFault> {
+        judge(&self.path, &self.file, each)
+    }
+
     /// The last record.
     pub fn last(&self) -> Option<&Record> {
         self.last.as_ref()
@@ -172,11 +177,16 @@ pub struct Judged {
 /// Checks a whole file and shows each record. Stops at the first that is not sound; writes nothing.
 ///
 /// Errors: [`AuditFault::Broken`] with the number of the line, [`AuditFault::Io`], [`AuditFault::Busy`].
-pub fn verify(path: &Path, mut each: impl FnMut(&Record)) -> Result<Judged, AuditFault> {
-    let fault = |source| AuditFault::Io { path: path.to_owned(), source };
-    let file = File::open(path).map_err(fault)?;
+pub fn verify(path: &Path, each: impl FnMut(&Record)) -> Result<Judged, AuditFault> {
+    let file = File::open(path).map_err(|source| AuditFault::Io { path: path.to_owned(), source })?;
     wait(path, || file.try_lock_shared())?;
-    let mut reader = BufReader::new(&file);
+    judge(path, &file, each)
+}
+
+fn judge(path: &Path, mut file: &File, mut each: impl FnMut(&Record)) -> Result<Judged, AuditFault> {
+    let fault = |source| AuditFault::Io { path: path.to_owned(), source };
+    file.rewind().map_err(fault)?;
+    let mut reader = BufReader::new(file);
     let mut judged = Judged { records: 0, last: None, torn_bytes: 0 };
     let mut line = Vec::new();
     loop {

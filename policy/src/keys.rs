@@ -16,7 +16,7 @@ use std::{
 use aws_lc_rs::signature::Ed25519KeyPair;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ed25519_dalek::{SigningKey, VerifyingKey};
-use serde::{Deserialize, Serialize, de::IgnoredAny};
+use serde::{Deserialize, Serialize, Serializer, de::IgnoredAny};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -57,6 +57,12 @@ impl FromStr for Kid {
 impl fmt::Display for Kid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         base64::display::Base64Display::new(&self.0, &URL_SAFE_NO_PAD).fmt(f)
+    }
+}
+
+impl Serialize for Kid {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
     }
 }
 
@@ -107,6 +113,20 @@ pub struct Ring {
     pairs: Vec<Pair>,
 }
 
+/// What may be known of a key by everybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Key {
+    /// Its name.
+    pub kid: Kid,
+    /// Where it stands in its life.
+    pub state: State,
+    /// Unix seconds from which it may sign.
+    pub nbf: u64,
+    /// Unix seconds: `current`, when a successor is due; `retired` and `revoked`, when it is dropped; `next`: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exp: Option<u64>,
+}
+
 /// What a promotion did, for the audit log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rotation {
@@ -126,6 +146,16 @@ impl Ring {
     /// The key that signs now.
     pub fn current(&self) -> Option<Kid> {
         self.in_state(State::Current).map(|pair| pair.kid)
+    }
+
+    /// All keys, as people may see them, in the order they were made.
+    pub fn keys(&self) -> impl Iterator<Item = Key> {
+        self.pairs.iter().map(|Pair { kid, life: Life { state, nbf, exp }, .. }| Key { kid: *kid, state: *state, nbf: *nbf, exp: *exp })
+    }
+
+    /// Names this state of the ring: changes with every change of a key.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&serde_json::to_vec(&self.keys().collect::<Vec<_>>()).expect("strings and integers always serialise"))
     }
 
     /// Whether the current key has signed for its time, or there is none. It goes on signing: a late rotation is a page for
@@ -150,17 +180,18 @@ impl Ring {
         jws::sign(|bytes| pair.sign(bytes), pair.kid, typ, &payload).ok_or(Unsigned::TooLarge)
     }
 
-    /// Adds a `next` key, to be published now and promoted [`PUBLISH_AHEAD`] seconds later.
+    /// Adds a `next` key, to be published now and promoted `ahead` seconds later: [`PUBLISH_AHEAD`], or as little as twice the
+    /// time after which every verifier reads the keys again.
     ///
     /// Errors: [`KeyFault::NextExists`], [`KeyFault::Full`], [`KeyFault::Random`].
-    pub fn prepare(&mut self, now: u64) -> Result<Kid, KeyFault> {
+    pub fn prepare(&mut self, now: u64, ahead: u64) -> Result<Kid, KeyFault> {
         if self.in_state(State::Next).is_some() {
             return Err(KeyFault::NextExists);
         }
         if self.pairs.len() >= MAX_KEYS {
             return Err(KeyFault::Full);
         }
-        let pair = Pair::generate(Life { state: State::Next, nbf: now.saturating_add(PUBLISH_AHEAD), exp: None })?;
+        let pair = Pair::generate(Life { state: State::Next, nbf: now.saturating_add(ahead), exp: None })?;
         let kid = pair.kid;
         self.pairs.push(pair);
         Ok(kid)
@@ -237,32 +268,15 @@ impl Ring {
 
     /// Writes a key file, mode 0600, in place of what is there: readers see the old file or the new one, never a part.
     pub fn save(&self, path: &Path) -> Result<(), KeyFault> {
-        self.place(path, |new, path| fs::rename(new, path))
-    }
-
-    /// Reads the key file, or makes one if there is none. Of several processes that start together one makes it.
-    pub fn load_or_generate(path: &Path, now: u64) -> Result<Ring, KeyFault> {
-        match Ring::load(path) {
-            Err(KeyFault::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-            other => return other,
-        }
-        let ring = Ring::generate(now)?;
-        match ring.place(path, |new, path| fs::hard_link(new, path)) {
-            Ok(()) => Ok(ring),
-            Err(KeyFault::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => Ring::load(path),
-            Err(fault) => Err(fault),
-        }
-    }
-
-    /// Writes beside `path` and lets `swap` put the new file in its place.
-    fn place(&self, path: &Path, swap: impl FnOnce(&Path, &Path) -> io::Result<()>) -> Result<(), KeyFault> {
         let fault = |source| KeyFault::Io { path: path.to_owned(), source };
         let name = path.file_name().ok_or_else(|| fault(io::ErrorKind::InvalidInput.into()))?.to_string_lossy();
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let new = folder.join(format!(".{name}.{}", Jti::fresh().map_err(|_| KeyFault::Random)?));
-        let placed = write_private(&new, &self.to_json()).and_then(|()| swap(&new, path));
-        // After a rename there is nothing left to remove.
-        let _ = fs::remove_file(&new);
+        let placed = write_private(&new, &self.to_json()).and_then(|()| fs::rename(&new, path));
+        if placed.is_err() {
+            // What failed is told; what is left of it cannot be helped.
+            let _ = fs::remove_file(&new);
+        }
         placed.and_then(|()| File::open(folder)?.sync_all()).map_err(fault)
     }
 
@@ -600,9 +614,9 @@ mod tests {
     fn published_keys_read_back_without_the_revoked() {
         let mut ring = Ring::generate(NOW).unwrap();
         let first = ring.current().unwrap();
-        let second = ring.prepare(NOW).unwrap();
+        let second = ring.prepare(NOW, PUBLISH_AHEAD).unwrap();
         ring.promote(NOW + PUBLISH_AHEAD).unwrap();
-        let third = ring.prepare(NOW + PUBLISH_AHEAD).unwrap();
+        let third = ring.prepare(NOW + PUBLISH_AHEAD, PUBLISH_AHEAD).unwrap();
         let read = |ring: &Ring| {
             let verifier = Verifier::from_jwks(&ring.jwks()).unwrap();
             move |kid| verifier.keys.get(&kid).map(|public| public.life.state)
@@ -655,8 +669,8 @@ mod tests {
         let mut ring = Ring::generate(NOW).unwrap();
         let first = ring.current().unwrap();
         assert!(matches!(ring.promote(NOW), Err(KeyFault::NoNext)));
-        let next = ring.prepare(NOW).unwrap();
-        assert!(matches!(ring.prepare(NOW), Err(KeyFault::NextExists)));
+        let next = ring.prepare(NOW, PUBLISH_AHEAD).unwrap();
+        assert!(matches!(ring.prepare(NOW, PUBLISH_AHEAD), Err(KeyFault::NextExists)));
         assert!(matches!(ring.promote(NOW + PUBLISH_AHEAD - 1), Err(KeyFault::TooEarly { from }) if from == NOW + PUBLISH_AHEAD));
         assert_eq!(ring.current(), Some(first));
         assert_eq!(ring.promote(NOW + PUBLISH_AHEAD).unwrap(), Rotation { current: next, retired: Some(first) });
@@ -666,7 +680,7 @@ mod tests {
     #[test]
     fn a_copy_from_before_the_promotion_believes_the_promoted_key() {
         let mut ring = Ring::generate(NOW).unwrap();
-        let next = ring.prepare(NOW).unwrap();
+        let next = ring.prepare(NOW, PUBLISH_AHEAD).unwrap();
         let stale = Verifier::from_jwks(&ring.jwks()).unwrap();
         ring.promote(NOW + PUBLISH_AHEAD).unwrap();
         assert!(stale.key(next, NOW + PUBLISH_AHEAD).is_ok());
@@ -678,7 +692,7 @@ mod tests {
     fn a_retired_key_verifies_for_its_time_and_is_then_dropped() {
         let mut ring = Ring::generate(NOW).unwrap();
         let first = ring.current().unwrap();
-        ring.prepare(NOW).unwrap();
+        ring.prepare(NOW, PUBLISH_AHEAD).unwrap();
         let promoted = NOW + PUBLISH_AHEAD;
         ring.promote(promoted).unwrap();
         assert!(ring.verifier().key(first, promoted + RETIRED_FOR).is_ok());
@@ -696,7 +710,7 @@ mod tests {
         ring.revoke(ring.current().unwrap(), NOW).unwrap();
         assert!(ring.is_due(NOW));
         assert_eq!(ring.sign_entry(&entry), Err(Unsigned::NoCurrentKey));
-        let next = ring.prepare(NOW).unwrap();
+        let next = ring.prepare(NOW, PUBLISH_AHEAD).unwrap();
         assert_eq!(ring.promote(NOW).unwrap(), Rotation { current: next, retired: None });
         assert!(ring.verifier().key(next, NOW).is_ok());
         assert!(ring.sign_entry(&entry).is_ok());
@@ -708,11 +722,11 @@ mod tests {
         let mut ring = Ring::generate(NOW).unwrap();
         let mut now = NOW;
         while ring.pairs.len() < MAX_KEYS {
-            ring.prepare(now).unwrap();
+            ring.prepare(now, PUBLISH_AHEAD).unwrap();
             now += PUBLISH_AHEAD;
             ring.promote(now).unwrap();
         }
-        assert!(matches!(ring.prepare(now), Err(KeyFault::Full)));
+        assert!(matches!(ring.prepare(now, PUBLISH_AHEAD), Err(KeyFault::Full)));
         assert!(Verifier::from_jwks(&ring.jwks()).is_ok());
         assert!(ring.to_json().len() <= MAX_FILE_BYTES / 2, "{}", ring.to_json().len());
         assert_eq!(Ring::from_json(&ring.to_json()).unwrap().pairs.len(), MAX_KEYS);
@@ -722,13 +736,13 @@ mod tests {
     fn a_saved_ring_loads_as_it_was() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keys.json");
-        let mut ring = Ring::load_or_generate(&path, NOW).unwrap();
-        assert_eq!(Ring::load_or_generate(&path, NOW + 1).unwrap().current(), ring.current());
-        ring.prepare(NOW).unwrap();
+        let mut ring = Ring::generate(NOW).unwrap();
+        ring.save(&path).unwrap();
+        ring.prepare(NOW, PUBLISH_AHEAD).unwrap();
         ring.promote(NOW + PUBLISH_AHEAD).unwrap();
         ring.save(&path).unwrap();
         let loaded = Ring::load(&path).unwrap();
-        assert_eq!(loaded.jwks(), ring.jwks());
+        assert_eq!((loaded.jwks(), loaded.digest()), (ring.jwks(), ring.digest()));
         assert_eq!(loaded.current(), ring.current());
         let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["keys.json"], "nothing is left beside it");
@@ -750,17 +764,6 @@ mod tests {
                 Err(other) => panic!("{other}"),
             }
         }
-    }
-
-    #[test]
-    fn of_many_processes_that_start_together_one_makes_the_key() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("keys.json");
-        let kids = std::thread::scope(|scope| {
-            let runs: Vec<_> = (0..8).map(|_| scope.spawn(|| Ring::load_or_generate(&path, NOW).unwrap().current())).collect();
-            runs.into_iter().map(|run| run.join().unwrap()).collect::<std::collections::HashSet<_>>()
-        });
-        assert_eq!(kids.len(), 1);
     }
 
     #[test]

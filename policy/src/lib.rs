@@ -4,6 +4,7 @@
 //! |---|---|
 //! | **claims**: what a verdict says | [`Claims`], built by an [`Issuer`] |
 //! | **ring**: the private keys of one signer, through their states | [`Ring`] |
+//! | **custody**: a ring's file and its audit, for changes | [`custody::Custody`] |
 //! | **verifier**: the public keys a party trusts | [`Verifier`] |
 //! | **digest**: SHA-256 of bytes, spelled as in `Content-Digest` | [`Digest`] |
 //! | **constitution**: the document of principles in force | [`Constitution`] |
@@ -40,11 +41,12 @@
 //! ```
 //!
 //! Times are whole Unix seconds and come in as arguments: nothing here reads a clock. Nothing here opens a socket; the only
-//! files touched are those of [`Ring::load`], [`Ring::save`] and [`audit::Audit`].
+//! files touched are those of [`Ring::load`], [`Ring::save`], [`audit`] and [`custody`].
 
 pub mod audit;
 mod claims;
 mod constitution;
+pub mod custody;
 mod digest;
 mod jws;
 mod keys;
@@ -55,7 +57,9 @@ mod verify;
 pub use claims::{AUDIT, Claims, Decision, Direction, Facts, Issuer, Jti, LIFETIME, Mode, ORCHESTRATOR, Policy, Unsigned};
 pub use constitution::{Clause, Constitution, NotAConstitution};
 pub use digest::{Digest, Hasher, NotADigest};
-pub use keys::{KeyFault, Kid, PUBLISH_AHEAD, RETIRED_FOR, ROTATE_AFTER, Ring, Rotation, State, Verifier};
-pub use registry::{ANY_TENANT, Active, Entry, Installed, Memory, NotInstalled, PREVIOUS_FOR, Previous, Registry, Standing, Unavailable};
+pub use keys::{Key, KeyFault, Kid, PUBLISH_AHEAD, RETIRED_FOR, ROTATE_AFTER, Ring, Rotation, State, Verifier};
+pub use registry::{
+    ANY_TENANT, Active, Entry, Installed, LONGEST_OVERLAP, Memory, NotInstalled, PREVIOUS_FOR, Previous, Registry, Standing, Unavailable,
+};
 pub use replays::{Replays, Use};
 pub use verify::{Expect, LEEWAY, Rejected, Unspent};

@@ -463,7 +463,7 @@ mod tests {
         let mut both = both();
         let old = both.ring.sign(&claims()).unwrap();
         let first = both.ring.current().unwrap();
-        both.ring.prepare(NOW - PUBLISH_AHEAD).unwrap();
+        both.ring.prepare(NOW - PUBLISH_AHEAD, PUBLISH_AHEAD).unwrap();
         both.ring.promote(NOW).unwrap();
         assert!(both.verify(&old, &expect()).is_ok());
         assert!(both.judge(&claims(), &expect()).is_ok());
