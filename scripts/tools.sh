@@ -18,6 +18,8 @@ has chromium || need+=(chromium)
 has nginx || need+=(nginx-light)
 has redis-server || has valkey-server || need+=(redis-server)
 has node && has npm || need+=(nodejs npm)
+has java || need+=(default-jre-headless)
+has mvn || need+=(maven)
 has git || need+=(git)
 python3 -c 'import ensurepip, venv' 2>/dev/null || need+=(python3-venv)
 if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && has apt-get; then
@@ -31,6 +33,7 @@ has nginx || say_missing nginx "tests and load runs beside it are skipped" "apt-
 has redis-server || has valkey-server || say_missing redis "tests of shared state are skipped" "apt-get install redis-server"
 has node && has npm || say_missing "Node 20 and npm" "tests with OpenAI's Node SDK and of the page are skipped" "https://nodejs.org"
 python3 -c 'import ensurepip, venv' 2>/dev/null || say_missing "Python 3 with venv" "tests with Python clients are skipped" "apt-get install python3-venv"
+has java && has mvn || say_missing "Java 17 and Maven" "tests with Kafka are skipped" "apt-get install default-jre-headless maven"
 
 # Other people's clients: OpenAI's SDKs and a WebSocket client, in Python and Node. What is installed is what is pinned.
 stamp() { cat "$@" | sha256sum | cut -c1-16; }
@@ -59,6 +62,28 @@ if has npm; then
             echo "$want" > "$folder/node_modules/.stamp"
         fi
     done
+fi
+# A real Apache Kafka: its jars, and a folder formatted once, which every broker of the tests begins with a copy of.
+if has java && has mvn; then
+    want=$(stamp tests/kafka/pom.xml)
+    if [ "$(cat .tools/kafka/.stamp 2>/dev/null)" != "$want" ]; then
+        echo "installing Apache Kafka into .tools/kafka"
+        rm -rf .tools/kafka
+        mkdir -p .tools/kafka
+        mvn --quiet --batch-mode --file tests/kafka/pom.xml org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies \
+            -DincludeScope=runtime -DoutputDirectory="$PWD/.tools/kafka/libs"
+        cat > .tools/kafka/format.properties <<X
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:9093
+controller.listener.names=CONTROLLER
+listeners=PLAINTEXT://127.0.0.1:9092,CONTROLLER://127.0.0.1:9093
+log.dirs=$PWD/.tools/kafka/formatted
+X
+        java -cp '.tools/kafka/libs/*' kafka.tools.StorageTool format --cluster-id aGVhZGdhdGUta2Fma2EtMQ \
+            --config .tools/kafka/format.properties >.tools/kafka/format.log 2>&1 || { cat .tools/kafka/format.log >&2; exit 1; }
+        echo "$want" > .tools/kafka/.stamp
+    fi
 fi
 
 if [ $missing = 0 ]; then echo "tools are here"; fi

@@ -60,6 +60,7 @@ impl<T> OrSkip<T> for Result<T, Missing> {
 pub struct Program {
     name: String,
     command: Command,
+    stdin: Stdio,
     /// Removed when the service is dropped.
     folder: TempDir,
 }
@@ -100,7 +101,19 @@ impl Program {
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).expect("to open the temporary folder");
         let mut command = Command::new(path);
         command.current_dir(folder.path());
-        Program { name, command, folder }
+        Program { name, command, stdin: Stdio::null(), folder }
+    }
+
+    /// The same, with a standard input that says nothing and ends with this process, however that ends.
+    #[must_use]
+    pub fn leashed(mut self) -> Program {
+        self.stdin = Stdio::piped();
+        self
+    }
+
+    /// The program's own path.
+    pub fn path(&self) -> &Path {
+        Path::new(self.command.as_std().get_program())
     }
 
     /// The first of `names` that is installed, or the program the environment variable `variable` points to.
@@ -153,9 +166,9 @@ impl Program {
         self.try_start(ready).await.unwrap_or_else(|sentence| panic!("{sentence}"))
     }
 
-    async fn try_start(self, ready: Ready) -> Result<Service, String> {
-        let Program { name, mut command, folder } = self;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).process_group(0);
+    pub(crate) async fn try_start(self, ready: Ready) -> Result<Service, String> {
+        let Program { name, mut command, stdin, folder } = self;
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).process_group(0);
         let mut child = command.spawn().map_err(|error| format!("cannot start {name}: {error}"))?;
         let group = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)).ok_or_else(|| format!("{name} ended at once"))?;
         let (log, output) = watch::channel(Log { pipes: 2, ..Log::default() });
