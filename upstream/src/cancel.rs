@@ -5,14 +5,7 @@ use std::{sync::Arc, time::Duration};
 use headgate_contracts::TurnId;
 use tokio::{runtime::Handle, time::timeout};
 
-use crate::{
-    Shared,
-    balance::Lease,
-    endpoint::Endpoint,
-    exchange::{Begun, exchange},
-    request::cancel_bytes,
-    settings::Protocol,
-};
+use crate::{Shared, balance::Lease, endpoint::Endpoint, request::cancel_bytes, settings::Protocol, tell::call};
 
 /// How long a cancel call may take, and how many may be under way for one upstream: it is a courtesy, the closed connection is
 /// the message.
@@ -69,31 +62,7 @@ impl Drop for Cancel {
 impl Armed {
     /// Whether the endpoint took the call.
     async fn call(&self) -> bool {
-        let endpoint = &self.endpoint;
-        let bytes = cancel_bytes(endpoint, self.turn, &self.traceparent, self.shared.authorization.as_ref());
-        let kept = endpoint.reuse();
-        let mut io = match kept {
-            Some(io) => io,
-            None => match endpoint.target.connect().await {
-                Ok(io) => io,
-                Err(_) => return false,
-            },
-        };
-        match exchange(&mut io, &bytes, &self.shared.settings.limits).await {
-            Ok(Begun { mut head, early }) => {
-                let mut rest = early.as_slice();
-                while !rest.is_empty() {
-                    match head.body.strip(rest) {
-                        Ok((used, _)) if used > 0 => rest = rest.get(used..).unwrap_or_default(),
-                        Ok(_) | Err(_) => return head.status.is_success(),
-                    }
-                }
-                if head.keep && head.body.ended() {
-                    endpoint.keep(io, head.body);
-                }
-                head.status.is_success()
-            }
-            Err(_) => false,
-        }
+        let bytes = cancel_bytes(&self.endpoint, self.turn, &self.traceparent, self.shared.authorization.as_ref());
+        call(&self.shared, &self.endpoint, &bytes).await.is_ok_and(|status| status.is_success())
     }
 }

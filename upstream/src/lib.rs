@@ -11,6 +11,7 @@
 //! | `forward` | a plain reverse proxy, on the same connections |
 //! | `balance` | which endpoint is next: pingora's balancer and health state |
 //! | `cancel` | tells the orchestrator that nobody waits any more |
+//! | `tell` | tells it what became of a turn |
 //! | [`stats`] | what is counted |
 //!
 //! What is absent on purpose: no task and no channel between an upstream's socket and the caller, so that not reading is
@@ -44,6 +45,7 @@ mod open;
 mod request;
 pub mod settings;
 pub mod stats;
+mod tell;
 
 pub use answer::Answer;
 pub use forward::{Forwarded, ForwardedBody, Outgoing, Tunnel};
@@ -119,7 +121,8 @@ impl Upstream {
     /// The request is encoded from the parsed form and sealed (`prompt.seal`) over its exact bytes; with it go the headers
     /// filters put on the prompt and the trace, and nothing else a client wrote. It is tried again on another endpoint only
     /// while no byte of a response has come, or on 502, 503 and 504; a kept connection that turns out dead is replaced by a
-    /// fresh one. Cancel safe in the sense that matters: dropping the future closes the connection and cancels the turn.
+    /// fresh one. A turn for an orchestrator is tried elsewhere only where it surely was not taken: no connection was made, or
+    /// the orchestrator says so itself. Cancel safe in the sense that matters: dropping the future closes the connection and cancels the turn.
     ///
     /// Errors: `upstream_connect_failed`, `upstream_timeout_first_byte`, `upstream_reset`, `upstream_protocol_error`,
     /// `upstream_refused`, `overloaded`, `verdict_rejected`, or the orchestrator's own code; and what the seal says.

@@ -1,13 +1,14 @@
-//! Opens an answer: balance, connect, send, wait for the head; tries again only while nothing has been answered.
+//! Opens an answer: balance, connect, send, wait for the head; tries again only while nothing has been answered, and, where an
+//! orchestrator is asked, only what it surely did not take.
 
 use std::{sync::Arc, time::Duration};
 
 use headgate_contracts::{
     Code, Fault, Prompt, Who,
-    wire::{problem, sse},
+    wire::{conversation, problem, sse},
 };
 use http::{
-    HeaderMap, StatusCode,
+    HeaderMap, HeaderValue, StatusCode,
     header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER},
 };
 use tokio::time::{timeout, timeout_at};
@@ -124,6 +125,8 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
     let (settings, stats) = (&shared.settings, &shared.stats);
     let endpoint = Arc::clone(lease.endpoint());
     let mut kept = endpoint.reuse();
+    // Whether the endpoint was sent the request and closed the connection: another one is not asked then, and a turn is run once.
+    let mut was_sent = false;
     loop {
         let reused = kept.is_some();
         let mut io = match kept.take() {
@@ -131,7 +134,10 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
                 stats.reused.one();
                 io
             }
-            None => connect(shared, &endpoint).await?,
+            None => match connect(shared, &endpoint).await {
+                Ok(io) => io,
+                Err(Failed { fault, again }) => return Err(Failed { fault, again: again && !was_sent }),
+            },
         };
         let bytes = request.bytes_for(&endpoint).map_err(Failed::finally)?;
         let mut cancel = Cancel::arm(shared, &lease, prompt.turn, || prompt.trace.traceparent());
@@ -141,7 +147,8 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
                     Ok(form) => Ok(((io, lease), begun, form, cancel)),
                     Err(no_answer) => {
                         cancel.disarm();
-                        Err(refusal(no_answer, begun, io, &endpoint).await)
+                        let Failed { fault, again } = refusal(no_answer, begun, io, &endpoint, settings.protocol).await;
+                        Err(Failed { fault, again: again && !was_sent })
                     }
                 };
             }
@@ -149,9 +156,13 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
             Err(Broken::Unanswered(_)) if reused => {
                 stats.stale.one();
                 cancel.disarm();
+                // The same endpoint may be asked again: an orchestrator takes a turn once.
+                was_sent = settings.protocol == Protocol::Orchestrator;
             }
             Err(broken @ Broken::Unanswered(_)) => {
-                return Err(Failed { fault: Fault::upstream(Code::UpstreamReset).caused_by(broken), again: true });
+                // A model that was asked for nothing has written nothing; an orchestrator may have taken the turn and died.
+                let again = settings.protocol == Protocol::OpenAi;
+                return Err(Failed { fault: Fault::upstream(Code::UpstreamReset).caused_by(broken), again });
             }
             Err(broken @ Broken::Cut(_)) => return Err(Failed::finally(Fault::upstream(Code::UpstreamReset).caused_by(broken))),
             Err(broken @ Broken::Malformed(_)) => {
@@ -209,7 +220,7 @@ fn media_type(headers: &HeaderMap) -> Option<String> {
 }
 
 /// What a response that is no answer means. Its body is read only to learn the code, and never shown.
-async fn refusal(no_answer: NoAnswer, mut begun: Begun, mut io: Io, endpoint: &Endpoint) -> Failed {
+async fn refusal(no_answer: NoAnswer, mut begun: Begun, mut io: Io, endpoint: &Endpoint, protocol: Protocol) -> Failed {
     let status = match no_answer {
         NoAnswer::Status(status) if status.is_client_error() || status.is_server_error() => status,
         other => return Failed::finally(Fault::upstream(Code::UpstreamProtocolError).caused_by(other)),
@@ -223,7 +234,14 @@ async fn refusal(no_answer: NoAnswer, mut begun: Begun, mut io: Io, endpoint: &E
     if let (None, Some(pause)) = (fault.retry_after, retry_after(&begun.head.headers)) {
         fault.retry_after = Some(pause);
     }
-    let again = matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT);
+    let again = match protocol {
+        Protocol::OpenAi => matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT),
+        // The status alone does not tell: a turn that was taken fails with these too, when its model does.
+        Protocol::Orchestrator => {
+            let taken = begun.head.headers.get(conversation::TURN_TAKEN).map(HeaderValue::as_bytes);
+            status == StatusCode::SERVICE_UNAVAILABLE && taken == Some(conversation::NOT_TAKEN.as_bytes())
+        }
+    };
     Failed { fault, again }
 }
 

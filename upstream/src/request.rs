@@ -120,6 +120,25 @@ pub(crate) fn cancel_bytes(endpoint: &Endpoint, turn: TurnId, traceparent: &str,
     out
 }
 
+/// A request that tells an orchestrator something, with what proves it.
+pub(crate) fn told_bytes(
+    endpoint: &Endpoint,
+    path: &str,
+    mut headers: HeaderMap,
+    body: &[u8],
+    authorization: Option<&HeaderValue>,
+) -> Vec<u8> {
+    if let Some(authorization) = authorization {
+        headers.insert(AUTHORIZATION, authorization.clone());
+    }
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let mut out = Vec::with_capacity(2048 + body.len());
+    begin(&mut out, path, endpoint);
+    fields(&mut out, &headers);
+    finish(&mut out, body);
+    out
+}
+
 fn turn_path(protocol: Protocol, prefix: &str) -> String {
     match (protocol, prefix) {
         // As OpenAI's SDKs read a base URL: it carries the version itself.

@@ -8,6 +8,12 @@ use super::openai::Completion;
 use super::problem::to_vec;
 use crate::{Fault, Finish, Head, Message, Prompt, SessionId, Settings, Subject, TenantId, TurnId, Usage};
 
+/// The header by which an orchestrator says of a turn that it refuses whether it was taken: only one that was not may be tried
+/// elsewhere. RFC 9651, a boolean.
+pub const TURN_TAKEN: &str = "turn-taken";
+/// Its value where the turn was not taken: nothing was done for it, and its verdict is unspent.
+pub const NOT_TAKEN: &str = "?0";
+
 /// The body of `POST /v1/conversation/stream` and `/v1/conversation/step`.
 #[derive(Clone, PartialEq)]
 pub struct Request {

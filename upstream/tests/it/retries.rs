@@ -5,7 +5,7 @@ use headgate_testkit::{
     dialect::Answer,
     upstream::{Framing, Refusing, Script, Upstream},
 };
-use headgate_upstream::settings::Balance;
+use headgate_upstream::{Protocol, settings::Balance};
 
 use crate::{SECOND, code, prompt, turn, upstream};
 
@@ -43,6 +43,58 @@ async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
         assert!(upstream.stats().retried.get() >= 1, "{what}");
         assert_eq!(bad.requests().len() as u64, upstream.stats().retried.get(), "{what}");
     }
+}
+
+#[tokio::test]
+async fn a_turn_is_tried_at_another_orchestrator_only_where_it_surely_was_not_taken() {
+    let status = |status, taken: &[(&str, &str)]| Script::new().read().head(status, Framing::Length(0), taken);
+    let refused = Refusing::start();
+    for (what, script, goes_on) in [
+        ("503 that says so", status(503, &[("turn-taken", "?0")]), true),
+        ("503 that does not, as a proxy's", status(503, &[]), false),
+        ("503 of a turn that was taken", status(503, &[("turn-taken", "?1")]), false),
+        ("502 of its model", status(502, &[]), false),
+        ("504 of its model", status(504, &[("turn-taken", "?0")]), false),
+        ("closed after the request", Script::new().read().close(), false),
+        ("reset after the request", Script::new().read().reset(), false),
+        ("no connection", Script::new(), true),
+    ] {
+        let (bad, other) =
+            (Upstream::always(script).await, Upstream::always(Script::stream(Answer::conversation("m", &["good"]).events())).await);
+        let first = if what == "no connection" { format!("http://{}", refused.addr()) } else { bad.url() };
+        let upstream = upstream(&[first, other.url()], |settings| {
+            (settings.protocol, settings.balance) = (Protocol::Orchestrator, Balance::RoundRobin);
+        });
+        let mut heard = Vec::new();
+        for _ in 0..2 {
+            heard.push(turn(&upstream).await.0);
+        }
+        heard.sort_unstable();
+        assert_eq!(heard, [if goes_on { "good" } else { "" }, "good"], "{what}");
+        let dispatches = |to: &Upstream| to.requests().iter().filter(|request| request.target.ends_with("/stream")).count();
+        assert!(goes_on || dispatches(&bad) + dispatches(&other) == 2, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn a_turn_sent_on_a_kept_connection_that_was_cut_is_not_sent_to_another_orchestrator() {
+    // The first turn leaves its connection behind; the second is sent on it, and the orchestrator begins anew.
+    let answer = || Script::new().read().sse().send_all(Answer::conversation("m", &["good"]).events()).end();
+    let anew = Script::new().read().head(503, Framing::Length(0), &[("turn-taken", "?0")]);
+    let (dying, other) = (Upstream::each([answer().read().close(), anew]).await, Upstream::always(answer().again()).await);
+    let upstream = upstream(&[dying.url(), other.url()], |settings| {
+        (settings.protocol, settings.balance) = (Protocol::Orchestrator, Balance::Session);
+    });
+    let mut at_dying = prompt();
+    while dying.requests().is_empty() {
+        at_dying = prompt();
+        let mut answer = upstream.open(&at_dying).await.unwrap();
+        crate::read(&mut answer).await.1.unwrap();
+    }
+    let before = other.requests().len();
+    at_dying.turn = headgate_contracts::TurnId::fresh();
+    assert!(upstream.open(&at_dying).await.is_err());
+    assert_eq!((dying.requests().len(), other.requests().len()), (3, before));
 }
 
 #[tokio::test]
