@@ -5,9 +5,9 @@
 //! followed. A replayed older entry is refused by its sequence number while the process lives; after a restart the store is
 //! believed as far as the signature goes.
 //!
-//! [`Registry`] is synchronous on purpose: the data path reads what this process holds. A registry on Redis is a task that
-//! reads `policy:{tenant}` (subscribed, and polled), calls [`Memory::install`] with what it found, and answers
-//! [`Unavailable`] in front of that [`Memory`] once it has not reached Redis for too long.
+//! [`Registry`] is synchronous on purpose: the data path reads what this process holds. The crate `headgate-store` follows a
+//! store, calls [`Memory::install`] with what it finds there, and answers [`Unavailable`] in front of that [`Memory`] once the
+//! store has not been reached for too long.
 
 use std::{
     collections::HashMap,
@@ -24,8 +24,11 @@ use crate::{
 
 /// The tenant name of the entry for all tenants that have none of their own. No tenant can have it as a name.
 pub const ANY_TENANT: &str = "*";
-/// Seconds the previous constitution still counts after the active one took over: the turns on their way.
+/// Seconds the previous constitution still counts after the active one took over, unless its entry says more: the turns on
+/// their way.
 pub const PREVIOUS_FOR: u64 = 60;
+/// The most seconds that an entry may let the previous constitution count: a day, for a fleet that changes over slowly.
+pub const LONGEST_OVERLAP: u64 = 24 * 60 * 60;
 
 /// What is in force for one tenant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +40,7 @@ pub struct Entry {
     pub seq: u64,
     /// In force from its `nbf` on.
     pub active: Active,
-    /// In force before that, and for [`PREVIOUS_FOR`] seconds after.
+    /// In force before that, and for a while after.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
 }
@@ -65,6 +68,9 @@ pub struct Previous {
     pub con: Digest,
     /// Its version.
     pub ver: String,
+    /// Seconds that it counts after the active one took over, at most [`LONGEST_OVERLAP`]; by default [`PREVIOUS_FOR`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<u64>,
 }
 
 /// Whether a constitution counts.
@@ -92,8 +98,14 @@ impl Entry {
             tid: self.tid.clone(),
             seq: self.seq.saturating_add(1),
             active: Active { con, ver: ver.to_owned(), nbf, until: None },
-            previous: Some(Previous { con: self.active.con, ver: self.active.ver.clone() }),
+            previous: Some(Previous { con: self.active.con, ver: self.active.ver.clone(), overlap: None }),
         }
+    }
+
+    /// The last Unix second at which the previous constitution counts, where there is one.
+    pub fn previous_until(&self) -> Option<u64> {
+        let overlap = self.previous.as_ref()?.overlap.unwrap_or(PREVIOUS_FOR);
+        Some(self.active.nbf.saturating_add(overlap.min(LONGEST_OVERLAP)))
     }
 
     /// How the constitution `con` in version `ver` stands at `now`.
@@ -102,7 +114,7 @@ impl Entry {
         // The signer's clock may be ahead of ours by the leeway.
         let begun = now.saturating_add(LEEWAY) >= nbf;
         let active = (begun && until.is_none_or(|until| now <= until)).then_some((self.active.con, self.active.ver.as_str()));
-        let previous = self.previous.as_ref().filter(|_| now <= nbf.saturating_add(PREVIOUS_FOR));
+        let previous = self.previous.as_ref().filter(|_| self.previous_until().is_some_and(|until| now <= until));
         let previous = previous.map(|previous| (previous.con, previous.ver.as_str()));
         if active == Some((con, ver)) {
             Standing::Active
@@ -181,6 +193,11 @@ impl Memory {
         Memory { capacity, entries: RwLock::default() }
     }
 
+    /// Every entry installed, in no order.
+    pub fn entries(&self) -> Vec<Arc<Entry>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
     /// Installs a signed entry for the tenant it names, whatever place it was found in.
     ///
     /// `policy_keys`: the public policy keys. An entry outlives its key's rotation only if it is signed again: sign all
@@ -238,6 +255,16 @@ mod tests {
         assert_eq!(second.standing("1", con("one"), NOW + PREVIOUS_FOR + 1), Standing::Unknown);
         // Two steps back is too far, however soon.
         assert_eq!(second.succeeded_by("3", con("three"), NOW).standing("1", con("one"), NOW), Standing::Unknown);
+    }
+
+    #[test]
+    fn an_entry_may_let_the_previous_constitution_count_for_longer_but_not_for_ever() {
+        let mut entry = Entry::first("acme", "1", con("one"), NOW - 1000).succeeded_by("2", con("two"), NOW);
+        for (overlap, until) in [(None, 60), (Some(0), 0), (Some(600), 600), (Some(u64::MAX), LONGEST_OVERLAP)] {
+            entry.previous.as_mut().unwrap().overlap = overlap;
+            assert_eq!(entry.standing("1", con("one"), NOW + until), Standing::Previous, "{overlap:?}");
+            assert_eq!(entry.standing("1", con("one"), NOW + until + 1), Standing::Unknown, "{overlap:?}");
+        }
     }
 
     #[test]

@@ -347,14 +347,27 @@ pub async fn redis() -> Result<Service, Missing> {
 
 /// A Redis where another one was before: the one that comes back. The inner error says why it could not start there.
 pub async fn redis_at(addr: SocketAddr) -> Result<Result<Service, String>, Missing> {
-    let program = Program::find(&["redis-server", "valkey-server"], "HEADGATE_REDIS_SERVER", "apt-get install redis-server")?;
-    let port = addr.port().to_string();
-    let program = program.arguments(["--bind", "127.0.0.1", "--port", &port, "--save", "", "--appendonly", "no", "--daemonize", "no"]);
-    let started = program.try_start(Ready::Line("eady to accept connections".into())).await;
+    let started = redis_program(addr)?.try_start(Ready::Line("eady to accept connections".into())).await;
     Ok(started.map(|mut service| {
         service.addr = Some(addr);
         service
     }))
+}
+
+/// A Redis that takes its time over `dump`, what another one wrote as `dump.rdb`: it loads a key every `per_key`, and answers
+/// `-LOADING` to everybody meanwhile. The inner error says why it could not start there.
+pub async fn redis_loading(addr: SocketAddr, dump: &[u8], per_key: Duration) -> Result<Result<Service, String>, Missing> {
+    let program = redis_program(addr)?;
+    program.file("dump.rdb", dump);
+    let delay = per_key.as_micros().to_string();
+    let program = program.arguments(["--key-load-delay", &delay, "--loading-process-events-interval-bytes", "1024"]);
+    Ok(program.try_start(Ready::Connects(addr)).await)
+}
+
+fn redis_program(addr: SocketAddr) -> Result<Program, Missing> {
+    let program = Program::find(&["redis-server", "valkey-server"], "HEADGATE_REDIS_SERVER", "apt-get install redis-server")?;
+    let port = addr.port().to_string();
+    Ok(program.arguments(["--bind", "127.0.0.1", "--port", &port, "--save", "", "--appendonly", "no", "--daemonize", "no"]))
 }
 
 /// An nginx with this inside its `http` block; every `{listen}` is replaced by the address it is to listen on.

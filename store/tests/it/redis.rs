@@ -1,0 +1,160 @@
+//! Nobody waits for Redis longer than the budget, whatever is wrong with it.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use headgate_policy::{Jti, Use};
+use headgate_store::{Redis, Unanswered, Used, cmd, pipe};
+use headgate_testkit::{
+    services::{self, OrSkip, Signal},
+    soon,
+};
+
+use crate::{BUDGET, connected};
+
+/// What a machine busy with other things may add to a wait. The budget itself is counted, not timed: see the tests.
+const BUSY: Duration = Duration::from_millis(500);
+
+async fn ping(redis: &Redis) -> Result<String, Unanswered> {
+    redis.ask(&cmd("PING")).await
+}
+
+#[tokio::test]
+async fn a_frozen_redis_costs_three_budgets_and_then_nothing_until_it_thaws() {
+    let Some(server) = services::redis().await.or_skip("a_frozen_redis_costs_three_budgets") else { return };
+    let redis = connected(&server).await;
+    assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
+    server.signal(Signal::Stop);
+    let mut waits = Vec::new();
+    for _ in 0..100 {
+        let asked = Instant::now();
+        waits.push((ping(&redis).await.unwrap_err(), asked.elapsed()));
+    }
+    let late: Vec<Duration> = waits.iter().filter(|(why, _)| *why == Unanswered::Late).map(|(_, wait)| *wait).collect();
+    let after: Duration = waits.iter().filter(|(why, _)| *why == Unanswered::Away).map(|(_, wait)| *wait).sum();
+    println!("frozen: late {late:?}, the other {} together {after:?}", waits.len() - late.len());
+    assert_eq!(late.len(), 3, "after three late answers nobody asks any more");
+    assert_eq!(waits.len(), 100);
+    assert!(late.iter().all(|wait| *wait >= BUDGET && *wait < BUDGET + BUSY), "{late:?}");
+    assert!(after < BUSY, "97 calls that ask nobody took {after:?}");
+
+    server.signal(Signal::Continue);
+    soon(redis.up(), "redis to be asked again").await;
+    assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
+}
+
+#[tokio::test]
+async fn a_hundred_who_ask_a_frozen_redis_at_once_wait_one_budget_together() {
+    let Some(server) = services::redis().await.or_skip("a_hundred_who_ask_a_frozen_redis_at_once") else { return };
+    let redis = connected(&server).await;
+    server.signal(Signal::Stop);
+    let asked = Instant::now();
+    let answers = join_all((0..100).map(|_| ping(&redis))).await;
+    let wait = asked.elapsed();
+    println!("frozen: 100 at once waited {wait:?}");
+    assert!(answers.iter().all(Result::is_err));
+    assert!(wait < BUDGET + BUSY, "{wait:?}");
+    assert_eq!(ping(&redis).await, Err(Unanswered::Away));
+    server.signal(Signal::Continue);
+}
+
+#[tokio::test]
+async fn a_redis_that_dies_is_not_waited_for_and_is_used_again_when_it_is_back() {
+    let Some(mut server) = services::redis().await.or_skip("a_redis_that_dies_is_not_waited_for") else { return };
+    let (redis, addr) = (connected(&server).await, server.addr());
+    server.signal(Signal::Kill);
+    server.exited().await;
+    let refused = async { while ping(&redis).await != Err(Unanswered::Away) {} };
+    soon(refused, "the broken connection to be noticed").await;
+    let _again = services::redis_at(addr).await.unwrap().unwrap();
+    let back = Instant::now();
+    soon(redis.up(), "redis to be asked again").await;
+    println!("killed: asked again {:?} after it was back", back.elapsed());
+    assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
+}
+
+#[tokio::test]
+async fn a_redis_that_is_not_there_at_first_is_used_once_it_is() {
+    let addr = services::free_addr();
+    let redis = Redis::connect(&format!("redis://{addr}"), BUDGET).unwrap();
+    assert_eq!(ping(&redis).await, Err(Unanswered::Away));
+    let Some(Ok(_server)) = services::redis_at(addr).await.or_skip("a_redis_that_is_not_there_at_first") else { return };
+    soon(redis.up(), "redis to be asked").await;
+    assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
+}
+
+#[tokio::test]
+async fn a_redis_that_is_loading_counts_as_away_until_it_has_loaded() {
+    let Some(mut first) = services::redis().await.or_skip("a_redis_that_is_loading_counts_as_away") else { return };
+    let (redis, addr) = (connected(&first).await, first.addr());
+    let mut keys = pipe();
+    for number in 0..1000 {
+        keys.set(format!("key:{number}"), "v".repeat(64)).ignore();
+    }
+    let patient = redis.within(Duration::from_secs(10));
+    patient.ask_all::<()>(&keys).await.unwrap();
+    patient.ask::<()>(&cmd("SAVE")).await.unwrap();
+    let dump = std::fs::read(first.folder().join("dump.rdb")).unwrap();
+    first.signal(Signal::Kill);
+    first.exited().await;
+
+    let second = services::redis_loading(addr, &dump, Duration::from_millis(2)).await.unwrap().unwrap();
+    let other = Redis::connect(&format!("redis://{addr}"), BUDGET).unwrap();
+    let loading = raw_ping(addr).await;
+    assert!(loading.starts_with("-LOADING"), "the server is loading: {loading}");
+    for redis in [&redis, &other] {
+        let asked = Instant::now();
+        assert!(ping(redis).await.is_err());
+        assert!(asked.elapsed() < BUDGET + BUSY);
+        assert!(!redis.is_up());
+    }
+    soon(other.up(), "redis to have loaded").await;
+    soon(redis.up(), "redis to have loaded").await;
+    assert!(second.output().contains("DB loaded from disk"), "{}", second.output());
+    assert_eq!(redis.ask::<usize>(&cmd("DBSIZE")).await, Ok(1000));
+}
+
+/// What a server says to a PING, without any client of ours.
+async fn raw_ping(addr: std::net::SocketAddr) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut socket = tokio::net::TcpStream::connect(addr).await.unwrap();
+    socket.write_all(b"PING\r\n").await.unwrap();
+    let mut answer = [0; 64];
+    let read = soon(socket.read(&mut answer), "an answer from redis").await.unwrap();
+    String::from_utf8_lossy(&answer[..read]).into_owned()
+}
+
+#[tokio::test]
+async fn an_answer_that_is_an_error_is_no_reason_to_give_redis_up() {
+    let Some(server) = services::redis().await.or_skip("an_answer_that_is_an_error") else { return };
+    let redis = connected(&server).await;
+    for _ in 0..10 {
+        assert_eq!(redis.ask::<()>(&cmd("NO-SUCH-COMMAND-canary-7f3a")).await, Err(Unanswered::Refused("ERR".into())));
+        assert!(matches!(redis.ask::<u64>(&cmd("PING")).await, Err(Unanswered::Refused(_))));
+    }
+    assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
+}
+
+#[tokio::test]
+async fn a_number_is_used_once_by_all_who_share_a_redis_and_it_is_forgotten_in_time() {
+    let Some(server) = services::redis().await.or_skip("a_number_is_used_once_by_all") else { return };
+    let redis = connected(&server).await.within(Duration::from_secs(5));
+    let (here, there) = (Used::new(redis.clone()), Used::new(connected(&server).await.within(Duration::from_secs(5))));
+    let jti = Jti::fresh().unwrap();
+    assert_eq!(here.spend(jti).await, Use::First);
+    assert_eq!(there.spend(jti).await, Use::Again);
+    assert_eq!(here.spend(jti).await, Use::Again);
+    assert_eq!(there.spend(Jti::fresh().unwrap()).await, Use::First);
+    let left: u64 = redis.ask(cmd("PTTL").arg(format!("vj:{jti}"))).await.unwrap();
+    assert!((60_000..=70_000).contains(&left), "{left}");
+    server.signal(Signal::Stop);
+    assert_eq!(Used::new(redis.within(BUDGET)).spend(Jti::fresh().unwrap()).await, Use::Unknown);
+}
+
+#[tokio::test]
+async fn a_password_is_never_shown() {
+    let redis = Redis::connect("redis://user:canary-7f3a@127.0.0.1:1/0", BUDGET).unwrap();
+    assert!(!format!("{redis:?}").contains("canary"), "{redis:?}");
+    let unusable = Redis::connect("redis-canary-7f3a", BUDGET).unwrap_err();
+    assert!(!format!("{unusable} {unusable:?}").contains("canary"));
+}
