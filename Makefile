@@ -6,7 +6,7 @@ CARGO ?= cargo
 
 ## The main job on embedded defaults: gateway, orchestrator and a small language model in one process.
 demo:
-	$(CARGO) run --release --bin headgate -- dev
+	$(CARGO) run --bin headgate -- dev
 
 ## The same with SmolLM2-135M-Instruct, served by llama.cpp's own server.
 demo-smollm2:
