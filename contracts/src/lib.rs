@@ -19,6 +19,7 @@
 //! [`wire`] holds the codecs: server-sent events, OpenAI chat completions, our own chat stream, WebSocket frames, problems.
 //! [`schema`] generates JSON Schema, OpenAPI and AsyncAPI from the same types.
 
+mod address;
 mod code;
 mod event;
 mod finding;
@@ -30,6 +31,7 @@ mod turn;
 pub mod schema;
 pub mod wire;
 
+pub use address::may_serve;
 pub use code::{Code, ErrorType, Retry};
 pub use event::{Batch, Channel, Dialect, Event, Head, Lane, Span, Usage, What};
 pub use finding::{Category, Finding, Source, Stage};

@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
+use headgate_contracts::may_serve;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -35,7 +36,7 @@ impl Target {
     /// Connects to the first address that takes us. The caller sets the deadline; dropping the future closes what was opened.
     pub(crate) async fn connect(&self) -> io::Result<Io> {
         // Looked up for every connection: the system's resolver caches, and a name that moves is followed at once.
-        let tcp = first_of(lookup_host((&*self.host, self.port)).await?).await?;
+        let tcp = first_of(services(lookup_host((&*self.host, self.port)).await?)).await?;
         tcp.set_nodelay(true)?;
         match &self.tls {
             None => Ok(Io::Plain(tcp)),
@@ -44,10 +45,16 @@ impl Target {
     }
 }
 
+/// Those of a name's addresses that a service may have. Whoever answers for a name may answer with any address, and what a
+/// config must not name it must not lead to by a detour.
+fn services(addresses: impl Iterator<Item = SocketAddr>) -> impl Iterator<Item = SocketAddr> {
+    addresses.filter(|address| may_serve(address.ip()))
+}
+
 /// Tries one address after the other: the next one once the last has failed, or has been silent for a while.
 async fn first_of(mut addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
     let mut trying = FuturesUnordered::new();
-    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address that a service may have");
     loop {
         let next = addresses.next();
         let more = next.is_some();
@@ -146,6 +153,17 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let tcp = first_of([refusing().await, refusing().await, address].into_iter()).await.unwrap();
+        assert_eq!(tcp.peer_addr().unwrap(), address);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_to_the_clouds_metadata_leads_nowhere() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let moved = ["169.254.169.254:80", "[::ffff:169.254.169.254]:80", "[fe80::1]:80"].map(|moved| moved.parse().unwrap());
+        assert_eq!(first_of(services(moved.into_iter())).await.unwrap_err().kind(), io::ErrorKind::NotFound);
+        // What it leads to besides is tried.
+        let tcp = first_of(services(moved.into_iter().chain([address]))).await.unwrap();
         assert_eq!(tcp.peer_addr().unwrap(), address);
     }
 
