@@ -1,0 +1,84 @@
+//! Whether a topic keeps what it is given: asked before anything is written to it.
+
+use rdkafka::{
+    admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
+    config::FromClientConfigAndContext,
+    error::{KafkaError, RDKafkaErrorCode},
+    types::RDKafkaRespErr,
+};
+
+use super::{ANSWER, Told, Topic, client};
+use crate::events::Unfit;
+
+/// Checks the topic, and makes it where it is missing and that was asked for.
+///
+/// Errors: it cannot be asked about now, or must not be used.
+pub(in crate::events) async fn check(topic: &Topic) -> Result<(), Unfit> {
+    let admin = AdminClient::from_config_and_context(&client(&topic.brokers), Told).map_err(|error| Unfit::Refused(error.to_string()))?;
+    let options = AdminOptions::new().request_timeout(Some(ANSWER));
+    // Its settings first: unlike a question about its partitions, this one never makes a topic.
+    let described = admin.describe_configs(&[ResourceSpecifier::Topic(&topic.name)], &options).await;
+    let settings = match described.map(|mut all| all.pop()) {
+        Ok(Some(Ok(settings))) => Some(settings),
+        Ok(Some(Err(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic))) => return make(&admin, topic, &options).await,
+        Ok(Some(Err(RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed))) | Ok(None) => None,
+        Ok(Some(Err(code))) => return Err(Unfit::Away(code.to_string())),
+        Err(KafkaError::AdminOp(RDKafkaErrorCode::UnsupportedFeature)) => None,
+        Err(error) => return Err(Unfit::Away(error.to_string())),
+    };
+    let metadata = admin.inner().fetch_metadata(Some(&topic.name), ANSWER).map_err(|error| Unfit::Away(error.to_string()))?;
+    let found = metadata.topics().iter().find(|found| found.name() == topic.name);
+    let partitions = match found {
+        Some(found) if found.error() == Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART) => return Err(missing(topic)),
+        Some(found) => found.partitions(),
+        None => return Err(missing(topic)),
+    };
+    let Some(replicas) = partitions.iter().map(|partition| partition.replicas().len()).min() else {
+        return Err(Unfit::Away("no partition is known yet".to_owned()));
+    };
+    if replicas < usize::from(topic.replication) {
+        return Err(Unfit::Replicas { topic: topic.name.clone(), found: replicas, wanted: topic.replication });
+    }
+    let least = settings.as_ref().and_then(|settings| settings.get("min.insync.replicas")?.value.as_deref()?.parse::<u16>().ok());
+    match least {
+        Some(found) if found < topic.in_sync => {
+            return Err(Unfit::InSync { topic: topic.name.clone(), found, wanted: topic.in_sync });
+        }
+        // Kafka takes such a topic (KAFKA-18762) and every write to it fails.
+        Some(found) if usize::from(found) > replicas => {
+            return Err(Unfit::Refused(format!(
+                "topic {} wants {found} replicas in sync and has {replicas}: no write to it can succeed",
+                topic.name
+            )));
+        }
+        Some(_) => {}
+        None => tracing::warn!(topic = topic.name, "Kafka does not tell the topic's settings: min.insync.replicas was not checked"),
+    }
+    Ok(())
+}
+
+fn missing(topic: &Topic) -> Unfit {
+    Unfit::Missing { topic: topic.name.clone(), replication: topic.replication, in_sync: topic.in_sync }
+}
+
+async fn make(admin: &AdminClient<Told>, topic: &Topic, options: &AdminOptions) -> Result<(), Unfit> {
+    let Some(partitions) = topic.partitions else { return Err(missing(topic)) };
+    let in_sync = topic.in_sync.to_string();
+    let new = NewTopic::new(&topic.name, i32::from(partitions), TopicReplication::Fixed(i32::from(topic.replication)))
+        .set("min.insync.replicas", &in_sync)
+        .set("unclean.leader.election.enable", "false");
+    let made = admin.create_topics([&new], options).await.map_err(|error| Unfit::Away(error.to_string()))?;
+    match made.into_iter().next() {
+        Some(Ok(_)) => {
+            tracing::info!(topic = topic.name, partitions, replication = topic.replication, "topic made");
+            Ok(())
+        }
+        // Another orchestrator was quicker.
+        Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(()),
+        Some(Err((_, code @ (RDKafkaErrorCode::InvalidReplicationFactor | RDKafkaErrorCode::TopicAuthorizationFailed)))) => {
+            Err(Unfit::Refused(format!("topic {} cannot be made: {code}", topic.name)))
+        }
+        Some(Err((_, code))) => Err(Unfit::Away(code.to_string())),
+        None => Err(Unfit::Away("no answer about the new topic".to_owned())),
+    }
+}
