@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::wire::chat::{Done, ErrorEvent, Gap, Open, TurnRequest};
-use crate::wire::conversation::{self, StepAnswer};
+use crate::wire::conversation::{self, DeliveryReport, DenialReport, StepAnswer};
 use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
 use crate::wire::hop::DispatchFrame;
 use crate::wire::log;
@@ -32,6 +32,8 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("problem.json", schema::<Problem>()),
         ("conversation-request.json", schema::<conversation::Body<'static>>()),
         ("step-answer.json", schema::<StepAnswer>()),
+        ("delivery-report.json", schema::<DeliveryReport>()),
+        ("denial-report.json", schema::<DenialReport>()),
         ("chat-completion-request.json", schema::<ChatCompletionRequest>()),
         ("events/turn.accepted.v1.json", event::<log::Accepted>(log::Kind::Accepted)),
         ("events/verdict.input.v1.json", event::<log::InputVerdict>(log::Kind::InputVerdict)),
@@ -39,6 +41,8 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("events/turn.cancelled.v1.json", event::<log::Cancelled>(log::Kind::Cancelled)),
         ("events/turn.denied.v1.json", event::<log::Denied>(log::Kind::Denied)),
         ("events/turn.failed.v1.json", event::<log::Failed>(log::Kind::Failed)),
+        ("events/verdict.output.v1.json", event::<log::OutputVerdict>(log::Kind::OutputVerdict)),
+        ("events/delivery.v1.json", event::<log::Delivery>(log::Kind::Delivery)),
         ("openapi.json", pretty(&openapi())),
         ("asyncapi.json", pretty(&asyncapi())),
         ("errors.md", errors()),
@@ -231,6 +235,20 @@ const DISPATCH: &[Code] = &[
     Code::Draining,
 ];
 
+/// What the orchestrator may refuse of a report.
+const REPORT: &[Code] = &[
+    Code::InvalidRequest,
+    Code::MalformedJson,
+    Code::VerdictInvalid,
+    Code::VersionConflict,
+    Code::TurnConflict,
+    Code::PayloadTooLarge,
+    Code::UnsupportedMediaType,
+    Code::PolicyRegistryUnavailable,
+    Code::EventLogUnavailable,
+    Code::InternalError,
+];
+
 /// The responses of a call: the good ones, and a problem per status of `codes`.
 fn responses(good: Value, codes: &[&[Code]]) -> Value {
     let mut by_status: BTreeMap<u16, Vec<Code>> = BTreeMap::new();
@@ -288,6 +306,8 @@ fn openapi() -> Value {
     components.subschema_for::<ChatCompletionRequest>();
     components.subschema_for::<conversation::Body<'static>>();
     components.subschema_for::<StepAnswer>();
+    components.subschema_for::<DeliveryReport>();
+    components.subschema_for::<DenialReport>();
     components.subschema_for::<Problem>();
 
     let traced = [header("traceparent", "W3C Trace Context"), header("tracestate", "W3C Trace Context")];
@@ -299,6 +319,15 @@ fn openapi() -> Value {
         header("Constitution-Hash", "the constitution in force"),
         header("Content-Digest", "RFC 9530, of the body"),
         header("Idempotency-Key", "the turn's id where the client sent none"),
+        traced[0],
+        traced[1],
+    ]);
+    let report = json!([
+        turn_id(),
+        header("Policy-Verdict", "the gateway's word over these bytes, a compact JWS"),
+        header("Policy-Version", "the policy in force"),
+        header("Constitution-Hash", "the constitution in force"),
+        header("Content-Digest", "RFC 9530, of the body"),
         traced[0],
         traced[1],
     ]);
@@ -356,6 +385,14 @@ fn openapi() -> Value {
             "/v1/conversation/turns/{turn_id}/cancel": {
                 "post": {"operationId": "cancelConversation", "summary": "cancels a turn, whether or not it is known", "tags": orchestrator, "parameters": [turn_id()],
                     "responses": responses(json!({"202": {"description": "it is not running any more, or will not be soon"}}), &[&[Code::InvalidRequest]])},
+            },
+            "/v1/conversation/turns/{turn_id}/delivery": {
+                "post": {"operationId": "reportDelivery", "summary": "what the user got of a turn, signed over these bytes; told again, it counts once", "tags": orchestrator, "parameters": report, "requestBody": body("DeliveryReport"),
+                    "responses": responses(json!({"202": {"description": "it is kept"}}), &[REPORT, &[Code::SessionNotFound]])},
+            },
+            "/v1/conversation/turns/{turn_id}/verdict": {
+                "post": {"operationId": "reportDenial", "summary": "a prompt that policy refused, so that it became no turn; told again, it counts once", "tags": orchestrator, "parameters": report, "requestBody": body("DenialReport"),
+                    "responses": responses(json!({"202": {"description": "it is kept"}}), &[REPORT])},
             },
         },
         "components": {

@@ -4,9 +4,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::members::{MAX_MODEL_BYTES, Members, Others};
+use super::log::Delivered;
 use super::openai::Completion;
 use super::problem::to_vec;
-use crate::{Fault, Finish, Head, Message, Prompt, SessionId, Settings, Subject, TenantId, TurnId, Usage};
+use crate::{Code, Fault, Finish, Head, Message, Prompt, SessionId, Settings, Subject, TenantId, TurnId, Usage};
 
 /// The header by which an orchestrator says of a turn that it refuses whether it was taken: only one that was not may be tried
 /// elsewhere. RFC 9651, a boolean.
@@ -141,6 +142,70 @@ impl Request {
         };
         members.end()?;
         Ok(request)
+    }
+}
+
+/// The body of `POST /v1/conversation/turns/{id}/delivery`: what the user got of a turn. Unknown members are passed over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DeliveryReport {
+    /// Whose turn it was.
+    pub tenant: TenantId,
+    /// Of which session.
+    pub session_id: SessionId,
+    /// What the user got: `delivered`, `denied` or `cut`.
+    pub outcome: Delivered,
+    /// The stable code of why it was not the whole answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    pub code: Option<String>,
+    /// The number of the last event that the client's connection took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seq: Option<u64>,
+    /// Text that was let go to the client, in bytes.
+    pub text_bytes: u64,
+    /// The signed verdict of the output, as the client got it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+}
+
+/// The body of `POST /v1/conversation/turns/{id}/verdict`: a prompt that policy refused, so that it became no turn. Unknown
+/// members are passed over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DenialReport {
+    /// Whose prompt it was.
+    pub tenant: TenantId,
+    /// Of which session.
+    pub session_id: SessionId,
+    /// Who asked.
+    pub subject: Subject,
+    /// The stable code of the refusal.
+    #[schemars(length(min = 1, max = 64))]
+    pub code: String,
+}
+
+/// Reads a report.
+///
+/// Errors: a client's fault (the gateway is the client here) that repeats nothing of what was found.
+pub fn report<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    serde_json::from_slice(body).map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => Fault::client(Code::InvalidRequest).saying("not a report of this kind"),
+        serde_json::error::Category::Eof | serde_json::error::Category::Syntax | serde_json::error::Category::Io => {
+            Fault::client(Code::MalformedJson)
+        }
+    })
+}
+
+impl DeliveryReport {
+    /// The body, as JSON.
+    pub fn body(&self) -> Vec<u8> {
+        to_vec(self)
+    }
+}
+
+impl DenialReport {
+    /// The body, as JSON.
+    pub fn body(&self) -> Vec<u8> {
+        to_vec(self)
     }
 }
 

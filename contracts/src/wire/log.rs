@@ -1,7 +1,10 @@
 //! The conversation's events as they are kept: what became of each turn, as CloudEvents 1.0; never what was said in it.
 //!
-//! A turn that is taken has `turn.accepted.v1`, then `verdict.input.v1`, and at last exactly one of the four that end it. Those
-//! four share one id, so that two of them can never both count.
+//! A turn that is taken has `turn.accepted.v1`, then `verdict.input.v1`, and then exactly one of the four that end it: what was
+//! generated. Those four share one id, so that two of them can never both count. After it comes what the gateway says:
+//! `verdict.output.v1`, if it signed one, and exactly one `delivery.v1`: what the user got.
+//!
+//! A prompt that policy refused became no turn: it has `verdict.input.v1`, which says no, and `turn.denied.v1`, and nothing else.
 
 use std::time::{Duration, SystemTime};
 
@@ -30,11 +33,24 @@ pub enum Kind {
     Denied,
     /// It broke.
     Failed,
+    /// What the gateway had decided about its answer.
+    OutputVerdict,
+    /// What the user got of it.
+    Delivery,
 }
 
 impl Kind {
     /// Every kind, in the order in which a turn has them.
-    pub const ALL: &'static [Kind] = &[Kind::Accepted, Kind::InputVerdict, Kind::Completed, Kind::Cancelled, Kind::Denied, Kind::Failed];
+    pub const ALL: &'static [Kind] = &[
+        Kind::Accepted,
+        Kind::InputVerdict,
+        Kind::Completed,
+        Kind::Cancelled,
+        Kind::Denied,
+        Kind::Failed,
+        Kind::OutputVerdict,
+        Kind::Delivery,
+    ];
 
     /// The `type` of the event.
     pub fn as_str(self) -> &'static str {
@@ -45,6 +61,8 @@ impl Kind {
             Kind::Cancelled => "turn.cancelled.v1",
             Kind::Denied => "turn.denied.v1",
             Kind::Failed => "turn.failed.v1",
+            Kind::OutputVerdict => "verdict.output.v1",
+            Kind::Delivery => "delivery.v1",
         }
     }
 
@@ -56,7 +74,7 @@ impl Kind {
     /// Whether the turn ends with it.
     pub fn is_terminal(self) -> bool {
         match self {
-            Kind::Accepted | Kind::InputVerdict => false,
+            Kind::Accepted | Kind::InputVerdict | Kind::OutputVerdict | Kind::Delivery => false,
             Kind::Completed | Kind::Cancelled | Kind::Denied | Kind::Failed => true,
         }
     }
@@ -67,6 +85,8 @@ impl Kind {
             Kind::Accepted => 1,
             Kind::InputVerdict => 2,
             Kind::Completed | Kind::Cancelled | Kind::Denied | Kind::Failed => 3,
+            Kind::OutputVerdict => 4,
+            Kind::Delivery => 5,
         }
     }
 
@@ -147,6 +167,20 @@ impl Event<()> {
     }
 }
 
+impl Event<InputVerdict> {
+    /// The first event of a prompt that was refused, of `tenant` in `session`.
+    pub fn refused(
+        turn: TurnId,
+        at: SystemTime,
+        traceparent: String,
+        (tenant, session): (&TenantId, &SessionId),
+        data: InputVerdict,
+    ) -> Event<InputVerdict> {
+        let begun = Event { partitionkey: format!("{tenant}/{session}"), traceparent, ..Event::unknown(turn) };
+        begun.followed_by(Kind::InputVerdict, at, data)
+    }
+}
+
 impl Event<Accepted> {
     /// The first event of a turn.
     pub fn accepted(turn: TurnId, at: SystemTime, traceparent: String, data: Accepted) -> Event<Accepted> {
@@ -185,9 +219,9 @@ pub struct InputVerdict {
     pub verdict: String,
     /// Who signed it.
     pub issuer: String,
-    /// `allow`, `redact` or `flag`.
+    /// `allow`, `redact` or `flag`; `deny` where the prompt became no turn.
     pub decision: String,
-    /// What was found in the prompt.
+    /// What was found.
     pub categories: Vec<Category>,
     /// The policy applied.
     pub policy: String,
@@ -195,6 +229,67 @@ pub struct InputVerdict {
     pub policy_version: String,
     /// The hash of the constitution in force.
     pub constitution: String,
+    /// Who asked, where no `turn.accepted.v1` says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<Subject>,
+}
+
+/// What the gateway decided about the answer, as the verdict claims that it signed over the text it sent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct OutputVerdict {
+    /// The same as about a prompt; the decision may be `deny` here: the answer was cut.
+    #[serde(flatten)]
+    pub verdict: InputVerdict,
+    /// RFC 9530, of the text that was sent: what the verdict binds.
+    pub text_digest: String,
+}
+
+/// What the user got, as far as the gateway can know: what the client's connection took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Delivery {
+    /// In one word.
+    pub outcome: Delivered,
+    /// Why it was not the whole answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<Code>,
+    /// The number of the last event that the client's connection took; absent where it took none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seq: Option<u64>,
+    /// Text that was let go to the client, in bytes; absent where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_bytes: Option<u64>,
+    /// The number of the output's verdict, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+}
+
+/// What became of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Delivered {
+    /// The client took all of it, to its proper end.
+    Delivered,
+    /// Policy cut it.
+    Denied,
+    /// The client did not get all of it: it left, it stopped the turn, a limit or a fault ended it.
+    Cut,
+    /// The gateway did not say in time. Only the orchestrator writes it.
+    Unknown,
+}
+
+impl Delivered {
+    /// Every outcome.
+    pub const ALL: [Delivered; 4] = [Delivered::Delivered, Delivered::Denied, Delivered::Cut, Delivered::Unknown];
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Delivered::Delivered => "delivered",
+            Delivered::Denied => "denied",
+            Delivered::Cut => "cut",
+            Delivered::Unknown => "unknown",
+        }
+    }
 }
 
 /// What was done until the turn ended.
@@ -336,7 +431,7 @@ mod tests {
     fn the_four_ends_of_a_turn_share_one_id_and_nothing_else_does() {
         let turn = TurnId::fresh();
         let ids: std::collections::BTreeSet<String> = Kind::ALL.iter().map(|kind| kind.id(turn)).collect();
-        assert_eq!(ids.len(), 3);
+        assert_eq!(ids.len(), 5);
         assert_eq!(Kind::Completed.id(turn), Kind::Failed.id(turn));
         assert_ne!(Kind::Completed.id(turn), Kind::Completed.id(TurnId::fresh()));
         for kind in Kind::ALL {

@@ -48,7 +48,7 @@ impl Cursor {
             File::open(folder)?.sync_all()?;
             return Ok(cursor);
         }
-        let mut found = None;
+        let mut found: Option<(u64, String, u64)> = None;
         for place in 0..2 {
             let mut bytes = [0; PLACE_BYTES];
             cursor.file.read_exact_at(&mut bytes, place * PLACE_BYTES as u64)?;
@@ -70,6 +70,19 @@ impl Cursor {
             }
         }
         Ok(cursor)
+    }
+
+    /// The same for a log that holds the records from `first` up to `next`: a cursor beyond them is of another log, and one before
+    /// them lost what was let go.
+    pub(super) fn within(mut self, first: u64, next: u64) -> io::Result<Cursor> {
+        if self.number >= next {
+            tracing::warn!(delivered = self.number, next, "the event log ends before what was delivered of it: all of it is delivered again");
+            self.save(first - 1)?;
+        } else if self.number + 1 < first {
+            tracing::warn!(lost = first - 1 - self.number, "events were let go before they were delivered");
+            self.save(first - 1)?;
+        }
+        Ok(self)
     }
 
     /// The number of the last record that was delivered, with all before it.

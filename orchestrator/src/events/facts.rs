@@ -3,8 +3,14 @@
 use std::time::SystemTime;
 
 use headgate_contracts::{
-    Category, End, Finish, Prompt, Stop, TurnId,
-    wire::log::{Accepted, Cancelled, Completed, Denied, Event, Failed, FailedReason, InputVerdict, Kind, Name, Progress},
+    Category, Code, End, Finish, Prompt, Stop, Trace, TurnId,
+    wire::{
+        conversation::{DeliveryReport, DenialReport},
+        log::{
+            Accepted, Cancelled, Completed, Delivered, Delivery, Denied, Event, Failed, FailedReason, InputVerdict, Kind, Name,
+            OutputVerdict, Progress,
+        },
+    },
 };
 use headgate_policy::{Claims, Decision};
 use serde::Serialize;
@@ -33,17 +39,7 @@ impl Beginning {
             body_digest: claims.bdg.to_string(),
         };
         let accepted = Event::accepted(prompt.turn, now, prompt.trace.traceparent(), accepted);
-        let verdict = InputVerdict {
-            verdict: claims.jti.to_string(),
-            issuer: claims.iss.clone(),
-            decision: decision(claims.dec).to_owned(),
-            // Names that only newer gateways know are not repeated: nobody has said what they may hold.
-            categories: claims.cat.iter().filter_map(|name| Category::from_name(name)).collect(),
-            policy: claims.pol.id.clone(),
-            policy_version: claims.pol.ver.clone(),
-            constitution: claims.con.to_string(),
-        };
-        let verdict = accepted.followed_by(Kind::InputVerdict, now, verdict);
+        let verdict = accepted.followed_by(Kind::InputVerdict, now, verdict(claims));
         Beginning { accepted, verdict }
     }
 
@@ -56,10 +52,76 @@ impl Beginning {
         self.accepted.subject
     }
 
-    /// The first two events, and what the last one needs to know.
-    pub(super) fn events(self) -> ([Vec<u8>; 2], Ending) {
+    /// The first two events, and what later ones need to know.
+    pub(super) fn events(self) -> ([Vec<u8>; 2], Begun) {
         let events = [json(&self.accepted), json(&self.verdict)];
-        (events, Ending(self.accepted.followed_by(Kind::Accepted, SystemTime::UNIX_EPOCH, ())))
+        (events, Begun::of(&self.accepted))
+    }
+}
+
+fn verdict(claims: &Claims) -> InputVerdict {
+    InputVerdict {
+        verdict: claims.jti.to_string(),
+        issuer: claims.iss.clone(),
+        decision: decision(claims.dec).to_owned(),
+        // Names that only newer gateways know are not repeated: nobody has said what they may hold.
+        categories: claims.cat.iter().filter_map(|name| Category::from_name(name)).collect(),
+        policy: claims.pol.id.clone(),
+        policy_version: claims.pol.ver.clone(),
+        constitution: claims.con.to_string(),
+        subject: None,
+    }
+}
+
+/// A prompt that policy refused, so that it became no turn.
+pub(crate) struct Denial {
+    verdict: Event<InputVerdict>,
+    denied: Event<Denied>,
+}
+
+impl Denial {
+    /// That `report` was told of `turn`, with a verdict that claims `claims`.
+    pub(crate) fn of(turn: TurnId, report: &DenialReport, claims: &Claims, trace: &Trace) -> Denial {
+        let now = SystemTime::now();
+        let facts = InputVerdict { subject: Some(report.subject.clone()), ..verdict(claims) };
+        let categories = facts.categories.clone();
+        let verdict = Event::refused(turn, now, trace.traceparent(), (&report.tenant, &report.session_id), facts);
+        let code = Code::from_name(&report.code).unwrap_or(Code::PolicyDenied);
+        let denied = verdict.followed_by(Kind::Denied, now, Denied { code, categories, progress: Progress::default() });
+        Denial { verdict, denied }
+    }
+
+    pub(super) fn turn(&self) -> TurnId {
+        self.verdict.subject
+    }
+
+    pub(super) fn events(&self) -> [Vec<u8>; 2] {
+        [json(&self.verdict), json(&self.denied)]
+    }
+}
+
+/// What a gateway says of a turn after its end.
+pub(crate) struct Told {
+    verdict: Option<OutputVerdict>,
+    delivery: Delivery,
+}
+
+impl Told {
+    /// What `report` says, with an output verdict that claims `claims`.
+    pub(crate) fn of(report: &DeliveryReport, claims: Option<&Claims>) -> Told {
+        let delivery = Delivery {
+            outcome: report.outcome,
+            code: report.code.as_deref().and_then(Code::from_name),
+            last_seq: report.last_seq,
+            text_bytes: Some(report.text_bytes),
+            verdict: claims.map(|claims| claims.jti.to_string()),
+        };
+        let signed = |claims: &Claims| OutputVerdict { verdict: verdict(claims), text_digest: claims.bdg.to_string() };
+        Told { verdict: claims.map(signed), delivery }
+    }
+
+    pub(super) fn outcome(&self) -> Delivered {
+        self.delivery.outcome
     }
 }
 
@@ -72,13 +134,41 @@ fn decision(decision: Decision) -> &'static str {
     }
 }
 
-/// What the end of a turn has in common with its beginning.
-pub(crate) struct Ending(Event<()>);
+/// What all later events of a turn have in common with its first.
+#[derive(Clone)]
+pub(crate) struct Begun(Event<()>);
 
-impl Ending {
-    /// The last event of the turn.
-    pub(super) fn event(self, end: &End, finish: Finish, progress: Progress) -> (TurnId, Vec<u8>) {
-        let (Ending(begun), now) = (self, SystemTime::now());
+impl Begun {
+    fn of<D>(first: &Event<D>) -> Begun {
+        Begun(first.followed_by(Kind::Accepted, SystemTime::UNIX_EPOCH, ()))
+    }
+
+    /// From the first event, as it is in the log. A newer version may have written what this one cannot read; its turn goes on.
+    pub(super) fn read(turn: TurnId, first: &[u8]) -> Begun {
+        serde_json::from_slice::<Event<Value>>(first).map_or_else(|_| Begun(Event::unknown(turn)), |first| Begun::of(&first))
+    }
+
+    /// Whose turn it is: `{tenant}/{session}`.
+    pub(super) fn key(&self) -> &str {
+        &self.0.partitionkey
+    }
+
+    /// What the gateway signed of its answer, if it did, and what the user got.
+    pub(super) fn told(&self, told: &Told) -> (Option<Vec<u8>>, Vec<u8>) {
+        let now = SystemTime::now();
+        let verdict = told.verdict.as_ref().map(|verdict| json(&self.0.followed_by(Kind::OutputVerdict, now, verdict)));
+        (verdict, json(&self.0.followed_by(Kind::Delivery, now, &told.delivery)))
+    }
+
+    /// That nobody said what the user got.
+    pub(super) fn untold(&self) -> Vec<u8> {
+        let delivery = Delivery { outcome: Delivered::Unknown, code: None, last_seq: None, text_bytes: None, verdict: None };
+        json(&self.0.followed_by(Kind::Delivery, SystemTime::now(), delivery))
+    }
+
+    /// The event that ends the turn.
+    pub(super) fn ended(self, end: &End, finish: Finish, progress: Progress) -> (TurnId, Vec<u8>) {
+        let (Begun(begun), now) = (self, SystemTime::now());
         let event = match end {
             Ok(()) => json(&begun.followed_by(Kind::Completed, now, Completed { finish, progress })),
             Err(Stop::Gone(gone)) => {
@@ -98,19 +188,55 @@ impl Ending {
     }
 }
 
-/// The ends of turns that a crash left open, by their first events.
-pub(super) fn crashed(open: Vec<(TurnId, Vec<u8>)>) -> Vec<(TurnId, Vec<u8>)> {
-    let now = SystemTime::now();
-    let end = |(turn, first): (TurnId, Vec<u8>)| {
-        let failed = Failed { reason: FailedReason::Crash, code: None, progress: None };
-        // A newer version may have written what this one cannot read; its turn ends all the same.
-        let event = match serde_json::from_slice::<Event<Value>>(&first) {
-            Ok(begun) => json(&begun.followed_by(Kind::Failed, now, failed)),
-            Err(_) => json(&Event::unknown(turn).followed_by(Kind::Failed, now, failed)),
-        };
-        (turn, event)
-    };
-    open.into_iter().map(end).collect()
+/// A turn that a crash left open.
+pub(super) struct Crashed {
+    pub(super) turn: TurnId,
+    /// The event that ends it.
+    pub(super) end: Vec<u8>,
+    /// What more there is to be said of it; `None` where it was a prompt that was refused.
+    pub(super) begun: Option<Begun>,
+}
+
+impl Crashed {
+    /// By the turn's first event.
+    pub(super) fn of(turn: TurnId, first: &[u8]) -> Crashed {
+        let begun = Begun::read(turn, first);
+        let now = SystemTime::now();
+        match serde_json::from_slice::<Event<InputVerdict>>(first) {
+            // Its second event was torn off; the gateway, which was told nothing yet, will say the same once more.
+            Ok(refused) if refused.kind == Kind::InputVerdict.as_str() => {
+                let categories = refused.data.categories.clone();
+                let denied = Denied { code: Code::PolicyDenied, categories, progress: Progress::default() };
+                Crashed { turn, end: json(&refused.followed_by(Kind::Denied, now, denied)), begun: None }
+            }
+            Ok(_) | Err(_) => {
+                let failed = Failed { reason: FailedReason::Crash, code: None, progress: None };
+                Crashed { turn, end: json(&begun.0.followed_by(Kind::Failed, now, failed)), begun: Some(begun) }
+            }
+        }
+    }
+}
+
+/// How a turn was settled, by the event that did it.
+pub(super) fn settled(event: &[u8]) -> Word {
+    match serde_json::from_slice::<Event<Value>>(event) {
+        Ok(event) if event.kind == Kind::Denied.as_str() => Word::Refused,
+        Ok(event) if event.data.get("outcome").is_some_and(|outcome| outcome == Delivered::Unknown.as_str()) => Word::Unknown,
+        Ok(_) | Err(_) => Word::Said,
+    }
+}
+
+/// What is known of a turn that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Word {
+    /// Nobody has said yet what the user got.
+    Owed,
+    /// Its gateway has said it.
+    Said,
+    /// Its gateway did not say it in time.
+    Unknown,
+    /// It never was one: its prompt was refused.
+    Refused,
 }
 
 fn json<D: Serialize>(event: &Event<D>) -> Vec<u8> {
@@ -122,13 +248,13 @@ fn json<D: Serialize>(event: &Event<D>) -> Vec<u8> {
 mod tests {
     use std::time::Duration;
 
-    use headgate_contracts::{Code, Fault, Gone, Refusal, Usage};
+    use headgate_contracts::{Fault, Gone, Refusal, Usage};
 
     use super::*;
-    use crate::events::writer::MAX_END_BYTES;
+    use crate::events::writer::{MAX_DELIVERY_BYTES, MAX_END_BYTES, MAX_VERDICT_BYTES};
 
-    /// The ending of a turn whose every name is as long as it may be.
-    fn longest() -> Ending {
+    /// The beginning of a turn whose every name is as long as it may be.
+    fn longest() -> Begun {
         let name = "x".repeat(128);
         let accepted = Accepted {
             tenant: name.parse().unwrap(),
@@ -142,7 +268,7 @@ mod tests {
         };
         let traceparent = headgate_contracts::Trace::fresh().traceparent();
         let accepted = Event::accepted(TurnId::fresh(), SystemTime::now(), traceparent, accepted);
-        Ending(accepted.followed_by(Kind::Accepted, SystemTime::UNIX_EPOCH, ()))
+        Begun::of(&accepted)
     }
 
     #[test]
@@ -160,15 +286,42 @@ mod tests {
         refusal.categories = Category::ALL.to_vec();
         let ends: [End; 4] = [Ok(()), Err(refusal.into()), Err(Fault::us(longest_code).into()), Err(Gone::Drained.into())];
         for end in ends {
-            let (_, event) = longest().event(&end, Finish::ContentFilter, progress.clone());
+            let (_, event) = longest().ended(&end, Finish::ContentFilter, progress.clone());
             assert!((500..=MAX_END_BYTES).contains(&event.len()), "{} bytes", event.len());
         }
     }
 
     #[test]
+    fn the_longest_word_of_a_gateway_fits_its_room() {
+        let long = |bytes: usize| "x".repeat(bytes);
+        let verdict = InputVerdict {
+            verdict: long(22),
+            issuer: long(128),
+            decision: "redact".into(),
+            categories: Category::ALL.to_vec(),
+            policy: long(128),
+            policy_version: long(64),
+            constitution: long(64),
+            subject: None,
+        };
+        let delivery = Delivery {
+            outcome: Delivered::Delivered,
+            code: Code::ALL.iter().copied().max_by_key(|code| code.as_str().len()),
+            last_seq: Some(u64::MAX),
+            text_bytes: Some(u64::MAX),
+            verdict: Some(long(22)),
+        };
+        let told = Told { verdict: Some(OutputVerdict { verdict, text_digest: long(64) }), delivery };
+        let (verdict, delivery) = longest().told(&told);
+        assert!((1000..=MAX_VERDICT_BYTES).contains(&verdict.unwrap().len()));
+        assert!((500..=MAX_DELIVERY_BYTES).contains(&delivery.len()), "{}", delivery.len());
+        assert_eq!((settled(&delivery), settled(&longest().untold())), (Word::Said, Word::Unknown));
+    }
+
+    #[test]
     fn an_end_says_how_it_went_and_nothing_that_was_said() {
         let fault = Fault::upstream(Code::UpstreamReset).saying("canary").caused_by("canary");
-        let (turn, event) = longest().event(&Err(fault.after(Duration::from_secs(1)).into()), Finish::Stop, Progress::default());
+        let (turn, event) = longest().ended(&Err(fault.after(Duration::from_secs(1)).into()), Finish::Stop, Progress::default());
         let event = String::from_utf8(event).unwrap();
         assert!(event.contains("\"code\":\"upstream_reset\"") && !event.contains("canary"), "{event}");
         assert!(event.contains(&Kind::Failed.id(turn)), "{event}");

@@ -1,14 +1,21 @@
 //! Keeps what became of each turn in a write-ahead log: a turn is acknowledged only after its beginning is on disk, and every
-//! turn that was gets exactly one end, even across a crash.
+//! turn that was gets exactly one end, even across a crash, and then one word on what the user got.
 //!
 //! ```text
 //! run ── begin ──▶ queue ──▶ writer: one thread, one group, one fdatasync ──▶ "it is durable" ──▶ the model is asked
 //!     └─ end ────▶ (its place in the queue and its room on disk were taken when the turn began: it cannot be refused)
+//! gateway ── tell ─▶ (so was its room on disk) ──▶ "it is kept"; after a time without a word: "unknown"
 //! ```
 //!
 //! What is kept are names, numbers and digests, never what was said; `headgate_contracts::wire::log` has the events.
 
+mod cursor;
+#[cfg(feature = "kafka")]
+mod deliver;
 mod facts;
+#[cfg(feature = "kafka")]
+mod kafka;
+mod message;
 mod read;
 mod record;
 mod recover;
@@ -22,27 +29,40 @@ use std::{
     io, mem,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread::{self, JoinHandle, Thread},
+    time::{Duration, SystemTime},
 };
 
-use headgate_contracts::{End, Finish, Gone, wire::log::Progress};
+use headgate_contracts::{
+    End, Finish, Gone, TurnId,
+    wire::log::{Delivered, Progress},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{MetricType, counter::Counter, gauge::ConstGauge, histogram::Histogram},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        gauge::ConstGauge,
+        histogram::Histogram,
+    },
     registry::{Registry, Unit},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
+#[cfg(feature = "kafka")]
+pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_topic};
 pub use read::{Entry, Follow};
 pub use record::Part;
-pub use recover::Unopened;
+pub use recover::{Unfit, Unopened};
 pub use verify::{Judged, Violation, verify};
 
-pub(crate) use facts::{Beginning, Ending};
+use cursor::Cursor;
+use facts::Begun;
+pub(crate) use facts::{Beginning, Denial, Told};
 
 /// The latest turns that have ended and are remembered, so that none of them begins again.
 const MOST_ENDED: usize = 1 << 16;
@@ -56,6 +76,23 @@ pub struct Settings {
     pub cap: u64,
     /// Turns open at once: the end of each has its place kept in the writer's queue.
     pub turns: usize,
+    /// The topic that events go on to. Nothing is let go before the topic has it.
+    pub topic: Option<Topic>,
+}
+
+/// A Kafka topic, and what it must be like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Topic {
+    /// Some of the brokers, each as `host:port`.
+    pub brokers: Vec<String>,
+    /// Its name.
+    pub name: String,
+    /// Replicas of each partition, at least.
+    pub replication: u16,
+    /// Its `min.insync.replicas`, at least.
+    pub in_sync: u16,
+    /// How many partitions it is made with where it is missing; `None`: it is not made.
+    pub partitions: Option<u16>,
 }
 
 impl Settings {
@@ -91,6 +128,32 @@ pub enum Refused {
     TooLong,
 }
 
+/// What a gateway told is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// It was written now.
+    Now,
+    /// It was there already.
+    Again,
+}
+
+/// Why something that a gateway tells is not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Untold {
+    /// There is no such turn of that tenant and session.
+    #[error("the event log has no such turn")]
+    Unknown,
+    /// The turn has not ended.
+    #[error("the turn has no end yet")]
+    Open,
+    /// Something else was written of the turn before.
+    #[error("the event log says something else of the turn")]
+    Late,
+    /// The log does not take it now.
+    #[error(transparent)]
+    Refused(Refused),
+}
+
 /// What was found when a log was opened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Recovered {
@@ -107,6 +170,9 @@ pub struct Log {
     writer: mpsc::Sender<writer::Command>,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// Says nothing, and is closed when the deliverer has ended.
+    delivery: Option<Mutex<std::sync::mpsc::Receiver<()>>>,
+    cap: u64,
 }
 
 /// What the writer tells the others.
@@ -114,11 +180,35 @@ struct Shared {
     /// The number of the last record that is durable.
     durable: AtomicU64,
     sealed: AtomicBool,
+    /// Nobody writes any more: what is there is the last there is.
+    closed: AtomicBool,
+    /// The number of the last record that is known for good to be delivered, with all before it; that of none where none has to be.
+    delivered: watch::Sender<u64>,
+    /// When the oldest event happened that is not delivered, in milliseconds since 1970; 0 where there is none.
+    oldest_ms: AtomicI64,
+    delivered_events: Counter,
+    delivery_failures: Counter,
+    /// The thread that delivers.
+    deliverer: OnceLock<Thread>,
+    pinned_bytes: AtomicU64,
     taken_bytes: AtomicU64,
     open_turns: AtomicU64,
     refused: Counter,
     written_bytes: Counter,
     sync_seconds: Histogram,
+    deliveries: [Counter; Delivered::ALL.len()],
+}
+
+impl Shared {
+    fn deliveries(&self, outcome: Delivered) -> &Counter {
+        let [delivered, denied, cut, unknown] = &self.deliveries;
+        match outcome {
+            Delivered::Delivered => delivered,
+            Delivered::Denied => denied,
+            Delivered::Cut => cut,
+            Delivered::Unknown => unknown,
+        }
+    }
 }
 
 /// Seconds that a disk may take: from a good local one to one about to fail.
@@ -139,16 +229,26 @@ impl Log {
         let unusable = |source| Unopened::Unusable { folder: settings.folder.clone(), source };
         let folder = segment::Folder::open(&settings.folder).map_err(unusable)?;
         let mut found = recover::recover(&settings.folder, &folder)?;
-        let crashed = facts::crashed(mem::take(&mut found.open));
+        let crashed: Vec<_> = mem::take(&mut found.open).iter().map(|(turn, first)| facts::Crashed::of(*turn, first)).collect();
         let recovered = Recovered { records: found.next_record - found.first_record, crashed: crashed.len(), torn_bytes: found.torn_bytes };
+        let cursor = settings.topic.as_ref().map(|topic| Cursor::open(&settings.folder, &topic.name)).transpose().map_err(unusable)?;
+        let cursor = cursor.map(|cursor| cursor.within(found.first_record, found.next_record)).transpose().map_err(unusable)?;
         let shared = Arc::new(Shared {
             durable: AtomicU64::new(found.next_record - 1),
             sealed: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            delivered: watch::Sender::new(cursor.as_ref().map_or(u64::MAX, Cursor::number)),
+            oldest_ms: AtomicI64::new(0),
+            delivered_events: Counter::default(),
+            delivery_failures: Counter::default(),
+            deliverer: OnceLock::new(),
+            pinned_bytes: AtomicU64::new(0),
             taken_bytes: AtomicU64::new(0),
             open_turns: AtomicU64::new(0),
             refused: Counter::default(),
             written_bytes: Counter::default(),
             sync_seconds: Histogram::new(SYNC_SECONDS),
+            deliveries: Default::default(),
         });
         let cap = settings.cap.max(Settings::LEAST_CAP);
         let mut writer = writer::Writer::new(folder, sync, shared.clone(), cap, settings.segment_bytes(), found).map_err(unusable)?;
@@ -156,7 +256,11 @@ impl Log {
         // A turn has two places: one to begin and one to end. As many again wait while the disk is busy.
         let (to_writer, asked) = mpsc::channel(4 * settings.turns.max(1));
         let thread = thread::Builder::new().name("event-log".to_owned()).spawn(move || writer.run(asked)).map_err(unusable)?;
-        Ok((Log { writer: to_writer, shared, thread: Mutex::new(Some(thread)) }, recovered))
+        let mut log = Log { writer: to_writer, shared, thread: Mutex::new(Some(thread)), delivery: None, cap };
+        if let (Some(topic), Some(cursor)) = (&settings.topic, cursor) {
+            log.deliver(settings.folder.clone(), topic.clone(), cursor)?;
+        }
+        Ok((log, recovered))
     }
 
     /// Begins a turn: gives its account once its first two events are durable. A future that is dropped before that leaves a turn
@@ -178,9 +282,9 @@ impl Log {
         };
         let (for_end, for_begin) = (place().map_err(refused)?, place().map_err(refused)?);
         let (tell, told) = oneshot::channel();
-        let (events, ending) = beginning.events();
-        let account = Account { place: Some((for_end, ending)) };
-        for_begin.send(writer::Command::Begin { turn, events, tell });
+        let (events, begun) = beginning.events();
+        let account = Account { place: Some((for_end, begun.clone())) };
+        for_begin.send(writer::Command::Begin { turn, events, begun, tell });
         match told.await.unwrap_or(Err(Refused::Sealed)) {
             Ok(()) => Ok(account),
             Err(refused) => {
@@ -188,6 +292,69 @@ impl Log {
                 Err(refused)
             }
         }
+    }
+
+    /// Keeps what the gateway of `key` (`{tenant}/{session}`) tells of a turn that has ended; resolves when it is durable.
+    pub(crate) async fn tell(&self, turn: TurnId, key: String, told: Told) -> Result<Heard, Untold> {
+        let (tell, heard) = oneshot::channel();
+        self.ask(writer::Command::Tell { turn, key, told: Box::new(told), tell })?;
+        heard.await.unwrap_or(Err(Untold::Refused(Refused::Sealed)))
+    }
+
+    /// Keeps that a prompt was refused; resolves when it is durable.
+    pub(crate) async fn deny(&self, denial: &Denial) -> Result<Heard, Untold> {
+        let (tell, heard) = oneshot::channel();
+        self.ask(writer::Command::Deny { turn: denial.turn(), events: denial.events(), tell })?;
+        heard.await.unwrap_or(Err(Untold::Refused(Refused::Sealed)))
+    }
+
+    /// Waits no longer for what the user got of turns that ended `patience` ago. Where the writer is busy it is asked next time.
+    pub(crate) fn sweep(&self, patience: Duration) {
+        let _ = self.ask(writer::Command::Sweep { patience });
+    }
+
+    fn ask(&self, command: writer::Command) -> Result<(), Untold> {
+        self.writer.try_send(command).map_err(|full| match full {
+            mpsc::error::TrySendError::Full(_) => Untold::Refused(Refused::Behind),
+            mpsc::error::TrySendError::Closed(_) => Untold::Refused(Refused::Sealed),
+        })
+    }
+
+    /// Begins to deliver. Waits a moment for the first word on the topic: one that must not be used is a fault of the config, and one
+    /// that cannot be asked about is an outage, which the log is there for.
+    #[cfg(feature = "kafka")]
+    fn deliver(&mut self, folder: PathBuf, topic: Topic, cursor: Cursor) -> Result<(), Unopened> {
+        let unusable = |source| Unopened::Unusable { folder: folder.clone(), source };
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let (alive, ended) = std::sync::mpsc::channel();
+        let deliverer = deliver::Deliverer { folder: folder.clone(), topic: topic.clone(), shared: self.shared.clone(), cursor };
+        let run = move || {
+            deliverer.run(tell);
+            drop(alive);
+        };
+        let thread = thread::Builder::new().name("event-delivery".to_owned()).spawn(run).map_err(unusable)?;
+        // It is woken from now on; what became durable before, it finds by itself.
+        let _ = self.shared.deliverer.set(thread.thread().clone());
+        self.delivery = Some(Mutex::new(ended));
+        match told.recv_timeout(FIRST_WORD) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Unfit::Away(_))) | Err(_) => {
+                tracing::warn!(topic = topic.name, "Kafka does not answer; events gather in the event log until it does");
+                Ok(())
+            }
+            Ok(Err(unfit)) => Err(unfit.into()),
+        }
+    }
+
+    #[cfg(not(feature = "kafka"))]
+    fn deliver(&mut self, _folder: PathBuf, _topic: Topic, _cursor: Cursor) -> Result<(), Unopened> {
+        Err(Unfit::Unbuilt.into())
+    }
+
+    /// Waits until the topic has record `number` and all before it, and that is on disk. Cancel safe.
+    pub async fn until_delivered(&self, number: u64) {
+        // The sender is ours: it cannot be gone.
+        let _ = self.shared.delivered.subscribe().wait_for(|delivered| *delivered >= number).await;
     }
 
     /// Waits until everything that was asked before is durable. Cancel safe.
@@ -215,7 +382,13 @@ impl Log {
         registry.register_with_unit("orchestrator_event_log_written", help, Unit::Bytes, self.shared.written_bytes.clone());
         let help = "What the disk took to make one group of events durable";
         registry.register_with_unit("orchestrator_event_log_sync", help, Unit::Seconds, self.shared.sync_seconds.clone());
-        registry.register_collector(Box::new(Gauges(self.shared.clone())));
+        if self.delivery.is_some() {
+            let help = "Events of the event log that the topic has";
+            registry.register("orchestrator_event_log_delivered", help, self.shared.delivered_events.clone());
+            let help = "How often delivery had to begin again after the last event that the topic has";
+            registry.register("orchestrator_event_log_delivery_failures", help, self.shared.delivery_failures.clone());
+        }
+        registry.register_collector(Box::new(Gauges { shared: self.shared.clone(), delivers: self.delivery.is_some(), cap: self.cap }));
     }
 }
 
@@ -235,11 +408,58 @@ impl Drop for Log {
         if let Some(thread) = thread.filter(|_| self.shared.open_turns.load(Ordering::Relaxed) == 0) {
             drop(thread.join());
         }
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.wake();
+        if let Some(ended) = &self.delivery {
+            // It waits a moment for the last events to be delivered; whatever is not, the next start delivers.
+            let _ = ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST_WORD);
+        }
     }
 }
 
+impl Shared {
+    /// The number of the last record that may be let go.
+    fn delivered(&self) -> u64 {
+        *self.delivered.borrow()
+    }
+
+    /// Lets the deliverer look at the log.
+    fn wake(&self) {
+        if let Some(deliverer) = self.deliverer.get() {
+            deliverer.unpark();
+        }
+    }
+
+    #[cfg(feature = "kafka")]
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Events that are durable and not delivered.
+    fn undelivered(&self) -> u64 {
+        self.durable.load(Ordering::Acquire).saturating_sub(self.delivered())
+    }
+
+    /// How long ago the oldest of them happened, in seconds.
+    fn oldest_seconds(&self) -> f64 {
+        let oldest = self.oldest_ms.load(Ordering::Relaxed);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        if oldest == 0 { 0.0 } else { (now.as_secs_f64() - oldest as f64 / 1000.0).max(0.0) }
+    }
+}
+
+/// How long the first word on a topic is waited for.
+#[cfg(feature = "kafka")]
+const FIRST_WORD: Duration = Duration::from_secs(5);
+/// How long the deliverer may take to end.
+const LAST_WORD: Duration = Duration::from_secs(4);
+
 /// The gauges of a log, read when they are asked for.
-struct Gauges(Arc<Shared>);
+struct Gauges {
+    shared: Arc<Shared>,
+    delivers: bool,
+    cap: u64,
+}
 
 impl fmt::Debug for Gauges {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -251,19 +471,39 @@ impl Collector for Gauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let shown = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         for (name, help, value) in [
-            ("orchestrator_event_log_bytes", "What the event log takes on disk", shown(self.0.taken_bytes.load(Ordering::Relaxed))),
+            ("orchestrator_event_log_bytes", "What the event log takes on disk", shown(self.shared.taken_bytes.load(Ordering::Relaxed))),
+            ("orchestrator_event_log_cap_bytes", "The most that the event log may take on disk", shown(self.cap)),
+            (
+                "orchestrator_event_log_pinned_bytes",
+                "What cannot be let go of it: turns without an end, and events that were not delivered",
+                shown(self.shared.pinned_bytes.load(Ordering::Relaxed)),
+            ),
             (
                 "orchestrator_event_log_open_turns",
                 "Turns that have begun in the event log and have no end there yet",
-                shown(self.0.open_turns.load(Ordering::Relaxed)),
+                shown(self.shared.open_turns.load(Ordering::Relaxed)),
             ),
             (
                 "orchestrator_event_log_sealed",
                 "1 once the disk failed to take a write: no new turns until the process is started again",
-                i64::from(self.0.sealed.load(Ordering::Relaxed)),
+                i64::from(self.shared.sealed.load(Ordering::Relaxed)),
             ),
         ] {
             ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        if self.delivers {
+            let help = "Events that are durable and that the topic does not have yet";
+            let undelivered = encoder.encode_descriptor("orchestrator_event_log_undelivered", help, None, MetricType::Gauge)?;
+            ConstGauge::new(shown(self.shared.undelivered())).encode(undelivered)?;
+            let help = "How long ago the oldest of these happened";
+            let oldest = encoder.encode_descriptor("orchestrator_event_log_oldest", help, Some(&Unit::Seconds), MetricType::Gauge)?;
+            ConstGauge::new(self.shared.oldest_seconds()).encode(oldest)?;
+        }
+        let help = "Ended turns, by what the user got of them; unknown: no gateway said it in time";
+        let mut family = encoder.encode_descriptor("orchestrator_deliveries", help, None, MetricType::Counter)?;
+        for outcome in Delivered::ALL {
+            let count = self.shared.deliveries(outcome).get();
+            ConstCounter::new(count).encode(family.encode_family(&[("outcome", outcome.as_str())])?)?;
         }
         Ok(())
     }
@@ -272,14 +512,14 @@ impl Collector for Gauges {
 /// An open turn's account: it is closed with the turn's end, exactly once. Dropped open, it is closed as cancelled: whoever held it
 /// had left.
 pub(crate) struct Account {
-    place: Option<(mpsc::OwnedPermit<writer::Command>, Ending)>,
+    place: Option<(mpsc::OwnedPermit<writer::Command>, Begun)>,
 }
 
 impl Account {
     /// Closes the account.
     pub(crate) fn close(mut self, end: &End, finish: Finish, progress: Progress) {
-        if let Some((place, ending)) = self.place.take() {
-            let (turn, event) = ending.event(end, finish, progress);
+        if let Some((place, begun)) = self.place.take() {
+            let (turn, event) = begun.ended(end, finish, progress);
             place.send(writer::Command::End { turn, event });
         }
     }
@@ -292,8 +532,8 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        if let Some((place, ending)) = self.place.take() {
-            let (turn, event) = ending.event(&Err(Gone::Left.into()), Finish::default(), Progress::default());
+        if let Some((place, begun)) = self.place.take() {
+            let (turn, event) = begun.ended(&Err(Gone::Left.into()), Finish::default(), Progress::default());
             place.send(writer::Command::End { turn, event });
         }
     }

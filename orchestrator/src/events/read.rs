@@ -41,6 +41,24 @@ impl Follow {
         Ok(Follow { folder: folder.to_owned(), segment: None })
     }
 
+    /// Reads the log in `folder` from a segment on that holds record `number`, or from its oldest: earlier records may come first.
+    #[cfg(feature = "kafka")]
+    pub(super) fn from(folder: &Path, number: u64) -> io::Result<Follow> {
+        let mut follow = Follow::open(folder)?;
+        for segment in segment::list(folder)?.into_iter().rev() {
+            let file = segment::open(folder, segment)?;
+            let first = match Reader::new(file.try_clone()?).next()? {
+                Read::Record(record) => record.number,
+                Read::Blank | Read::Broken => continue,
+            };
+            follow.segment = Some((segment, Reader::new(file)));
+            if first <= number {
+                break;
+            }
+        }
+        Ok(follow)
+    }
+
     /// The next record; `None` where there is none yet: ask again later. What is torn or damaged counts as not there; `verify` tells.
     pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         loop {

@@ -37,8 +37,12 @@ pub enum Part {
     Begins,
     /// It belongs to a turn that has begun.
     Within,
-    /// The turn ends with it.
+    /// The turn ends with it; what the user got of it is still to be said.
     Ends,
+    /// It is about a turn that has ended.
+    After,
+    /// It is the last that is said of the turn.
+    Settles,
 }
 
 impl Part {
@@ -47,11 +51,13 @@ impl Part {
             Part::Begins => 1,
             Part::Within => 2,
             Part::Ends => 3,
+            Part::After => 4,
+            Part::Settles => 5,
         }
     }
 
     fn of(number: u32) -> Option<Part> {
-        [Part::Begins, Part::Within, Part::Ends].into_iter().find(|part| part.number() == number)
+        [Part::Begins, Part::Within, Part::Ends, Part::After, Part::Settles].into_iter().find(|part| part.number() == number)
     }
 }
 

@@ -12,6 +12,7 @@ use headgate_contracts::TurnId;
 
 use super::{
     MOST_ENDED,
+    facts::{self, Begun, Word},
     record::{self, Part, Read},
     segment::{self, Folder, Reader},
 };
@@ -27,6 +28,9 @@ pub enum Unopened {
         /// Why.
         source: io::Error,
     },
+    /// The topic that its events should go on to cannot be used.
+    #[error("the event log cannot be delivered")]
+    Undeliverable(#[from] Unfit),
     /// It is damaged where it was whole once: what stood there was promised to be kept, so nobody but a person may give it up.
     #[error(
         "the event log is damaged: record {number} should stand at byte {at} of {}; `headgate events verify` says more, and with the \
@@ -43,6 +47,53 @@ pub enum Unopened {
     },
 }
 
+/// Why events cannot be delivered to a topic.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// No broker says anything about it now.
+    #[error("Kafka cannot be asked about its topic: {0}")]
+    Away(String),
+    /// There is no such topic, and it is not to be made.
+    #[error(
+        "there is no topic {topic}; make it with replication factor {replication} and min.insync.replicas={in_sync}, or set \
+         `create_with_partitions`"
+    )]
+    Missing {
+        /// Which.
+        topic: String,
+        /// What it should have.
+        replication: u16,
+        /// What it should be set to.
+        in_sync: u16,
+    },
+    /// Its partitions are kept by too few brokers.
+    #[error("topic {topic} has {found} replicas, not {wanted}; give it more, or lower `replication_factor`")]
+    Replicas {
+        /// Which.
+        topic: String,
+        /// How many a partition has.
+        found: usize,
+        /// How many it should have.
+        wanted: u16,
+    },
+    /// An event counts as delivered while too few brokers have it.
+    #[error("topic {topic} has min.insync.replicas={found}, not {wanted}; raise it, or lower `min_insync_replicas`")]
+    InSync {
+        /// Which.
+        topic: String,
+        /// What it is set to.
+        found: u16,
+        /// What it should be set to.
+        wanted: u16,
+    },
+    /// It cannot be used.
+    #[error("{0}")]
+    Refused(String),
+    /// This program was built without Kafka.
+    #[error("this headgate was built without Kafka: build it with `--features kafka`, or remove `kafka` from the config")]
+    Unbuilt,
+}
+
 /// A log that was read.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -56,10 +107,25 @@ pub(super) struct Found {
     pub(super) next_record: u64,
     /// Turns without an end, and their first events; the oldest first.
     pub(super) open: Vec<(TurnId, Vec<u8>)>,
+    /// Turns with an end of which nobody has said what the user got; the oldest first.
+    pub(super) owed: Vec<(TurnId, Owed)>,
     /// The latest turns with an end, the very latest last.
-    pub(super) ended: VecDeque<TurnId>,
+    pub(super) ended: VecDeque<(TurnId, Word)>,
     /// How much was torn off the end, in bytes.
     pub(super) torn_bytes: u64,
+}
+
+/// A turn of which nobody has said what the user got.
+pub(super) struct Owed {
+    pub(super) begun: Begun,
+    /// The verdict on its output is in the log: what should have come after it was torn off.
+    pub(super) has_verdict: bool,
+}
+
+impl std::fmt::Debug for Owed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owed").field("has_verdict", &self.has_verdict).finish_non_exhaustive()
+    }
 }
 
 /// A segment that is read and not written any more.
@@ -67,6 +133,8 @@ pub(super) struct Found {
 pub(super) struct Kept {
     pub(super) number: u64,
     pub(super) bytes: u64,
+    /// The number of its last record.
+    pub(super) last: u64,
 }
 
 /// Reads the whole log in `folder`, cuts off what was torn, and makes the rest durable.
@@ -78,10 +146,13 @@ pub(super) fn recover(path: &Path, folder: &Folder) -> Result<Found, Unopened> {
         first_record: 1,
         next_record: 1,
         open: Vec::new(),
+        owed: Vec::new(),
         ended: VecDeque::new(),
         torn_bytes: 0,
     };
     let mut open: HashMap<TurnId, (u64, Vec<u8>)> = HashMap::new();
+    let mut owed: HashMap<TurnId, (u64, Owed)> = HashMap::new();
+    let mut settled: HashMap<TurnId, Word> = HashMap::new();
     let mut first = true;
     let mut end: Option<End> = None;
     // Removed only once the whole log has been found good: until then it is evidence.
@@ -114,10 +185,26 @@ pub(super) fn recover(path: &Path, folder: &Folder) -> Result<Found, Unopened> {
                         Part::Begins => drop(open.insert(record.turn, (record.number, record.event.to_vec()))),
                         Part::Within => {}
                         Part::Ends => {
-                            open.remove(&record.turn);
-                            found.ended.push_back(record.turn);
-                            if found.ended.len() > MOST_ENDED {
-                                found.ended.pop_front();
+                            let (from, begun) = open.remove(&record.turn).map_or_else(
+                                || (record.number, Begun::read(record.turn, record.event)),
+                                |(from, first)| (from, Begun::read(record.turn, &first)),
+                            );
+                            owed.insert(record.turn, (from, Owed { begun, has_verdict: false }));
+                            ended(&mut found.ended, &mut settled, record.turn);
+                        }
+                        Part::After => {
+                            if let Some((_, owed)) = owed.get_mut(&record.turn) {
+                                owed.has_verdict = true;
+                            }
+                        }
+                        Part::Settles => {
+                            // A refused prompt ends and is settled at once.
+                            if open.remove(&record.turn).is_some() {
+                                ended(&mut found.ended, &mut settled, record.turn);
+                            }
+                            owed.remove(&record.turn);
+                            if let Some(word) = settled.get_mut(&record.turn) {
+                                *word = facts::settled(record.event);
                             }
                         }
                     }
@@ -146,7 +233,7 @@ pub(super) fn recover(path: &Path, folder: &Folder) -> Result<Found, Unopened> {
             }
         }
         if let Some(end) = end.as_ref().filter(|end| end.number == number) {
-            found.segments.push(Kept { number, bytes: end.at });
+            found.segments.push(Kept { number, bytes: end.at, last: end.next_record - 1 });
         }
     }
     for number in empty {
@@ -156,7 +243,21 @@ pub(super) fn recover(path: &Path, folder: &Folder) -> Result<Found, Unopened> {
         settle(&folder.path(end.number), &end).map_err(unusable)?;
     }
     found.open = in_order(open);
+    found.owed = in_order(owed);
+    for (turn, word) in &mut found.ended {
+        *word = settled.get(turn).copied().unwrap_or(Word::Owed);
+    }
     Ok(found)
+}
+
+fn ended(latest: &mut VecDeque<(TurnId, Word)>, settled: &mut HashMap<TurnId, Word>, turn: TurnId) {
+    latest.push_back((turn, Word::Owed));
+    settled.insert(turn, Word::Owed);
+    if latest.len() > MOST_ENDED
+        && let Some((oldest, _)) = latest.pop_front()
+    {
+        settled.remove(&oldest);
+    }
 }
 
 /// Where the records of a segment end.
@@ -183,8 +284,8 @@ fn settle(path: &Path, end: &End) -> io::Result<()> {
     file.sync_all()
 }
 
-fn in_order(open: HashMap<TurnId, (u64, Vec<u8>)>) -> Vec<(TurnId, Vec<u8>)> {
-    let mut open: Vec<_> = open.into_iter().collect();
-    open.sort_unstable_by_key(|(_, (number, _))| *number);
-    open.into_iter().map(|(turn, (_, event))| (turn, event)).collect()
+fn in_order<T>(turns: HashMap<TurnId, (u64, T)>) -> Vec<(TurnId, T)> {
+    let mut turns: Vec<_> = turns.into_iter().collect();
+    turns.sort_unstable_by_key(|(_, (number, _))| *number);
+    turns.into_iter().map(|(turn, (_, what))| (turn, what)).collect()
 }

@@ -14,7 +14,10 @@ use std::{
 use futures_util::FutureExt;
 use headgate_contracts::{
     Fault, TurnId,
-    wire::log::{Accepted, Event, InputVerdict, Kind},
+    wire::{
+        conversation::{DeliveryReport, DenialReport},
+        log::{Accepted, Event, InputVerdict, Kind},
+    },
 };
 
 use super::{
@@ -23,7 +26,7 @@ use super::{
 };
 
 fn settings(folder: &Path) -> Settings {
-    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096 }
+    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096, topic: None }
 }
 
 /// A folder whose disk answers at once, where the system has one: these tests ask it thousands of times.
@@ -54,6 +57,7 @@ fn of(turn: TurnId) -> Beginning {
         policy: "default".into(),
         policy_version: "7".into(),
         constitution: "sha-256=:y:".into(),
+        subject: None,
     };
     let accepted = Event::accepted(turn, SystemTime::now(), "00-a-b-01".into(), accepted);
     Beginning::new(accepted.clone(), accepted.followed_by(Kind::InputVerdict, SystemTime::now(), verdict))
@@ -484,12 +488,13 @@ fn forged(folder: &Path, first: u64, records: &[(Part, TurnId, Kind)]) {
 
 #[test]
 fn the_judge_objects_to_whatever_must_not_be() {
-    use Part::{Begins, Ends, Within};
+    use Part::{After, Begins, Ends, Settles, Within};
     let (one, two) = (TurnId::fresh(), TurnId::fresh());
     let begin = (Begins, one, Kind::Accepted);
+    let (end, verdict, delivery) = ((Ends, one, Kind::Completed), (After, one, Kind::OutputVerdict), (Settles, one, Kind::Delivery));
     /// Records, the number of the first, and what is objected to.
     type Case<'a> = (&'a [(Part, TurnId, Kind)], u64, &'a str);
-    let cases: [Case<'_>; 9] = [
+    let cases: [Case<'_>; 19] = [
         (&[begin, (Within, one, Kind::InputVerdict), (Ends, one, Kind::Completed)], 1, ""),
         (&[begin, (Ends, one, Kind::Completed), (Ends, one, Kind::Failed)], 1, "ends a second time"),
         (&[begin, begin], 1, "begins a second time"),
@@ -497,6 +502,17 @@ fn the_judge_objects_to_whatever_must_not_be() {
         (&[begin, (Ends, one, Kind::Denied), (Within, one, Kind::InputVerdict)], 1, "has ended before"),
         (&[begin, (Within, one, Kind::InputVerdict), (Within, one, Kind::InputVerdict)], 1, "out of order within its turn"),
         (&[begin, (Within, one, Kind::Completed)], 1, "another part in its turn"),
+        (&[begin, end, verdict, delivery], 1, ""),
+        (&[begin, end, delivery], 1, ""),
+        (&[begin, end, delivery, delivery], 1, "settled before"),
+        (&[begin, end, delivery, verdict], 1, "settled before"),
+        (&[begin, end, verdict, verdict], 1, "out of order within its turn"),
+        (&[begin, delivery], 1, "has not ended"),
+        (&[begin, verdict], 1, "has not ended"),
+        (&[begin, end, (After, one, Kind::Delivery)], 1, "another part in its turn"),
+        // Only a prompt that was refused ends with nothing owed.
+        (&[begin, end, (Settles, one, Kind::Denied)], 1, "out of order within its turn"),
+        (&[end, verdict, delivery, delivery], 40, "settled before"),
         // The oldest were let go: an end may stand alone, but only once.
         (&[(Ends, two, Kind::Completed), begin], 40, ""),
         (&[(Ends, two, Kind::Completed), (Ends, two, Kind::Completed)], 40, "ends a second time"),
@@ -508,6 +524,170 @@ fn the_judge_objects_to_whatever_must_not_be() {
         assert_eq!(judged.is_good(), objection.is_empty(), "{objection}: {judged:?}");
         assert!(judged.violations.iter().all(|violation| violation.to_string().contains(objection)), "{objection}: {judged:?}");
     }
+}
+
+fn told(outcome: Delivered) -> Told {
+    let report = DeliveryReport {
+        tenant: "acme".parse().unwrap(),
+        session_id: "s1".parse().unwrap(),
+        outcome,
+        code: None,
+        last_seq: Some(3),
+        text_bytes: 12,
+        verdict: None,
+    };
+    Told::of(&report, None)
+}
+
+async fn tell(log: &Log, turn: TurnId) -> Result<Heard, Untold> {
+    log.tell(turn, "acme/s1".into(), told(Delivered::Delivered)).await
+}
+
+fn last(folder: &Path) -> serde_json::Value {
+    let mut log = Follow::open(folder).unwrap();
+    let last = std::iter::from_fn(|| log.next_entry().unwrap()).last().unwrap();
+    serde_json::from_slice(&last.event).unwrap()
+}
+
+#[tokio::test]
+async fn what_the_user_got_is_kept_once_and_only_for_the_turn_and_session_that_it_is_about() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    let turn = TurnId::fresh();
+    assert_eq!(tell(&log, turn).await, Err(Untold::Unknown));
+    let account = log.begin(of(turn)).await.unwrap();
+    assert_eq!(tell(&log, turn).await, Err(Untold::Open));
+    complete(account);
+    let foreign = log.tell(turn, "other/s1".into(), told(Delivered::Cut)).await;
+    assert_eq!(foreign, Err(Untold::Unknown), "another tenant's turn is not there");
+    assert_eq!(good(folder.path()).owed, [turn]);
+    assert_eq!(tell(&log, turn).await, Ok(Heard::Now));
+    assert_eq!(log.tell(turn, "acme/s1".into(), told(Delivered::Cut)).await, Ok(Heard::Again), "the first word counts");
+    let event = last(folder.path());
+    assert_eq!((event["type"].as_str(), event["data"]["outcome"].as_str()), (Some("delivery.v1"), Some("delivered")));
+    let judged = good(folder.path());
+    assert_eq!((judged.records, judged.settled, judged.untold, judged.owed.len()), (4, 1, 0, 0));
+    drop(log);
+    let (log, _) = open(folder.path());
+    assert_eq!(tell(&log, turn).await, Ok(Heard::Again), "across a start, too");
+}
+
+#[tokio::test]
+async fn a_turn_of_which_no_gateway_says_what_the_user_got_is_unknown_in_time_and_stays_so() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    let (silent, open_still) = (TurnId::fresh(), TurnId::fresh());
+    complete(log.begin(of(silent)).await.unwrap());
+    let running = log.begin(of(open_still)).await.unwrap();
+    log.sweep(Duration::from_secs(3600));
+    log.flush().await.unwrap();
+    assert_eq!(good(folder.path()).owed, [silent], "there is time");
+    log.sweep(Duration::ZERO);
+    log.flush().await.unwrap();
+    let judged = good(folder.path());
+    assert_eq!((judged.settled, judged.untold, judged.open), (1, 1, vec![open_still]));
+    assert_eq!(tell(&log, silent).await, Err(Untold::Late));
+    complete(running);
+    log.flush().await.unwrap();
+    drop(log);
+    let (log, _) = open(folder.path());
+    assert_eq!(tell(&log, silent).await, Err(Untold::Late));
+    assert_eq!(tell(&log, open_still).await, Ok(Heard::Now), "what was owed before a start can be told after it");
+}
+
+#[tokio::test]
+async fn a_turn_that_a_crash_cut_can_still_be_told_of() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    let turn = TurnId::fresh();
+    let _running = log.begin(of(turn)).await.unwrap();
+    let left = copied(folder.path());
+    let (again, recovered) = open(left.path());
+    assert_eq!((recovered.crashed, good(left.path()).owed), (1, vec![turn]));
+    assert_eq!(tell(&again, turn).await, Ok(Heard::Now));
+    assert_eq!(good(left.path()).settled, 1);
+}
+
+fn denial(turn: TurnId) -> Denial {
+    let issuer = headgate_policy::Issuer {
+        iss: "headgate".into(),
+        pol: headgate_policy::Policy { id: "default".into(), ver: "7".into() },
+        con: headgate_policy::Digest::of(b""),
+    };
+    let facts = headgate_policy::Facts {
+        tid: "acme",
+        sub: "u1",
+        sid: "s1",
+        turn: &turn.to_string(),
+        dec: headgate_policy::Decision::Deny,
+        cat: &["hate"],
+        trc: None,
+    };
+    let claims = issuer.dispatch(&facts, "POST", "/", headgate_policy::Digest::of(b""), 0).unwrap();
+    let report = DenialReport {
+        tenant: "acme".parse().unwrap(),
+        session_id: "s1".parse().unwrap(),
+        subject: "u1".parse().unwrap(),
+        code: "policy_denied".into(),
+    };
+    Denial::of(turn, &report, &claims, &headgate_contracts::Trace::fresh())
+}
+
+#[tokio::test]
+async fn a_prompt_that_was_refused_is_kept_once_and_owes_nothing() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    let (turn, taken) = (TurnId::fresh(), TurnId::fresh());
+    assert_eq!(log.deny(&denial(turn)).await, Ok(Heard::Now));
+    assert_eq!(log.deny(&denial(turn)).await, Ok(Heard::Again));
+    assert_eq!(log.begin(of(turn)).await.err(), Some(Refused::Known), "it cannot become a turn");
+    assert_eq!(tell(&log, turn).await, Err(Untold::Late));
+    complete(log.begin(of(taken)).await.unwrap());
+    assert_eq!(log.deny(&denial(taken)).await, Err(Untold::Late));
+    let event = last_of(folder.path(), turn);
+    assert_eq!((event["type"].as_str(), event["partitionkey"].as_str()), (Some("turn.denied.v1"), Some("acme/s1")));
+    assert_eq!(event["data"]["categories"][0], "hate");
+    let judged = good(folder.path());
+    assert_eq!((judged.refused, judged.begun, judged.open.len(), judged.owed.len()), (1, 1, 0, 1));
+    drop(log);
+    let (log, recovered) = open(folder.path());
+    assert_eq!((recovered.crashed, log.deny(&denial(turn)).await), (0, Ok(Heard::Again)));
+}
+
+fn last_of(folder: &Path, turn: TurnId) -> serde_json::Value {
+    let mut log = Follow::open(folder).unwrap();
+    let of_turn = std::iter::from_fn(|| log.next_entry().unwrap()).filter(|entry| entry.turn == turn);
+    serde_json::from_slice(&of_turn.last().unwrap().event).unwrap()
+}
+
+#[tokio::test]
+async fn a_refused_prompt_torn_after_its_verdict_is_refused_by_the_next_start() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    let turn = TurnId::fresh();
+    log.deny(&denial(turn)).await.unwrap();
+    let mut bytes = fs::read(file(folder.path(), 1)).unwrap();
+    drop(log);
+    bytes.truncate(record_bytes(Entry::at(&bytes, 0).event.len()) + 20);
+    let torn = in_memory();
+    fs::write(file(torn.path(), 1), bytes).unwrap();
+    let (log, _) = open(torn.path());
+    let judged = good(torn.path());
+    assert_eq!((judged.refused, judged.crashed, judged.open.len()), (1, 0, 0));
+    assert_eq!(log.deny(&denial(turn)).await, Ok(Heard::Again));
+}
+
+#[tokio::test]
+async fn before_a_turn_is_refused_for_room_the_oldest_word_is_not_waited_for() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    // Thrice what the cap has room to wait for; no gateway says a word.
+    for _ in 0..3000 {
+        whole_turn(&log).await;
+    }
+    log.flush().await.unwrap();
+    let judged = good(folder.path());
+    assert!(judged.untold > 0 && !judged.owed.is_empty(), "{judged:?}");
 }
 
 /// What an acknowledged beginning costs: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture acknowledged`.

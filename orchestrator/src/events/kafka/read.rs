@@ -72,31 +72,30 @@ pub fn verify_topic(brokers: &[String], topic: &str) -> Result<Judged, Unread> {
         let Some(message) = message else { return Ok(()) };
         let offset = u64::try_from(message.offset()).unwrap_or(0);
         let Some(event) = event(message) else {
-            judge.object(offset, format!("partition {}: not an event", message.partition()));
+            judge.judged.object(offset, None, format!("not an event, in partition {}", message.partition()));
             return Ok(());
         };
         let of = |name| header(message, name).unwrap_or_default();
         if message.key() != Some(of("ce_partitionkey").as_bytes()) {
-            judge.object(offset, format!("partition {}: its key is not that of its session", message.partition()));
+            judge.judged.object(offset, None, format!("its key is not that of its session, in partition {}", message.partition()));
         }
         let said = crc32c::crc32c_append(crc32c::crc32c(of("ce_type").as_bytes()), message.payload().unwrap_or_default());
         match seen.entry(of("ce_id").to_owned()) {
             Entry::Vacant(place) => {
                 place.insert((message.partition(), said));
-                judge.event(offset, &event);
+                judge.event_alone(offset, &event);
             }
-            Entry::Occupied(first) if *first.get() == (message.partition(), said) => judge.repeated(),
+            Entry::Occupied(first) if *first.get() == (message.partition(), said) => judge.judged.repeated += 1,
             Entry::Occupied(first) => {
                 let (partition, _) = first.get();
-                judge.object(
-                    offset,
-                    format!("partition {}: another event of that id was in partition {partition} before", message.partition()),
-                );
+                let what = format!("another event of its id came before, in partition {partition}, not {}", message.partition());
+                judge.judged.object(offset, None, what);
             }
         }
         Ok(())
     })?;
-    Ok(judge.end(partitions))
+    judge.judged.segments = partitions;
+    Ok(judge.end())
 }
 
 fn header<'a>(message: &'a BorrowedMessage<'_>, name: &str) -> Option<&'a str> {
