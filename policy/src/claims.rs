@@ -83,7 +83,8 @@ impl Claims {
         };
         let addressed = match self.dir {
             Direction::Input | Direction::Tool => self.htm.is_some() && self.htu.is_some(),
-            Direction::Output => self.htm.is_none() && self.htu.is_none(),
+            // For an audit it is about a text and no request; told to an orchestrator, about the request that tells it.
+            Direction::Output => self.htm.is_some() == self.htu.is_some(),
         };
         fenced && addressed
     }
@@ -259,6 +260,12 @@ impl Issuer {
             trc: facts.trc.map(str::to_owned),
         })
     }
+
+    /// The claims for what a gateway tells the orchestrator of a turn: `Input`, that its prompt was refused; `Output`, what the
+    /// user got. As [`Issuer::dispatch`] otherwise.
+    pub fn report(&self, facts: &Facts<'_>, dir: Direction, htm: &str, htu: &str, body: Digest, now: u64) -> Result<Claims, Unsigned> {
+        Ok(Claims { dir, ..self.dispatch(facts, htm, htu, body, now)? })
+    }
 }
 
 /// Why a verdict could not be signed. The turn must fail: nothing is dispatched without one.
@@ -341,7 +348,8 @@ mod tests {
         assert!(claims().in_training(7).is_consistent());
         assert!(!Claims { fence: Some(7), ..claims() }.is_consistent());
         assert!(!Claims { mode: Mode::Training, ..claims() }.is_consistent());
-        assert!(!Claims { dir: Direction::Output, ..claims() }.is_consistent());
+        assert!(Claims { dir: Direction::Output, ..claims() }.is_consistent());
+        assert!(!Claims { dir: Direction::Output, htm: None, ..claims() }.is_consistent());
         assert!(!Claims { htu: None, ..claims() }.is_consistent());
     }
 }

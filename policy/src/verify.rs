@@ -215,6 +215,15 @@ impl Unspent {
     }
 }
 
+/// What a verdict is brought for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    /// To act on what it judged.
+    Go,
+    /// To tell what was decided.
+    Told,
+}
+
 impl Verifier {
     /// Tells who signed a verdict and what it says, and nothing about whether it fits a request: for audits.
     ///
@@ -233,6 +242,17 @@ impl Verifier {
     ///
     /// Errors: any [`Rejected`] but the last two, the first that applies.
     pub fn check(&self, token: &str, expect: &Expect<'_>, registry: &(impl Registry + ?Sized)) -> Result<Unspent, Rejected> {
+        self.weigh(token, expect, registry, Word::Go)
+    }
+
+    /// The claims of a verdict that a gateway only tells about: nothing is run on it, so it may say no, and be told twice.
+    ///
+    /// Errors: as [`Verifier::check`], but for [`Rejected::Denied`]: that is a prompt's verdict that does not say no.
+    pub fn hear(&self, token: &str, expect: &Expect<'_>, registry: &(impl Registry + ?Sized)) -> Result<Claims, Rejected> {
+        self.weigh(token, expect, registry, Word::Told).map(|unspent| unspent.claims)
+    }
+
+    fn weigh(&self, token: &str, expect: &Expect<'_>, registry: &(impl Registry + ?Sized), word: Word) -> Result<Unspent, Rejected> {
         let claims = self.open(token, expect.now)?;
         let questions = [
             (claims.iss == expect.iss, Rejected::Issuer),
@@ -247,8 +267,8 @@ impl Verifier {
             (claims.htm.as_deref() == expect.htm, Rejected::Method),
             (claims.htu.as_deref() == expect.htu, Rejected::Path),
             (claims.bdg == expect.body, Rejected::Digest),
-            // An output that was cut is still an output; a dispatch that was denied is none.
-            (claims.dec != Decision::Deny || claims.dir == Direction::Output, Rejected::Denied),
+            // An output that was cut is still an output; a dispatch that was denied is none, and what was let go was not refused.
+            (claims.dir == Direction::Output || (claims.dec == Decision::Deny) == (word == Word::Told), Rejected::Denied),
         ];
         if let Some((_, rejected)) = questions.into_iter().find(|(holds, _)| !holds) {
             return Err(rejected);
@@ -414,6 +434,23 @@ mod tests {
             assert_eq!(both.judge(&Claims { exp, ..claims() }, &expect()), Err(Rejected::Lifetime), "{exp}");
         }
         assert_eq!(both.judge(&Claims { iat: u64::MAX - 1, exp: u64::MAX, ..claims() }, &expect()), Err(Rejected::NotYet));
+    }
+
+    #[test]
+    fn a_refusal_is_heard_and_never_acted_on_and_what_was_let_go_is_no_refusal() {
+        let both = both();
+        let denied = both.ring.sign(&Claims { dec: Decision::Deny, ..claims() }).unwrap();
+        let allowed = both.ring.sign(&claims()).unwrap();
+        let keys = both.ring.verifier();
+        assert_eq!(keys.hear(&denied, &expect(), &both.registry).unwrap().dec, Decision::Deny);
+        assert_eq!(keys.hear(&denied, &expect(), &both.registry).unwrap().dec, Decision::Deny, "as often as it is told");
+        assert_eq!(keys.check(&denied, &expect(), &both.registry).unwrap_err(), Rejected::Denied);
+        assert_eq!(keys.hear(&allowed, &expect(), &both.registry).unwrap_err(), Rejected::Denied);
+        let output = Expect { dir: Direction::Output, ..expect() };
+        assert_eq!(keys.hear(&denied, &output, &both.registry).unwrap_err(), Rejected::Direction);
+        let told = both.ring.sign(&Claims { dir: Direction::Output, ..claims() }).unwrap();
+        assert!(keys.hear(&told, &output, &both.registry).is_ok());
+        assert_eq!(keys.hear(&told, &Expect { body: Digest::of(b"other"), ..output }, &both.registry).unwrap_err(), Rejected::Digest);
     }
 
     #[test]
