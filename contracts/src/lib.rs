@@ -17,7 +17,7 @@
 //! | **code**: the stable name of a refusal or fault, with its status, close code and retry advice | [`Code`] |
 //!
 //! [`wire`] holds the codecs: server-sent events, OpenAI chat completions, our own chat stream, WebSocket frames, problems.
-//! [`schema`] generates JSON Schema, OpenAPI and AsyncAPI from the same types.
+//! [`schema`] generates JSON Schema, OpenAPI and AsyncAPI from the same types; [`drift`] says what a change of them asks of others.
 
 mod address;
 mod code;
@@ -28,6 +28,7 @@ mod prompt;
 mod stop;
 mod turn;
 
+pub mod drift;
 pub mod schema;
 pub mod wire;
 
