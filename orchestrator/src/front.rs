@@ -79,7 +79,7 @@ async fn turn(orchestrator: Arc<Orchestrator>, route: Route, caller: Request, re
         let body = read(&orchestrator, &head.headers, body).await?;
         caller.answering();
         let dispatched = Dispatched { method: head.method.as_str(), path: head.uri.path(), body: &body };
-        let admitted = admit(&orchestrator, &head.headers, &dispatched)?;
+        let admitted = admit(&orchestrator, &head.headers, &dispatched).await?;
         let turn = admitted.prompt.turn;
         drop(body);
         let mut run = Run::begin(&orchestrator, route, admitted).await.map_err(|fault| (Stop::from(fault), Some(turn)))?;
@@ -127,12 +127,12 @@ pub(crate) struct Admitted {
 }
 
 /// The dispatch, if its verdict holds.
-pub(crate) fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched: &Dispatched<'_>) -> Result<Admitted, Refused> {
+pub(crate) async fn admit(orchestrator: &Orchestrator, headers: &HeaderMap, dispatched: &Dispatched<'_>) -> Result<Admitted, Refused> {
     let mut prompt = prompt(conversation::Request::parse(dispatched.body)?);
     prompt.trace = Trace::from_headers(headers);
     let key = verify::only(headers, &IDEMPOTENCY_KEY)?.and_then(|key| key.to_str().ok());
     prompt.idempotency_key = key.filter(|key| key.len() <= MAX_IDEMPOTENCY_KEY_BYTES).map(str::to_owned);
-    let claims = match orchestrator.court.judge(headers, dispatched, &prompt) {
+    let claims = match orchestrator.court.judge(headers, dispatched, &prompt).await {
         Ok(claims) => claims,
         Err(fault) => {
             tracing::warn!(

@@ -31,6 +31,7 @@ mod ws;
 use std::{fmt, sync::Arc};
 
 use headgate_policy::{Registry, Verifier};
+use headgate_store::Used;
 
 pub use history::Bounds;
 pub use models::Models;
@@ -69,9 +70,16 @@ impl Orchestrator {
         self
     }
 
+    /// The same, using verdicts up for all who share `used`, not for this process alone.
+    pub fn sharing(mut self, used: Used) -> Orchestrator {
+        self.court.share(used);
+        self
+    }
+
     /// Adds the orchestrator's metrics to what is exported.
     pub fn register(&self, registry: &mut prometheus_client::registry::Registry) {
         self.metrics.register(registry);
+        self.court.register(registry);
         registry.register_collector(Box::new(metrics::Upstreams(self.models.all().cloned().collect())));
         if let Some(log) = &self.events {
             log.register(registry);
@@ -89,6 +97,8 @@ impl Orchestrator {
             Err("draining\n")
         } else if self.events.as_ref().is_some_and(events::Log::is_sealed) {
             Err("the event log is sealed after a failed write\n")
+        } else if !self.court.has_registry() {
+            Err("the policy registry cannot be reached\n")
         } else if !self.models.ready() {
             Err("no model is ready\n")
         } else {

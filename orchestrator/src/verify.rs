@@ -6,8 +6,12 @@ use std::{
 };
 
 use headgate_contracts::{Code, Fault, Prompt};
-use headgate_policy::{Claims, Digest, Direction, Expect, LEEWAY, Mode, ORCHESTRATOR, Registry, Rejected, Replays, Verifier};
+use headgate_policy::{
+    ANY_TENANT, Claims, Digest, Direction, Expect, LEEWAY, Mode, ORCHESTRATOR, Registry, Rejected, Replays, Unspent, Use, Verifier,
+};
+use headgate_store::Used;
 use http::{HeaderMap, HeaderName, HeaderValue};
+use prometheus_client::metrics::counter::Counter;
 
 /// The signed verdict.
 pub(crate) const VERDICT: HeaderName = HeaderName::from_static("policy-verdict");
@@ -25,6 +29,10 @@ pub(crate) struct Court {
     keys: RwLock<Arc<Verifier>>,
     registry: Arc<dyn Registry>,
     spent: Replays,
+    /// What all orchestrators of a deployment have used up.
+    shared: Option<Used>,
+    /// Verdicts that only this process could call unused.
+    alone: Counter,
 }
 
 /// The dispatch that a verdict must be about: the method, the path and the exact bytes.
@@ -36,7 +44,22 @@ pub(crate) struct Dispatched<'a> {
 
 impl Court {
     pub(crate) fn new(issuer: String, keys: Verifier, registry: Arc<dyn Registry>, replays: usize) -> Court {
-        Court { issuer, keys: RwLock::new(Arc::new(keys)), registry, spent: Replays::new(replays) }
+        Court { issuer, keys: RwLock::new(Arc::new(keys)), registry, spent: Replays::new(replays), shared: None, alone: Counter::default() }
+    }
+
+    /// Asks these, too, whether a verdict was used.
+    pub(crate) fn share(&mut self, used: Used) {
+        self.shared = Some(used);
+    }
+
+    pub(crate) fn register(&self, registry: &mut prometheus_client::registry::Registry) {
+        let help = "Verdicts taken on this process's memory alone, because the shared one did not answer";
+        registry.register("orchestrator_verdicts_unshared", help, self.alone.clone());
+    }
+
+    /// Whether it can be told at all which policy is in force.
+    pub(crate) fn has_registry(&self) -> bool {
+        self.registry.entry(ANY_TENANT, now()).is_ok()
     }
 
     /// Judges by these keys from now on.
@@ -48,8 +71,14 @@ impl Court {
     ///
     /// Errors: [`Code::InvalidRequest`] where a header comes twice; [`Code::VersionConflict`] where the policy is not in force;
     /// [`Code::VerdictReplayed`]; [`Code::VerdictInvalid`] for everything else, each with the reason's word as its message; a
-    /// 503 where the question cannot be answered.
-    pub(crate) fn judge(&self, headers: &HeaderMap, dispatched: &Dispatched<'_>, prompt: &Prompt) -> Result<Claims, Fault> {
+    /// 503 where the question cannot be answered. Cancel safe: the verdict may be used up.
+    pub(crate) async fn judge(&self, headers: &HeaderMap, dispatched: &Dispatched<'_>, prompt: &Prompt) -> Result<Claims, Fault> {
+        let unspent = self.check(headers, dispatched, prompt)?;
+        self.spend(unspent).await.map_err(refused)
+    }
+
+    /// Everything but whether it was used before.
+    fn check(&self, headers: &HeaderMap, dispatched: &Dispatched<'_>, prompt: &Prompt) -> Result<Unspent, Fault> {
         let token = only(headers, &VERDICT)?.ok_or_else(|| invalid("missing"))?;
         let token = token.to_str().map_err(|_| invalid("shape"))?;
         let digest = Digest::of(dispatched.body);
@@ -84,7 +113,25 @@ impl Court {
         if claims.mode == Mode::Training {
             return Err(invalid("mode"));
         }
-        unspent.spend(&self.spent, now).map_err(refused)
+        Ok(unspent)
+    }
+
+    /// Uses a verdict up: here, which costs nothing, and then everywhere. While the shared memory does not answer, this
+    /// process's own decides; where events are kept, the log refuses a turn it knows, across restarts too.
+    async fn spend(&self, unspent: Unspent) -> Result<Claims, Rejected> {
+        let (jti, until) = unspent.number();
+        let here = self.spent.spend(jti, until, now());
+        let used = match (&self.shared, here) {
+            (Some(shared), Use::First | Use::Unknown) => match shared.spend(jti).await {
+                Use::Unknown => {
+                    self.alone.inc();
+                    here
+                }
+                known @ (Use::First | Use::Again) => known,
+            },
+            (Some(_), Use::Again) | (None, _) => here,
+        };
+        unspent.settle(used)
     }
 }
 

@@ -315,7 +315,7 @@ async fn begin(orchestrator: &Arc<Orchestrator>, turn_id: TurnId, payload: Strin
             return Err(Fault::client(Code::PayloadTooLarge).into());
         }
         let dispatched = Dispatched { method: "GET", path: STREAM, body: payload.as_bytes() };
-        let admitted = front::admit(orchestrator, &headers, &dispatched)?;
+        let admitted = front::admit(orchestrator, &headers, &dispatched).await?;
         if admitted.prompt.turn != turn_id {
             return Err(Fault::client(Code::InvalidRequest).saying("turn_id: the payload names another turn").into());
         }

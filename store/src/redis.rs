@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! up ── three late answers in a row, a broken connection, -LOADING ──▶ down: every call fails at once
-//!  ▲                                                                    │ every half second, in the background:
+//!  ▲                                                                    │ every half second, beside the turns:
 //!  └────────────────────── it connects and answers a PING ──────────────┘ a new connection
 //! ```
 
@@ -20,8 +20,7 @@ use prometheus_client::{
 };
 use redis::{AsyncConnectionConfig, Client, Cmd, FromRedisValue, Pipeline, RedisError, ServerErrorKind, aio::MultiplexedConnection};
 use tokio::{
-    runtime::Handle,
-    sync::watch,
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
@@ -29,6 +28,8 @@ use tokio::{
 const STRIKES: u32 = 3;
 /// Between two tries to come back: a Redis that answers again is used within a second.
 const PAUSE: Duration = Duration::from_millis(500);
+/// Between two signs of life that are asked for, so that a connection is not found broken by a turn.
+const BEAT: Duration = Duration::from_secs(1);
 /// How long one try may take: name lookup, TCP, TLS, the handshake and a PING.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -41,8 +42,9 @@ pub struct Redis {
 
 struct Shared {
     client: Client,
-    // Where the connection's own task runs: a caller may live on a runtime that ends before we do.
-    runtime: Handle,
+    /// What a sign of life may take.
+    budget: Duration,
+    lost: Arc<Notify>,
     link: Mutex<Link>,
     is_up: watch::Sender<bool>,
     up: Gauge,
@@ -85,16 +87,18 @@ impl Redis {
     ///
     /// Must be called within a runtime that lives as long as the connection is to.
     pub fn connect(url: &str, budget: Duration) -> Result<Redis, Unusable> {
+        let lost = Arc::new(Notify::new());
         let shared = Arc::new(Shared {
             client: Client::open(url).map_err(|_| Unusable)?,
-            runtime: Handle::current(),
+            budget,
+            lost: lost.clone(),
             link: Mutex::new(Link { connection: None, number: 0, late_in_a_row: 0 }),
             is_up: watch::Sender::new(false),
             up: Gauge::default(),
             timeouts: Counter::default(),
             failures: Counter::default(),
         });
-        shared.runtime.spawn(mend(Arc::downgrade(&shared), Duration::ZERO));
+        tokio::spawn(keep(Arc::downgrade(&shared), lost));
         Ok(Redis { shared, budget })
     }
 
@@ -165,7 +169,7 @@ impl Shared {
     }
 
     /// Draws the conclusions from the answer on connection `number`; `None`: there was none in time.
-    fn judge<T>(self: &Arc<Shared>, number: u64, answer: Option<Result<T, RedisError>>) -> Result<T, Unanswered> {
+    fn judge<T>(&self, number: u64, answer: Option<Result<T, RedisError>>) -> Result<T, Unanswered> {
         match answer {
             Some(Ok(answer)) => {
                 self.link().late_in_a_row = 0;
@@ -193,7 +197,7 @@ impl Shared {
     }
 
     /// Asks nobody any more until there is a new connection.
-    fn lose(self: &Arc<Shared>, number: u64, why: &str) {
+    fn lose(&self, number: u64, why: &str) {
         let mut link = self.link();
         if link.number != number || link.connection.take().is_none() {
             return;
@@ -202,7 +206,16 @@ impl Shared {
         self.up.set(0);
         self.is_up.send_replace(false);
         tracing::warn!(redis = %self.place(), why, "redis is away");
-        self.runtime.spawn(mend(Arc::downgrade(self), PAUSE));
+        self.lost.notify_one();
+    }
+
+    fn gain(&self, connection: MultiplexedConnection) {
+        let mut link = self.link();
+        *link = Link { connection: Some(connection), number: link.number + 1, late_in_a_row: 0 };
+        drop(link);
+        self.up.set(1);
+        self.is_up.send_replace(true);
+        tracing::info!(redis = %self.place(), "redis is there");
     }
 
     async fn connect(&self) -> Result<MultiplexedConnection, RedisError> {
@@ -219,31 +232,43 @@ impl Shared {
     }
 }
 
-/// Connects, however often it takes, unless nobody is left to use it.
-async fn mend(shared: Weak<Shared>, pause: Duration) {
-    sleep(pause).await;
-    let mut said = !pause.is_zero();
-    loop {
-        let Some(shared) = shared.upgrade() else { return };
-        let why = match timeout(PATIENCE, shared.connect()).await {
-            Ok(Ok(connection)) => {
-                let mut link = shared.link();
-                *link = Link { connection: Some(connection), number: link.number + 1, late_in_a_row: 0 };
-                drop(link);
-                shared.up.set(1);
-                shared.is_up.send_replace(true);
-                tracing::info!(redis = %shared.place(), "redis is there");
-                return;
+/// Connects whenever there is no connection, and asks now and then where there is one, until nobody is left to use it.
+async fn keep(shared: Weak<Shared>, lost: Arc<Notify>) {
+    let mut said = false;
+    while let Some(here) = shared.upgrade() {
+        let pause = match here.connected() {
+            Some((mut connection, number)) => {
+                let answer = timeout(here.budget, redis::cmd("PING").query_async::<()>(&mut connection)).await;
+                // A connection that nobody has used for a while may have broken unseen.
+                drop(here.judge(number, answer.ok()));
+                BEAT
             }
-            Ok(Err(error)) => told(&error),
-            Err(_) => "it does not answer in time".to_owned(),
+            None => match timeout(PATIENCE, here.connect()).await {
+                Ok(Ok(connection)) => {
+                    here.gain(connection);
+                    said = false;
+                    BEAT
+                }
+                failed => {
+                    if !std::mem::replace(&mut said, true) {
+                        let why = failed.map_or_else(
+                            |_| "no answer in time".to_owned(),
+                            |failed| failed.err().map_or_else(String::new, |error| told(&error)),
+                        );
+                        tracing::warn!(redis = %here.place(), why, "cannot connect to redis");
+                    }
+                    PAUSE
+                }
+            },
         };
-        // Once: whoever lost it has said so already.
-        if !std::mem::replace(&mut said, true) {
-            tracing::warn!(redis = %shared.place(), why, "redis is away");
+        drop(here);
+        let is_lost = tokio::select! {
+            () = sleep(pause) => false,
+            () = lost.notified() => true,
+        };
+        if is_lost {
+            sleep(PAUSE).await;
         }
-        drop(shared);
-        sleep(PAUSE).await;
     }
 }
 

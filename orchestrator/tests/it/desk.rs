@@ -10,6 +10,7 @@ use std::{
 use headgate_contracts::TurnId;
 use headgate_orchestrator::{Models, Orchestrator, Settings, events, serve};
 use headgate_policy::{ANY_TENANT, Claims, Decision, Digest, Entry, Facts, Issuer, Memory, Policy, Registry, Ring};
+use headgate_store::Used;
 use headgate_testkit::{
     client::{self, Events, Reply, Request},
     soon,
@@ -97,12 +98,29 @@ impl Desk {
     }
 
     pub(crate) async fn asking(models: Models, settings: Settings, registry: Arc<Memory>, asked: Arc<dyn Registry>) -> Desk {
-        Desk::made(models, settings, registry, asked, None).await
+        Desk::made(models, settings, registry, asked, |orchestrator| orchestrator).await
+    }
+
+    /// One that uses verdicts up for all who share `used`, and asks `registry`, or else its own.
+    pub(crate) async fn sharing(models: Models, used: Option<Used>, registry: Option<Arc<dyn Registry>>, log: Option<events::Log>) -> Desk {
+        let own = Arc::new(Memory::new(16));
+        let asked = registry.unwrap_or_else(|| own.clone());
+        let with = |orchestrator: Orchestrator| {
+            let orchestrator = match used {
+                Some(used) => orchestrator.sharing(used),
+                None => orchestrator,
+            };
+            match log {
+                Some(log) => orchestrator.keeping(log),
+                None => orchestrator,
+            }
+        };
+        Desk::made(models, Settings::default(), own, asked, with).await
     }
 
     pub(crate) async fn keeping(models: Models, settings: Settings, log: events::Log) -> Desk {
         let registry = Arc::new(Memory::new(16));
-        Desk::made(models, settings, registry.clone(), registry, Some(log)).await
+        Desk::made(models, settings, registry.clone(), registry, |orchestrator| orchestrator.keeping(log)).await
     }
 
     async fn made(
@@ -110,18 +128,14 @@ impl Desk {
         settings: Settings,
         registry: Arc<Memory>,
         asked: Arc<dyn Registry>,
-        events: Option<events::Log>,
+        with: impl FnOnce(Orchestrator) -> Orchestrator,
     ) -> Desk {
         log();
         let (ring, policy_ring) = (Ring::generate(now()).unwrap(), Ring::generate(now()).unwrap());
         let con = Digest::of(b"constitution");
         let entry = Entry::first(ANY_TENANT, "7", con, now() - 1000);
         registry.install(&policy_ring.sign_entry(&entry).unwrap(), &policy_ring.verifier(), now()).unwrap();
-        let orchestrator = Orchestrator::new(settings, models, ring.verifier(), asked);
-        let orchestrator = Arc::new(match events {
-            Some(log) => orchestrator.keeping(log),
-            None => orchestrator,
-        });
+        let orchestrator = Arc::new(with(Orchestrator::new(settings, models, ring.verifier(), asked)));
         let mut metrics = Metrics::default();
         orchestrator.register(&mut metrics);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -6,6 +6,8 @@ mod events;
 mod leaving;
 mod limits;
 mod model;
+mod reports;
+mod sharing;
 mod turns;
 mod verdicts;
 mod websocket;
