@@ -19,7 +19,8 @@ use tokio::time::timeout;
 
 use crate::{
     Orchestrator,
-    metrics::Route,
+    metrics::{Call, Route},
+    reports,
     run::Run,
     socket::{Caller, Request},
     step, stream,
@@ -34,7 +35,7 @@ pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
 pub(crate) const STREAM: &str = "/v1/conversation/stream";
 /// `POST`: a turn as one JSON answer.
 const STEP: &str = "/v1/conversation/step";
-/// `POST`, with `{id}/cancel` behind it: stops a turn.
+/// `POST`, with `{id}/cancel` behind it: stops a turn; with `{id}/delivery` and `{id}/verdict`: hears of one.
 const TURNS: &str = "/v1/conversation/turns/";
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -62,12 +63,20 @@ async fn route(orchestrator: Arc<Orchestrator>, caller: Request, request: http::
         (STREAM, &Method::POST) => turn(orchestrator, Route::Stream, caller, request).await,
         (STEP, &Method::POST) => turn(orchestrator, Route::Step, caller, request).await,
         (STREAM, &Method::GET) => ws::upgrade(caller, request, &upgraded),
-        (path, method) => match (path.strip_prefix(TURNS).and_then(|rest| rest.strip_suffix("/cancel")), method) {
-            (Some(turn), &Method::POST) => cancel(&orchestrator, turn),
-            (Some(_), _) => method_not_allowed("POST"),
-            (None, _) if path == STEP => method_not_allowed("POST"),
-            (None, _) if path == STREAM => method_not_allowed("GET, POST"),
-            (None, method) => probe(&orchestrator, method, path).unwrap_or_else(|| refusal(&Fault::client(Code::NotFound).into(), None)),
+        (path, method) => match (path.strip_prefix(TURNS).and_then(|rest| rest.split_once('/')), method) {
+            (Some((turn, "cancel")), &Method::POST) => cancel(&orchestrator, turn),
+            (Some((turn, "delivery")), &Method::POST) => {
+                let turn = turn.to_owned();
+                reports::answer(&orchestrator, Call::Delivery, &turn, request).await
+            }
+            (Some((turn, "verdict")), &Method::POST) => {
+                let turn = turn.to_owned();
+                reports::answer(&orchestrator, Call::Denial, &turn, request).await
+            }
+            (Some((_, "cancel" | "delivery" | "verdict")), _) => method_not_allowed("POST"),
+            (_, _) if path == STEP => method_not_allowed("POST"),
+            (_, _) if path == STREAM => method_not_allowed("GET, POST"),
+            (_, method) => probe(&orchestrator, method, path).unwrap_or_else(|| refusal(&Fault::client(Code::NotFound).into(), None)),
         },
     }
 }
@@ -76,29 +85,32 @@ async fn turn(orchestrator: Arc<Orchestrator>, route: Route, caller: Request, re
     let undecided = orchestrator.metrics.undecided(route);
     let (head, body) = request.into_parts();
     let begun = async {
-        let body = read(&orchestrator, &head.headers, body).await?;
+        let body = read(&orchestrator, &head.headers, body, orchestrator.settings.limits.body).await?;
         caller.answering();
         let dispatched = Dispatched { method: head.method.as_str(), path: head.uri.path(), body: &body };
         let admitted = admit(&orchestrator, &head.headers, &dispatched).await?;
         let turn = admitted.prompt.turn;
         drop(body);
-        let mut run = Run::begin(&orchestrator, route, admitted).await.map_err(|fault| (Stop::from(fault), Some(turn)))?;
-        run.open(Some(&caller)).await.map_err(|stop| (stop, Some(turn)))?;
-        Ok(run)
+        Run::begin(&orchestrator, route, admitted).await.map_err(|fault| Refused(fault.into(), Some(turn)))
     };
-    match begun.await {
-        Ok(run) => {
-            undecided.accepted();
-            match route {
-                Route::Step => step::answer(run, &caller).await,
-                Route::Stream | Route::WebSocket => event_stream(stream::body(run, caller)),
+    let (taken, Refused(stop, turn)) = match begun.await {
+        Ok(mut run) => match run.open(Some(&caller)).await {
+            Ok(()) => {
+                undecided.accepted();
+                return match route {
+                    Route::Step => step::answer(run, &caller).await,
+                    Route::Stream | Route::WebSocket => event_stream(stream::body(run, caller)),
+                };
             }
-        }
-        Err(Refused(stop, turn)) => {
-            undecided.refused(stop.code());
-            refusal(&stop, turn)
-        }
-    }
+            Err(stop) => (conversation::TAKEN, Refused(stop, Some(run.turn))),
+        },
+        Err(refused) => (conversation::NOT_TAKEN, refused),
+    };
+    undecided.refused(stop.code());
+    let mut response = refusal(&stop, turn);
+    // The gateway may ask another of us, as long as none has taken the turn.
+    response.headers_mut().insert(conversation::TURN_TAKEN, HeaderValue::from_static(taken));
+    response
 }
 
 /// A request that is not answered by a model, and the turn it would have been as far as that is known.
@@ -161,8 +173,8 @@ fn prompt(request: conversation::Request) -> Prompt {
     Prompt { principal, settings, metadata, ..Prompt::new(turn_id, session_id, messages) }
 }
 
-/// The body of a request, whole.
-async fn read(orchestrator: &Orchestrator, headers: &HeaderMap, body: Incoming) -> Result<Bytes, Fault> {
+/// The body of a request, whole; at most `limit` bytes.
+pub(crate) async fn read(orchestrator: &Orchestrator, headers: &HeaderMap, body: Incoming, limit: usize) -> Result<Bytes, Fault> {
     let settings = &orchestrator.settings;
     if verify::only(headers, &header::CONTENT_ENCODING)?.is_some_and(|coding| coding != "identity") {
         return Err(Fault::client(Code::EncodingRefused));
@@ -174,10 +186,10 @@ async fn read(orchestrator: &Orchestrator, headers: &HeaderMap, body: Incoming) 
     if !verify::only(headers, &header::CONTENT_TYPE)?.is_some_and(is_json) {
         return Err(Fault::client(Code::UnsupportedMediaType).saying("expected application/json"));
     }
-    if body.size_hint().lower() > settings.limits.body as u64 {
+    if body.size_hint().lower() > limit as u64 {
         return Err(Fault::client(Code::PayloadTooLarge));
     }
-    let whole = timeout(settings.patience.body, Limited::new(body, settings.limits.body).collect());
+    let whole = timeout(settings.patience.body, Limited::new(body, limit).collect());
     match whole.await {
         Ok(Ok(whole)) => Ok(whole.to_bytes()),
         Ok(Err(broken)) if broken.is::<LengthLimitError>() => Err(Fault::client(Code::PayloadTooLarge)),

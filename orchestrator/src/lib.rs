@@ -6,6 +6,8 @@
 //! | **history**: what was said in each session | `history` |
 //! | **runs**: the open turns, one per session | `runs` |
 //! | **run**: one open turn, from the dispatch to its end | `run` |
+//! | **partings**: turns that their gateway left, and will say why | `partings` |
+//! | **reports**: what gateways tell after the fact | `reports` |
 //! | **models**: who answers | [`Models`] |
 //! | **events**: what became of each turn, on disk | [`events`] |
 //!
@@ -18,6 +20,8 @@ mod front;
 mod history;
 mod metrics;
 mod models;
+mod partings;
+mod reports;
 mod run;
 mod runs;
 mod serve;
@@ -46,6 +50,7 @@ pub struct Orchestrator {
     models: Models,
     history: history::History,
     runs: Arc<runs::Runs>,
+    partings: partings::Partings,
     metrics: metrics::Metrics,
     events: Option<events::Log>,
 }
@@ -57,6 +62,7 @@ impl Orchestrator {
             court: verify::Court::new(settings.issuer.clone(), keys, registry, settings.limits.replays),
             history: history::History::new(settings.history.clone()),
             runs: Arc::new(runs::Runs::new(settings.limits.turns, settings.limits.session_grace)),
+            partings: partings::Partings::default(),
             metrics: metrics::Metrics::new(),
             models,
             settings,

@@ -85,6 +85,69 @@ impl Decision {
     }
 }
 
+/// What a gateway tells of a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// What the user got.
+    Delivery,
+    /// That its prompt was refused.
+    Denial,
+}
+
+impl Call {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Call::Delivery => "delivery",
+            Call::Denial => "verdict",
+        }
+    }
+}
+
+/// What became of what a gateway told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reported {
+    /// It was written.
+    Kept,
+    /// It had been written before.
+    Again,
+    /// No events are kept here.
+    Unkept,
+    /// There is no such turn, or something else was written of it.
+    Late,
+    /// It is malformed, or not proven.
+    Refused,
+    /// It could not be taken now.
+    Busy,
+}
+
+impl Reported {
+    fn as_str(self) -> &'static str {
+        match self {
+            Reported::Kept => "kept",
+            Reported::Again => "again",
+            Reported::Unkept => "unkept",
+            Reported::Late => "late",
+            Reported::Refused => "refused",
+            Reported::Busy => "busy",
+        }
+    }
+
+    /// What refusing a report with `code` is.
+    pub(crate) fn of(code: Code) -> Reported {
+        match code {
+            Code::SessionNotFound | Code::TurnConflict => Reported::Late,
+            code if code.status() >= 500 => Reported::Busy,
+            _ => Reported::Refused,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Told {
+    call: &'static str,
+    result: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Decided {
     route: &'static str,
@@ -103,6 +166,7 @@ struct Ended {
 pub(crate) struct Metrics {
     requests: Family<Decided, Counter>,
     turns: Family<Ended, Counter>,
+    reports: Family<Told, Counter>,
     pub(crate) open: Gauge,
     pub(crate) first_text: Histogram,
     pub(crate) panics: Counter,
@@ -116,6 +180,7 @@ impl Metrics {
         Metrics {
             requests: Family::default(),
             turns: Family::default(),
+            reports: Family::default(),
             open: Gauge::default(),
             first_text: Histogram::new(FIRST_TEXT_SECONDS),
             panics: Counter::default(),
@@ -126,6 +191,8 @@ impl Metrics {
         let help = "Requests, by what was decided about them before an answer began; each is counted once";
         registry.register("orchestrator_requests", help, self.requests.clone());
         registry.register("orchestrator_turns", "Turns that a model answered, by how they ended", self.turns.clone());
+        let help = "What gateways told of turns, by what became of it";
+        registry.register("orchestrator_reports", help, self.reports.clone());
         registry.register("orchestrator_open_turns", "Turns open now", self.open.clone());
         let help = "From a request's last byte to the first text of its answer";
         registry.register_with_unit("orchestrator_time_to_first_text", help, Unit::Seconds, self.first_text.clone());
@@ -139,6 +206,11 @@ impl Metrics {
 
     fn decided(&self, route: Route, decision: Decision) {
         self.requests.get_or_create(&Decided { route: route.as_str(), decision: decision.as_str() }).inc();
+    }
+
+    /// Counts what a gateway told.
+    pub(crate) fn reported(&self, call: Call, result: Reported) {
+        self.reports.get_or_create(&Told { call: call.as_str(), result: result.as_str() }).inc();
     }
 
     /// Counts a turn's end.

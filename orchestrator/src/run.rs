@@ -21,6 +21,7 @@ use crate::{
     front::Admitted,
     history::Cut,
     metrics::{Metrics, Route},
+    partings::Left,
     runs::{Lease, Refused},
     socket::Request,
 };
@@ -202,7 +203,14 @@ impl Run {
             }
         }
         if let Some(account) = self.account.take() {
-            account.close(&end, self.finish(), self.progress(&model));
+            let (finish, progress) = (self.finish(), self.progress(&model));
+            match end {
+                Err(Stop::Gone(gone @ (Gone::Left | Gone::Stopped))) => {
+                    let left = Left { account, gone, finish, progress, since: Instant::now() };
+                    self.orchestrator.partings.wait(self.turn, left);
+                }
+                Ok(()) | Err(_) => account.close(&end, finish, progress),
+            }
         }
         self.write_down(&end, &model);
         drop(lease);

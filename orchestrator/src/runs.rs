@@ -92,6 +92,21 @@ impl Runs {
         }
     }
 
+    /// Stops a turn that nobody waits for, if there is one of that id, and resolves when it has ended. Cancel safe.
+    pub(crate) async fn leave(&self, turn: TurnId) {
+        let ended = self.open().turns.get(&turn).map(|stop| {
+            stop.send_if_modified(|gone| {
+                let first = gone.is_none();
+                *gone = gone.or(Some(Gone::Left));
+                first
+            });
+            stop.subscribe()
+        });
+        if let Some(mut ended) = ended {
+            while ended.changed().await.is_ok() {}
+        }
+    }
+
     /// Takes no new turns from here on.
     pub(crate) fn close(&self) {
         self.open().drained = true;

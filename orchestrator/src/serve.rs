@@ -11,7 +11,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -23,18 +23,21 @@ use crate::{
 
 /// A pause after a failed accept: while the process is out of descriptors it fails again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often it is looked for words that did not come in time.
+const SWEEP: Duration = Duration::from_millis(250);
 /// How long turns may take to say their last word once the drain time is over.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
 /// Serves `POST /v1/conversation/stream` (and its WebSocket), `POST /v1/conversation/step`,
-/// `POST /v1/conversation/turns/{id}/cancel`, `GET /healthz` and `GET /readyz` until `shutdown` is ready.
+/// `POST /v1/conversation/turns/{id}/` `cancel`, `delivery` and `verdict`, `GET /healthz` and `GET /readyz` until `shutdown` is ready.
 ///
 /// Then it takes no more connections and no more turns, and lets open turns end for [`crate::Settings::drain`]; those still open
 /// after that end with the code `draining`. Returns when the last connection is closed.
 pub async fn serve(listener: TcpListener, orchestrator: Arc<Orchestrator>, shutdown: impl Future<Output = ()>) {
     let places = Arc::new(Semaphore::new(orchestrator.settings.limits.connections.clamp(1, Semaphore::MAX_PERMITS)));
     let (closing, closed) = watch::channel(false);
-    let mut connections = JoinSet::new();
+    let (mut connections, mut beside) = (JoinSet::new(), JoinSet::new());
+    beside.spawn(sweep(orchestrator.clone()));
     tokio::pin!(shutdown);
     loop {
         // The place comes first: what is not accepted waits in the system's own bounded queue.
@@ -72,10 +75,23 @@ pub async fn serve(listener: TcpListener, orchestrator: Arc<Orchestrator>, shutd
             connections.shutdown().await;
         }
     }
+    orchestrator.partings.close();
     if let Some(log) = &orchestrator.events
         && !matches!(timeout(LAST_WORD, log.flush()).await, Ok(Ok(())))
     {
         tracing::warn!("the event log did not take the last ends of turns: the next start calls them crashed");
+    }
+}
+
+/// Writes down what nobody says in time, for as long as it is polled.
+async fn sweep(orchestrator: Arc<Orchestrator>) {
+    let Some(log) = &orchestrator.events else { return };
+    let mut ticks = interval(SWEEP);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        orchestrator.partings.sweep();
+        log.sweep(orchestrator.settings.delivery);
     }
 }
 

@@ -17,10 +17,12 @@ pub struct Settings {
     pub history: Bounds,
     /// How long open turns may go on once we shut down.
     pub drain: Duration,
+    /// How long after a turn's end its gateway may take to say what the user got, before that is unknown.
+    pub delivery: Duration,
 }
 
 impl Default for Settings {
-    /// The issuer `headgate`, the defaults of every part, and a minute to drain.
+    /// The issuer `headgate`, the defaults of every part, a minute to drain, and a minute for a gateway's word.
     fn default() -> Settings {
         Settings {
             issuer: "headgate".to_owned(),
@@ -28,6 +30,7 @@ impl Default for Settings {
             patience: Patience::default(),
             history: Bounds::default(),
             drain: Duration::from_secs(60),
+            delivery: Duration::from_secs(60),
         }
     }
 }

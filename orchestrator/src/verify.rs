@@ -5,9 +5,9 @@ use std::{
     time::SystemTime,
 };
 
-use headgate_contracts::{Code, Fault, Prompt};
+use headgate_contracts::{Code, Fault, Prompt, SessionId, TenantId, TurnId};
 use headgate_policy::{
-    ANY_TENANT, Claims, Digest, Direction, Expect, LEEWAY, Mode, ORCHESTRATOR, Registry, Rejected, Replays, Unspent, Use, Verifier,
+    ANY_TENANT, AUDIT, Claims, Digest, Direction, Expect, LEEWAY, Mode, ORCHESTRATOR, Registry, Rejected, Replays, Unspent, Use, Verifier,
 };
 use headgate_store::Used;
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -100,7 +100,7 @@ impl Court {
             now,
             leeway: LEEWAY,
         };
-        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let keys = self.keys();
         // What costs the verdict its one use comes last, so that a dispatch refused for its headers may be sent again.
         let unspent = keys.check(token, &expect, &*self.registry).map_err(refused)?;
         let claims = unspent.claims();
@@ -132,6 +132,62 @@ impl Court {
             (Some(_), Use::Again) | (None, _) => here,
         };
         unspent.settle(used)
+    }
+}
+
+/// Whose turn something is told of.
+pub(crate) struct Whose<'a> {
+    pub(crate) tenant: &'a TenantId,
+    pub(crate) session: &'a SessionId,
+    pub(crate) turn: TurnId,
+}
+
+impl Court {
+    /// The claims of the verdict in `headers`, if it holds for these bytes as something that is told of a turn. It is not used up:
+    /// what is told may be told again.
+    ///
+    /// Errors: as [`Court::judge`], but never that it was used.
+    pub(crate) fn hear(&self, headers: &HeaderMap, told: &Dispatched<'_>, dir: Direction, whose: &Whose<'_>) -> Result<Claims, Fault> {
+        let token = only(headers, &VERDICT)?.ok_or_else(|| invalid("missing"))?;
+        let token = token.to_str().map_err(|_| invalid("shape"))?;
+        let turn = whose.turn.to_string();
+        let expect = Expect {
+            iss: &self.issuer,
+            aud: ORCHESTRATOR,
+            dir,
+            tid: whose.tenant.as_str(),
+            sid: whose.session.as_str(),
+            turn: &turn,
+            htm: Some(told.method),
+            htu: Some(told.path),
+            body: Digest::of(told.body),
+            now: now(),
+            leeway: LEEWAY,
+        };
+        self.keys().hear(token, &expect, &*self.registry).map_err(refused)
+    }
+
+    /// The claims of the verdict that a client got with its answer, if it is about that turn. It may be old: its key is still known
+    /// for as long as gateways keep what they could not tell.
+    ///
+    /// Errors: [`Code::VerdictInvalid`].
+    pub(crate) fn open(&self, verdict: &str, whose: &Whose<'_>) -> Result<Claims, Fault> {
+        let claims = self.keys().open(verdict, now()).map_err(refused)?;
+        let fits = [
+            (claims.iss == self.issuer, "output_issuer"),
+            (claims.aud == AUDIT && claims.dir == Direction::Output, "output_audience"),
+            (claims.tid == whose.tenant.as_str(), "output_tenant"),
+            (claims.sid == whose.session.as_str(), "output_session"),
+            (claims.turn == whose.turn.to_string(), "output_turn"),
+        ];
+        match fits.into_iter().find(|(fits, _)| !fits) {
+            None => Ok(claims),
+            Some((_, word)) => Err(invalid(word)),
+        }
+    }
+
+    fn keys(&self) -> Arc<Verifier> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

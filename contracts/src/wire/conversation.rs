@@ -14,6 +14,8 @@ use crate::{Code, Fault, Finish, Head, Message, Prompt, SessionId, Settings, Sub
 pub const TURN_TAKEN: &str = "turn-taken";
 /// Its value where the turn was not taken: nothing was done for it, and its verdict is unspent.
 pub const NOT_TAKEN: &str = "?0";
+/// Its value where it was, and failed.
+pub const TAKEN: &str = "?1";
 
 /// The body of `POST /v1/conversation/stream` and `/v1/conversation/step`.
 #[derive(Clone, PartialEq)]

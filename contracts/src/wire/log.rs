@@ -325,7 +325,7 @@ pub struct Completed {
 /// Nobody wanted the turn any more.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Cancelled {
-    /// `left`, `stopped`, `slow` or `drained`.
+    /// `left`, `stopped`, `slow`, `drained`, or `limit`: the gateway's own for a turn.
     pub reason: String,
     /// What was done.
     #[serde(flatten)]

@@ -175,6 +175,10 @@ impl Begun {
                 let cancelled = Cancelled { reason: Cancelled::reason(*gone).to_owned(), progress };
                 json(&begun.followed_by(Kind::Cancelled, now, cancelled))
             }
+            // A limit of the gateway's judges no text.
+            Err(Stop::Refused(refusal)) if refusal.finish == Finish::Length => {
+                json(&begun.followed_by(Kind::Cancelled, now, Cancelled { reason: "limit".to_owned(), progress }))
+            }
             Err(Stop::Refused(refusal)) => {
                 let denied = Denied { code: refusal.code, categories: refusal.categories.clone(), progress };
                 json(&begun.followed_by(Kind::Denied, now, denied))

@@ -6,6 +6,7 @@ mod events;
 mod leaving;
 mod limits;
 mod model;
+mod reports;
 mod sharing;
 mod turns;
 mod verdicts;
