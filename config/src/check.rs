@@ -949,7 +949,42 @@ impl Check<'_> {
         if events.folder.as_os_str().is_empty() {
             self.refuse(&at.key("folder"), problem("no folder").expected("a path, such as `events` or `/var/lib/headgate/events`"));
         }
-        Some(plan::Events { folder: self.disk.files.resolve(&events.folder), cap: events.cap.0 })
+        let kafka = events.kafka.as_ref().map(|kafka| self.kafka(kafka, &at.key("kafka")));
+        Some(plan::Events { folder: self.disk.files.resolve(&events.folder), cap: events.cap.0, kafka })
+    }
+
+    fn kafka(&mut self, kafka: &file::Kafka, at: &Path) -> plan::Kafka {
+        let brokers = at.key("brokers");
+        if kafka.brokers.is_empty() {
+            self.refuse(&brokers, problem("no broker").expected("at least one, such as `kafka-1:9092`"));
+        }
+        for (index, broker) in kafka.brokers.iter().enumerate() {
+            let is_broker = broker.parse::<http::uri::Authority>().is_ok_and(|named| named.port_u16().is_some_and(|port| port > 0))
+                && !broker.contains('@');
+            if !is_broker {
+                self.refuse(&brokers.index(index), problem(format!("`{broker}` is no broker")).expected("`host:port`, such as `kafka-1:9092`"));
+            }
+        }
+        // Kafka's own rule.
+        let is_name = |name: &str| {
+            let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+            (1..=249).contains(&name.len()) && name.bytes().all(is_legal) && name != "." && name != ".."
+        };
+        if !is_name(&kafka.topic) {
+            self.refuse(&at.key("topic"), problem("no name of a topic").expected("1 to 249 letters, digits, `.`, `_` or `-`"));
+        }
+        self.within(&at.key("replication_factor"), kafka.replication_factor, 1..=100);
+        self.within(&at.key("min_insync_replicas"), kafka.min_insync_replicas, 1..=kafka.replication_factor.max(1));
+        if let Some(partitions) = kafka.create_with_partitions {
+            self.within(&at.key("create_with_partitions"), partitions, 1..=10_000);
+        }
+        plan::Kafka {
+            brokers: kafka.brokers.clone(),
+            topic: kafka.topic.clone(),
+            replication_factor: kafka.replication_factor,
+            min_insync_replicas: kafka.min_insync_replicas,
+            create_with_partitions: kafka.create_with_partitions,
+        }
     }
 
     /// Upstreams that nobody asks.

@@ -788,13 +788,52 @@ impl Default for OrchestratorLimits {
 pub struct Events {
     /// The folder of its files, made if it is not there. It must survive a restart, and only one process may write to it.
     pub folder: PathBuf,
-    /// The most that it takes on disk, from `16MiB` to `1TiB`. The oldest events are let go first.
+    /// The most that it takes on disk, from `16MiB` to `1TiB`. The oldest events are let go first; where they go on to `kafka`, only
+    /// those that the topic has.
     #[serde(default = "default_events_cap")]
     pub cap: Bytes,
+    /// The Kafka topic that events go on to, in order and without end. Without it, they stay here.
+    #[serde(default)]
+    pub kafka: Option<Kafka>,
 }
 
 fn default_events_cap() -> Bytes {
     mib(1 << 10)
+}
+
+/// The topic that events go on to, as CloudEvents in Kafka's binary mode. While no broker can be reached, events gather in the log;
+/// where that has no room left, new turns are refused. The topic is checked before anything is written to it. Brokers are spoken to
+/// in plain text: put a proxy that encrypts beside us where the network is not yours.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kafka {
+    /// Some of its brokers, each as `host:port`; they tell of the others.
+    pub brokers: Vec<String>,
+    /// The topic.
+    #[serde(default = "default_topic")]
+    pub topic: String,
+    /// Replicas that each partition of the topic must have.
+    #[serde(default = "default_replication_factor")]
+    pub replication_factor: u16,
+    /// The topic's `min.insync.replicas` must be at least this: so many have an event before it counts as delivered.
+    #[serde(default = "default_min_insync_replicas")]
+    pub min_insync_replicas: u16,
+    /// Make the topic, with so many partitions, where it is missing; without this, a missing topic is an error. Their number must
+    /// never change: events of a session would move to another partition and lose their order.
+    #[serde(default)]
+    pub create_with_partitions: Option<u16>,
+}
+
+fn default_topic() -> String {
+    "conversation.events".to_owned()
+}
+
+fn default_replication_factor() -> u16 {
+    3
+}
+
+fn default_min_insync_replicas() -> u16 {
+    2
 }
 
 /// The embedded small language model behind an OpenAI-compatible API: for demos and tests.

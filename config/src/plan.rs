@@ -298,6 +298,23 @@ pub struct Events {
     pub folder: PathBuf,
     /// The most that it takes on disk, in bytes.
     pub cap: u64,
+    /// The topic that events go on to.
+    pub kafka: Option<Kafka>,
+}
+
+/// A topic, and what it must be like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kafka {
+    /// Some of its brokers, each as `host:port`.
+    pub brokers: Vec<String>,
+    /// Its name.
+    pub topic: String,
+    /// Replicas of each partition, at least.
+    pub replication_factor: u16,
+    /// Replicas that have an event before it counts as delivered, at least.
+    pub min_insync_replicas: u16,
+    /// How many partitions it is made with where it is missing.
+    pub create_with_partitions: Option<u16>,
 }
 
 /// Whose verdicts an orchestrator believes.

@@ -197,8 +197,15 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     settings.limits.text = told.answer_bytes;
     let turns = settings.limits.turns;
     let mut orchestrator = Orchestrator::new(settings, models, verifier, Arc::new(registry));
-    if let Some(plan::Events { folder, cap }) = &told.events {
-        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns })?;
+    if let Some(plan::Events { folder, cap, kafka }) = &told.events {
+        let topic = kafka.as_ref().map(|kafka| events::Topic {
+            brokers: kafka.brokers.clone(),
+            name: kafka.topic.clone(),
+            replication: kafka.replication_factor,
+            in_sync: kafka.min_insync_replicas,
+            partitions: kafka.create_with_partitions,
+        });
+        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns, topic })?;
         tracing::info!(
             folder = %folder.display(),
             records = recovered.records,
