@@ -58,6 +58,7 @@ pub(crate) fn check(
     check.span(&root.key("drain").key("timeout"), file.drain.timeout, seconds(0)..=seconds(3600));
     let tls = check.tls(file.tls.as_ref(), &root.key("tls"));
     let upstreams = check.upstreams(file, &root.key("upstreams"));
+    let redis = check.redis(file, &root.key("redis"));
     let policy = check.policy(file, &root.key("policy"));
     let routes = check.routes(file, &upstreams, policy.as_ref(), &root.key("routes"));
     let orchestrator = check.orchestrator(file, &upstreams, &root.key("orchestrator"));
@@ -77,6 +78,7 @@ pub(crate) fn check(
         page: file.page,
         tls,
         policy: policy.flatten(),
+        redis,
         limits: plan::Limits {
             connections: limits.connections.get(),
             handshake: limits.handshake.0,
@@ -483,7 +485,66 @@ impl Check<'_> {
                     .remedy("add `policy_headers` to the filters of a route, or remove `policy`"),
             );
         }
-        Some(Some(plan::Policy { constitution, issuer, key }))
+        let registry = match &policy.registry {
+            None => None,
+            Some(registry) => Some(self.policy_registry(registry, file, &at.key("registry"))?),
+        };
+        Some(Some(plan::Policy { constitution, issuer, key, registry }))
+    }
+
+    fn policy_registry(&mut self, registry: &file::PolicyRegistry, file: &File, at: &Path) -> Option<plan::PolicyRegistry> {
+        if registry.folder.is_none() && file.redis.is_none() && !self.was_struck(&Path::root().key("redis")) {
+            self.refuse(
+                at,
+                problem("the registry is nowhere: there is no section `redis`, and no folder is named")
+                    .remedy("add e.g. `redis: { url: ${REDIS_URL} }`, or name a `folder` here"),
+            );
+        }
+        if registry.folder.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
+            self.refuse(&at.key("folder"), problem("no folder").expected("a path, such as `policies` or `/var/lib/headgate/policies`"));
+        }
+        let at = at.key("keys");
+        let jwks = self.text(&at, &registry.keys, "the policy keys")?;
+        match Verifier::from_jwks(&jwks) {
+            Ok(keys) => Some(plan::PolicyRegistry { keys, folder: registry.folder.as_ref().map(|folder| self.disk.files.resolve(folder)) }),
+            Err(error) => {
+                let found = format!("not public policy keys: {error}");
+                self.refuse(
+                    &at,
+                    problem(found)
+                        .expected("a JWKS of public keys")
+                        .remedy("write it with `headgate keys jwks`, from the ring of policy keys"),
+                );
+                None
+            }
+        }
+    }
+
+    fn redis(&mut self, file: &File, at: &Path) -> Option<plan::Redis> {
+        let redis = file.redis.as_ref()?;
+        self.span(&at.key("budget"), redis.budget, Duration::from_millis(1)..=seconds(1));
+        let at = at.key("url");
+        // A URL without a password is no secret.
+        let open = (!redis.url.0.starts_with("file:") && !redis.url.0.contains('@')).then(|| Secret::new(&redis.url.0));
+        let url = match open {
+            Some(url) => url,
+            None => self.secret(&file::SecretText(redis.url.0.clone()), &at)?,
+        };
+        let uri = url
+            .expose()
+            .parse::<http::Uri>()
+            .ok()
+            .filter(|uri| uri.host().is_some_and(|host| !host.is_empty()) && matches!(uri.scheme_str(), Some("redis" | "rediss")));
+        let Some(uri) = uri else {
+            self.refuse(&at, problem("not a URL of Redis").expected("`redis://host:6379`, or `rediss://` for TLS"));
+            return None;
+        };
+        let has_password = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
+        let is_here = uri.host().is_some_and(|host| matches!(host, "localhost" | "127.0.0.1" | "[::1]"));
+        if has_password && uri.scheme_str() == Some("redis") && !is_here {
+            self.warn(&at, problem("the password travels in plain text").remedy("write `rediss://` where the way is not private"));
+        }
+        Some(plan::Redis { url, budget: redis.budget.0 })
     }
 
     /// What a list looks for, for the constitution's hash. Files that cannot be read are the filter's to complain about.

@@ -43,6 +43,9 @@ pub struct File {
     pub tls: Option<Tls>,
     /// Which policy is in force, and who signs for it.
     pub policy: Option<Policy>,
+    /// What is shared with other processes: used verdicts, and the policy registry where it is in no folder. Without it,
+    /// each process keeps its own.
+    pub redis: Option<Redis>,
     /// How much and how long is taken from clients, on every route.
     pub limits: Limits,
     /// Who answers: named sets of endpoints.
@@ -176,6 +179,57 @@ pub struct Policy {
     /// Who signs: `iss` of the verdicts. An orchestrator believes only the issuer it knows.
     #[serde(default = "default_issuer")]
     pub issuer: String,
+    /// Who says which version is in force: a registry of signed entries, written by `headgate policy publish`. Without it, what
+    /// this file says is in force.
+    #[serde(default)]
+    pub registry: Option<PolicyRegistry>,
+}
+
+/// Where the policy registry is, and whose entries count. In the Redis of the section `redis`, unless a folder is named.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyRegistry {
+    /// The public policy keys, as a JWKS file: entries that are signed with one of them count, and no others. Who can write to
+    /// Redis or into the folder can install nothing without the private key.
+    pub keys: PathBuf,
+    /// A folder instead of Redis: for processes of one machine, or of one volume.
+    #[serde(default)]
+    pub folder: Option<PathBuf>,
+}
+
+/// A Redis that several processes share.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Redis {
+    /// Where it is: `redis://host:6379`, or `rediss://` for TLS; where there is a password in it, `${REDIS_URL}` or `file:` and
+    /// a path.
+    pub url: RedisUrl,
+    /// The longest that a turn waits for one answer of Redis. From `1ms` to `1s`.
+    #[serde(default = "default_redis_budget")]
+    pub budget: Span,
+}
+
+fn default_redis_budget() -> Span {
+    Span(Duration::from_millis(20))
+}
+
+/// Where Redis is: a URL, or by where it is kept. Never shown.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+pub struct RedisUrl(pub(crate) String);
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("<secret>")
+    }
+}
+
+impl JsonSchema for RedisUrl {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "RedisUrl".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "pattern": r"(^file:.+$|^rediss?://|\$\{[A-Za-z_][A-Za-z0-9_]*)", "examples": ["redis://127.0.0.1:6379", "${REDIS_URL}", "file:/run/secrets/redis-url"] })
+    }
 }
 
 fn default_policy_name() -> String {

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What an overlay may set. `*` stands for one name that the config has too; what is below a setting goes with it.
-const MAY: [&str; 29] = [
+const MAY: [&str; 31] = [
     "listen",
     "admin",
     "workers",
@@ -20,6 +20,8 @@ const MAY: [&str; 29] = [
     "drain",
     "policy.key",
     "policy.issuer",
+    "policy.registry",
+    "redis",
     "upstreams.*.endpoints",
     "upstreams.*.authorization",
     "upstreams.*.model",

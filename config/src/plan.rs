@@ -11,7 +11,7 @@ use std::{
 
 use headgate_contracts::{Flow, Secret};
 use headgate_filters::Step;
-use headgate_policy::{Constitution, Issuer};
+use headgate_policy::{Constitution, Issuer, Verifier};
 
 pub use crate::file::{Balance, Kind, Logs, Protocol};
 use crate::{Environment, Faults, effect::Effect, fault::Fault};
@@ -33,6 +33,8 @@ pub struct Plan {
     pub tls: Option<Tls>,
     /// The policy in force.
     pub policy: Option<Policy>,
+    /// What is shared with other processes.
+    pub redis: Option<Redis>,
     /// The bounds of connections and requests.
     pub limits: Limits,
     /// Who answers, by name.
@@ -96,6 +98,26 @@ pub struct Policy {
     pub issuer: Issuer,
     /// The key that signs.
     pub key: PolicyKey,
+    /// Who says what is in force; `None`: this config.
+    pub registry: Option<PolicyRegistry>,
+}
+
+/// Where signed policy entries are, and whose count.
+#[derive(Debug, Clone)]
+pub struct PolicyRegistry {
+    /// The public policy keys.
+    pub keys: Verifier,
+    /// Where the entries are; `None`: in the plan's Redis, which is then there.
+    pub folder: Option<PathBuf>,
+}
+
+/// A Redis that several processes share.
+#[derive(Debug, Clone)]
+pub struct Redis {
+    /// `redis://` or `rediss://`; there may be a password in it.
+    pub url: Secret,
+    /// The longest that a turn waits for one answer.
+    pub budget: Duration,
 }
 
 /// The key that signs verdicts.

@@ -18,6 +18,8 @@ fn examples() -> tempfile::TempDir {
         ("certificates/gateway.key", "a key"),
         ("certificates/models-ca.pem", "a certificate"),
         ("secrets/model-key", "sk-test\n"),
+        // The public key of RFC 8037, appendix A.
+        ("registry.jwks.json", r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#),
     ] {
         let path = folder.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -164,6 +166,23 @@ fn everything_sets_every_setting_of_the_schema() {
     assert_eq!(plan.policy.as_ref().unwrap().key, PolicyKey::File(folder.path().join("keys/policy.json")));
     assert_eq!(plan.routes[0].effect.delay, Delay::Milliseconds(250));
     assert_eq!(plan.observability.sampling, 0.1);
+}
+
+#[test]
+fn a_shared_registry_is_in_redis_and_its_password_is_never_shown() {
+    let folder = examples();
+    let url = |name: &str| (name == "REDIS_URL").then(|| "rediss://headgate:canary-7f3a@redis.internal:6380/2".to_owned());
+    let plan = headgate_config::load(&folder.path().join("shared.yaml"), None, &url).unwrap_or_else(|faults| panic!("{faults}"));
+    let redis = plan.redis.as_ref().unwrap();
+    assert_eq!(redis.url.expose(), "rediss://headgate:canary-7f3a@redis.internal:6380/2");
+    assert_eq!(redis.budget, Duration::from_millis(20));
+    assert_eq!(plan.policy.as_ref().unwrap().registry.as_ref().unwrap().folder, None);
+    assert_eq!(warnings(&plan), [""; 0]);
+    assert!(!format!("{plan:?}{}", plan.summary().to_json()).contains("canary"));
+    // In plain text, over the network.
+    let url = |name: &str| (name == "REDIS_URL").then(|| "redis://:canary-7f3a@redis.internal".to_owned());
+    let plan = headgate_config::load(&folder.path().join("shared.yaml"), None, &url).unwrap();
+    assert_eq!(warnings(&plan), ["redis.url: the password travels in plain text"]);
 }
 
 #[test]

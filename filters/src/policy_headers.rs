@@ -3,10 +3,10 @@
 //! A verdict claims: this tenant, session and turn; these exact bytes; this decision, by this policy and constitution. It is
 //! signed when the bytes are known, so a retry is a dispatch of its own with a verdict of its own.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use headgate_contracts::{Category, Code, Dispatch, Fault, Finding, Head, Outcome, OutputSeal, Prompt, Record, Seal, Stage, Stop, Turn};
-use headgate_policy::{Decision, Digest, Facts as Claimed};
+use headgate_policy::{Decision, Digest, Facts as Claimed, Issuer, Registry, Standing};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -24,6 +24,9 @@ pub const POLICY_VERSION: HeaderName = HeaderName::from_static("policy-version")
 pub const CONSTITUTION_HASH: HeaderName = HeaderName::from_static("constitution-hash");
 /// The digest of the body (RFC 9530).
 pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("content-digest");
+
+/// When to try again while the registry is away: it is asked once a second.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// Deletes what only this gateway may say: `policy-*`, `constitution-*`, `content-digest`, `x-gw-*`, `x-headgate-*`, also
 /// with `x-` before them and with `_` for `-`. For the headers and trailers of every request, before anything reads them.
@@ -74,17 +77,30 @@ impl table::Settings for Settings {
             .map_err(|_| unusable("the constitution's hash cannot stand in a header".into()))?;
         let (signing, now, versions) = (policy.clone(), tools.now, (version.clone(), constitution.clone()));
         let seal: Seal = Arc::new(move |prompt, dispatch| sign_dispatch(&signing, prompt, dispatch, now(), &versions));
-        Ok(Parts::textless(PolicyHeaders { policy, version, constitution, seal, now }))
+        Ok(Parts::textless(PolicyHeaders { policy, registry: tools.registry.clone(), version, constitution, seal, now }))
     }
 }
 
 #[derive(Clone)]
 struct PolicyHeaders {
     policy: PolicyInForce,
+    registry: Option<Arc<dyn Registry>>,
     version: HeaderValue,
     constitution: HeaderValue,
     seal: Seal,
     now: fn() -> u64,
+}
+
+impl PolicyHeaders {
+    /// Errors: what is signed now would be believed by nobody who asks the registry.
+    fn in_force(&self, tenant: &str) -> Result<(), Fault> {
+        let (Some(registry), Issuer { pol, con, .. }) = (&self.registry, &self.policy.issuer) else { return Ok(()) };
+        match registry.check(tenant, &pol.ver, *con, (self.now)()) {
+            Ok(Standing::Active | Standing::Previous) => Ok(()),
+            Ok(Standing::OtherVersion | Standing::Unknown) => Err(Fault::us(Code::VersionConflict)),
+            Err(unavailable) => Err(Fault::us(Code::PolicyRegistryUnavailable).after(TRY_AGAIN).caused_by(unavailable)),
+        }
+    }
 }
 
 /// What an outcome is called in a verdict.
@@ -159,6 +175,9 @@ struct Claimant {
 
 impl Filter for Signs {
     fn prompt<'a>(&'a mut self, prompt: &'a mut Prompt) -> BoxFuture<'a, Result<(), Stop>> {
+        if let Err(fault) = self.policy.in_force(prompt.principal.tenant.as_str()) {
+            return Box::pin(std::future::ready(Err(fault.into())));
+        }
         prompt.seal = Some(self.policy.seal.clone());
         self.turn = Some(Claimant {
             tenant: prompt.principal.tenant.to_string(),
@@ -202,6 +221,7 @@ mod tests {
     use headgate_contracts::{Batch, Source, Subject, TenantId};
     use headgate_policy::{
         ANY_TENANT, AUDIT, Constitution, Direction, Entry, Expect, Issuer, LEEWAY, Memory, ORCHESTRATOR, Policy, Rejected, Replays, Ring,
+        Unavailable,
     };
 
     use super::*;
@@ -273,6 +293,45 @@ mod tests {
         // A retry is a dispatch of its own.
         let again = seal(&prompt, &dispatch).unwrap();
         assert!(verifier.verify(again[POLICY_VERDICT].to_str().unwrap(), &expect(b"{}"), &registry, &replays).is_ok());
+    }
+
+    #[tokio::test]
+    async fn nothing_is_signed_under_a_policy_that_the_registry_does_not_know() {
+        struct Away;
+        impl Registry for Away {
+            fn entry(&self, _: &str, _: u64) -> Result<Option<Arc<Entry>>, Unavailable> {
+                Err(Unavailable)
+            }
+        }
+        let (policy, _) = policy();
+        let policy_key = Ring::generate(NOW).unwrap();
+        let (ver, con) = (policy.issuer.pol.ver.as_str(), policy.issuer.con);
+        let installed = |entries: &[Entry]| -> Arc<dyn Registry> {
+            let memory = Memory::new(10);
+            for entry in entries {
+                memory.install(&policy_key.sign_entry(entry).unwrap(), &policy_key.verifier(), NOW).unwrap();
+            }
+            Arc::new(memory)
+        };
+        let ours = Entry::first(ANY_TENANT, ver, con, NOW - 1000);
+        let of_acme = Entry::first("acme", "2", Digest::of(b"another"), NOW - 1000);
+        for (registry, refused) in [
+            (installed(std::slice::from_ref(&ours)), None),
+            (installed(&[ours.succeeded_by("2", Digest::of(b"another"), NOW - 60)]), None),
+            (installed(&[ours.succeeded_by("2", Digest::of(b"another"), NOW - 61)]), Some(Code::VersionConflict)),
+            (installed(&[Entry::first(ANY_TENANT, "1", con, NOW - 1000)]), Some(Code::VersionConflict)),
+            (installed(&[ours, of_acme]), Some(Code::VersionConflict)),
+            (installed(&[]), Some(Code::VersionConflict)),
+            (Arc::new(Away), Some(Code::PolicyRegistryUnavailable)),
+        ] {
+            let tools = Tools { policy: Some(policy.clone()), registry: Some(registry), now: || NOW, ..Tools::none() };
+            let mut chain = crate::chain(&[built_with("policy_headers", &tools)], &mut turn());
+            let mut prompt = prompt("hello");
+            prompt.principal.tenant = "acme".parse::<TenantId>().unwrap();
+            let stopped = chain.prompt(&mut prompt).await.err().map(|stop| stop.code());
+            assert_eq!(stopped, refused);
+            assert_eq!(prompt.seal.is_none(), refused.is_some());
+        }
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 use std::{fmt, io, path::Path, sync::Arc, time::Duration};
 
 use headgate_contracts::{Credential, Fault, Principal, Stop};
-use headgate_policy::{Claims, Issuer, Ring, Unsigned};
+use headgate_policy::{Claims, Issuer, Registry, Ring, Unsigned};
 
 use crate::{BoxFuture, Keys, LocalLedger, units::Rate};
 
@@ -19,6 +19,8 @@ pub struct Tools<'a> {
     pub keys: Arc<dyn KeySource>,
     /// The policy in force, where the config has one.
     pub policy: Option<PolicyInForce>,
+    /// Who says whether that policy is in force; `None`: the config, so that it always is.
+    pub registry: Option<Arc<dyn Registry>>,
     /// The time, in Unix seconds.
     pub now: fn() -> u64,
 }
@@ -31,6 +33,7 @@ impl Tools<'static> {
             ledger: Arc::new(LocalLedger::new()),
             keys: Arc::new(NoKeys),
             policy: None,
+            registry: None,
             now: unix_now,
         }
     }

@@ -93,7 +93,7 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
         _ => None,
     };
     let read = |path: &Path| plan.read(path);
-    let tools = Tools { read: &read, ledger: lasting.ledger.clone(), keys: Arc::new(lasting.keys.clone()), policy, now: unix_now };
+    let tools = Tools { read: &read, ledger: lasting.ledger.clone(), keys: Arc::new(lasting.keys.clone()), policy, registry: None, now: unix_now };
     let mut upstreams: Vec<Upstream> = Vec::new();
     let mut routes = Vec::new();
     for route in &plan.routes {
