@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
-use crate::{soon, within};
+use crate::{PATIENCE, soon, within};
 
 /// How much of a program's output is kept, in bytes; the oldest lines go first.
 const MAX_OUTPUT_BYTES: usize = 4 << 20;
@@ -280,7 +280,8 @@ impl Service {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        soon(connected, "a program to listen").await
+        // A Java that is started on a busy machine takes its time.
+        within(3 * PATIENCE, connected, "a program to listen").await
     }
 
     /// Sends a signal to it and everything it has started.

@@ -76,7 +76,11 @@ impl Cursor {
     /// them lost what was let go.
     pub(super) fn within(mut self, first: u64, next: u64) -> io::Result<Cursor> {
         if self.number >= next {
-            tracing::warn!(delivered = self.number, next, "the event log ends before what was delivered of it: all of it is delivered again");
+            tracing::warn!(
+                delivered = self.number,
+                next,
+                "the event log ends before what was delivered of it: all of it is delivered again"
+            );
             self.save(first - 1)?;
         } else if self.number + 1 < first {
             tracing::warn!(lost = first - 1 - self.number, "events were let go before they were delivered");

@@ -39,9 +39,14 @@ fn open(folder: &Path) -> (Log, Recovered) {
 }
 
 fn of(turn: TurnId) -> Beginning {
+    of_session(turn, "s1")
+}
+
+/// A turn of a session of that name.
+pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
     let accepted = Accepted {
         tenant: "acme".parse().unwrap(),
-        session: "s1".parse().unwrap(),
+        session: session.parse().unwrap(),
         subject: "u1".parse().unwrap(),
         route: "stream".into(),
         model: None,

@@ -45,7 +45,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How much of the cap may be taken by what cannot be let go before new turns are refused, in percent.
 const WATERMARK: u64 = 85;
 /// From where on that is told: a warning, then that turns are refused, then that even the room of their ends runs out.
-const TOLD: [u64; 3] = [70, WATERMARK, 95];
+const MARKS: [u64; 3] = [70, WATERMARK, 95];
 
 /// What the writer is asked to do.
 pub(super) enum Command {
@@ -89,8 +89,8 @@ pub(super) struct Writer {
     ended: Ended,
     ask_again: Option<Instant>,
     sealed: bool,
-    /// How many of [`TOLD`] were passed when that was last told.
-    told: usize,
+    /// How many of [`MARKS`] were passed when that was last told.
+    passed: usize,
 }
 
 struct Open {
@@ -151,7 +151,7 @@ impl Writer {
             ended: remembered,
             ask_again: None,
             sealed: false,
-            told: 0,
+            passed: 0,
         };
         // Their gateways may have waited for us.
         for (turn, owed) in owed {
@@ -504,14 +504,14 @@ impl Writer {
         let pinned = self.pinned();
         self.shared.pinned_bytes.store(pinned, Ordering::Relaxed);
         let percent = pinned.saturating_mul(100) / self.cap.max(1);
-        let passed = TOLD.iter().filter(|mark| percent >= **mark).count();
-        match passed.cmp(&self.told) {
+        let passed = MARKS.iter().filter(|mark| percent >= **mark).count();
+        match passed.cmp(&self.passed) {
             Less => tracing::info!(percent, "the event log has more room again"),
             Equal => {}
             Greater if passed == 1 => tracing::warn!(percent, "the event log fills up: what is in it cannot be let go"),
             Greater => tracing::error!(percent, "the event log is full: new turns are refused"),
         }
-        self.told = passed;
+        self.passed = passed;
     }
 }
 

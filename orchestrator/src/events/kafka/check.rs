@@ -3,8 +3,7 @@
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
     config::FromClientConfigAndContext,
-    error::{KafkaError, RDKafkaErrorCode},
-    types::RDKafkaRespErr,
+    error::RDKafkaErrorCode,
 };
 
 use super::{ANSWER, Told, Topic, client};
@@ -16,29 +15,20 @@ use crate::events::Unfit;
 pub(in crate::events) async fn check(topic: &Topic) -> Result<(), Unfit> {
     let admin = AdminClient::from_config_and_context(&client(&topic.brokers), Told).map_err(|error| Unfit::Refused(error.to_string()))?;
     let options = AdminOptions::new().request_timeout(Some(ANSWER));
-    // Its settings first: unlike a question about its partitions, this one never makes a topic.
-    let described = admin.describe_configs(&[ResourceSpecifier::Topic(&topic.name)], &options).await;
-    let settings = match described.map(|mut all| all.pop()) {
-        Ok(Some(Ok(settings))) => Some(settings),
-        Ok(Some(Err(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic))) => return make(&admin, topic, &options).await,
-        Ok(Some(Err(RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed))) | Ok(None) => None,
-        Ok(Some(Err(code))) => return Err(Unfit::Away(code.to_string())),
-        Err(KafkaError::AdminOp(RDKafkaErrorCode::UnsupportedFeature)) => None,
-        Err(error) => return Err(Unfit::Away(error.to_string())),
+    // All topics: a question about one of them may make it.
+    let metadata = admin.inner().fetch_metadata(None, ANSWER).map_err(|error| Unfit::Away(error.to_string()))?;
+    let Some(found) = metadata.topics().iter().find(|found| found.name() == topic.name) else {
+        return make(&admin, topic, &options).await;
     };
-    let metadata = admin.inner().fetch_metadata(Some(&topic.name), ANSWER).map_err(|error| Unfit::Away(error.to_string()))?;
-    let found = metadata.topics().iter().find(|found| found.name() == topic.name);
-    let partitions = match found {
-        Some(found) if found.error() == Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART) => return Err(missing(topic)),
-        Some(found) => found.partitions(),
-        None => return Err(missing(topic)),
-    };
-    let Some(replicas) = partitions.iter().map(|partition| partition.replicas().len()).min() else {
-        return Err(Unfit::Away("no partition is known yet".to_owned()));
+    let Some(replicas) = found.partitions().iter().map(|partition| partition.replicas().len()).min() else {
+        return Err(Unfit::Away("no partition of the topic is known yet".to_owned()));
     };
     if replicas < usize::from(topic.replication) {
         return Err(Unfit::Replicas { topic: topic.name.clone(), found: replicas, wanted: topic.replication });
     }
+    // Where we may not ask, or the broker cannot answer, there are none.
+    let described = admin.describe_configs(&[ResourceSpecifier::Topic(&topic.name)], &options).await;
+    let settings = described.ok().and_then(|mut all| all.pop()?.ok());
     let least = settings.as_ref().and_then(|settings| settings.get("min.insync.replicas")?.value.as_deref()?.parse::<u16>().ok());
     match least {
         Some(found) if found < topic.in_sync => {
@@ -57,12 +47,10 @@ pub(in crate::events) async fn check(topic: &Topic) -> Result<(), Unfit> {
     Ok(())
 }
 
-fn missing(topic: &Topic) -> Unfit {
-    Unfit::Missing { topic: topic.name.clone(), replication: topic.replication, in_sync: topic.in_sync }
-}
-
 async fn make(admin: &AdminClient<Told>, topic: &Topic, options: &AdminOptions) -> Result<(), Unfit> {
-    let Some(partitions) = topic.partitions else { return Err(missing(topic)) };
+    let Some(partitions) = topic.partitions else {
+        return Err(Unfit::Missing { topic: topic.name.clone(), replication: topic.replication, in_sync: topic.in_sync });
+    };
     let in_sync = topic.in_sync.to_string();
     let new = NewTopic::new(&topic.name, i32::from(partitions), TopicReplication::Fixed(i32::from(topic.replication)))
         .set("min.insync.replicas", &in_sync)

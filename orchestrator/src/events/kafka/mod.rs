@@ -81,3 +81,6 @@ impl ClientContext for Told {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

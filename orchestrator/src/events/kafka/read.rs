@@ -48,7 +48,12 @@ pub enum Unread {
 /// line of JSON; with `on`, also what comes later, for ever.
 ///
 /// Errors: it cannot be read, or `each` failed.
-pub fn follow_topic(brokers: &[String], topic: &str, on: bool, mut each: impl FnMut(Option<&[u8]>) -> io::Result<()>) -> Result<(), Unread> {
+pub fn follow_topic(
+    brokers: &[String],
+    topic: &str,
+    on: bool,
+    mut each: impl FnMut(Option<&[u8]>) -> io::Result<()>,
+) -> Result<(), Unread> {
     read(brokers, topic, on, |_, message| match message {
         Some(message) => match event(message) {
             Some(event) => each(Some(&event)),

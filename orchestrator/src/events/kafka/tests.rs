@@ -1,0 +1,306 @@
+//! The log and a topic: a real Kafka where what counts is what it keeps, librdkafka's mock where it is what goes wrong.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use headgate_contracts::{Finish, TurnId, wire::log::Progress};
+use headgate_testkit::{
+    kafka::{Kafka, Record},
+    services::OrSkip,
+    within,
+};
+use rdkafka::{
+    mocking::MockCluster,
+    types::{RDKafkaApiKey, RDKafkaRespErr},
+};
+
+use super::{
+    super::{Account, Follow, Log, Refused, Settings, Topic, Unfit, Unopened, tests::of_session},
+    Producer, verify_topic,
+};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Brokers that are killed, one after the other: each is a Java, and they would only get into each other's way.
+static KILLED: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+fn topic(brokers: &str, name: &str) -> Topic {
+    Topic { brokers: vec![brokers.to_owned()], name: name.to_owned(), replication: 1, in_sync: 1, partitions: Some(3) }
+}
+
+fn settings(folder: &Path, topic: Topic) -> Settings {
+    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096, topic: Some(topic) }
+}
+
+fn open(folder: &Path, topic: Topic) -> Log {
+    Log::open(&settings(folder, topic)).unwrap().0
+}
+
+fn complete(account: Account) {
+    account.close(&Ok(()), Finish::Stop, Progress::default());
+}
+
+/// A turn of the session, from its beginning to its end.
+async fn whole_turn(log: &Log, session: usize) -> Result<(), Refused> {
+    log.begin(of_session(TurnId::fresh(), &format!("s{session}"))).await.map(complete)
+}
+
+/// Waits until the topic has everything.
+async fn delivered(log: &Log) {
+    log.flush().await.unwrap();
+    within(MINUTE, log.until_delivered(log.durable()), "the topic to have everything").await;
+}
+
+/// The ids of a log's events, by session, in order.
+fn kept(folder: &Path) -> BTreeMap<String, Vec<String>> {
+    let mut log = Follow::open(folder).unwrap();
+    let mut ids: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    while let Some(entry) = log.next_entry().unwrap() {
+        let event: serde_json::Value = serde_json::from_slice(&entry.event).unwrap();
+        ids.entry(event["partitionkey"].as_str().unwrap().to_owned()).or_default().push(event["id"].as_str().unwrap().to_owned());
+    }
+    ids
+}
+
+/// The same of records read by Kafka's own consumer.
+fn read(records: &[Record]) -> BTreeMap<String, Vec<String>> {
+    let mut ids: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for record in records {
+        ids.entry(record.key.clone()).or_default().push(record.header("ce_id").unwrap().to_owned());
+    }
+    ids
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_log_keeps_is_in_the_topic_once_and_in_the_order_of_its_session() {
+    let Some(kafka) = Kafka::shared().await.or_skip("what_the_log_keeps_is_in_the_topic_once_and_in_the_order_of_its_session") else {
+        return;
+    };
+    let brokers = kafka.addr().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path(), topic(&brokers, "once"));
+    for turn in 0..40 {
+        whole_turn(&log, turn % 7).await.unwrap();
+    }
+    delivered(&log).await;
+    let records = kafka.read("once", 120).await;
+    assert_eq!(read(&records), kept(folder.path()));
+    let first = &records[0];
+    for (name, value) in [
+        ("ce_specversion", "1.0"),
+        ("ce_source", "/headgate/orchestrator"),
+        ("content-type", "application/json"),
+        ("tenant_id", "acme"),
+        ("schema_version", "1"),
+        ("traceparent", "00-a-b-01"),
+        ("ce_partitionkey", &first.key),
+        ("ce_sequence", "00000000000000000001"),
+    ] {
+        assert_eq!(first.header(name), Some(value), "{name}");
+    }
+    assert!(first.value.contains("\"tenant\":\"acme\""), "{}", first.value);
+    // All of a session is in one partition.
+    let partitions: std::collections::BTreeSet<(&str, u32)> =
+        records.iter().map(|record| (record.key.as_str(), record.partition)).collect();
+    assert_eq!(partitions.len(), 7);
+
+    // Whoever comes next goes on where this one stopped.
+    drop(log);
+    let log = open(folder.path(), topic(&brokers, "once"));
+    whole_turn(&log, 1).await.unwrap();
+    delivered(&log).await;
+    let judged = verify_topic(&[brokers], "once").unwrap();
+    assert!(judged.is_good(), "{judged:?}");
+    assert_eq!((judged.records, judged.begun, judged.ended, judged.repeated), (123, 41, 41, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_under_load_loses_nothing_and_keeps_every_session_in_order() {
+    let _alone = KILLED.lock().await;
+    let Some(mut kafka) = Kafka::start().await.or_skip("an_outage_under_load_loses_nothing_and_keeps_every_session_in_order") else {
+        return;
+    };
+    let brokers = kafka.addr().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let (log, _) = Log::open(&Settings { cap: 64 << 20, ..settings(folder.path(), topic(&brokers, "outage")) }).unwrap();
+    let load = async |turns: usize| {
+        for turn in 0..turns {
+            whole_turn(&log, turn % 31).await.unwrap();
+        }
+        log.flush().await.unwrap();
+    };
+    load(200).await;
+    // Killed with events on their way.
+    kafka.kill().await;
+    let before = log.durable();
+    load(3000).await;
+    assert!(log.durable() >= before + 9000, "turns are taken as if nothing had happened");
+    kafka.again().await;
+    delivered(&log).await;
+    let judged = verify_topic(&[brokers], "outage").unwrap();
+    assert!(judged.is_good(), "{judged:?}");
+    assert_eq!((judged.begun, judged.ended, judged.open.len()), (3200, 3200, 0));
+    let count = usize::try_from(judged.records + judged.repeated).unwrap();
+    let mut records = kafka.read("outage", count).await;
+    let mut seen = std::collections::BTreeSet::new();
+    records.retain(|record| seen.insert(record.header("ce_id").unwrap().to_owned()));
+    assert_eq!(read(&records), kept(folder.path()), "first places alone count");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_not_as_it_must_be_is_refused_with_the_remedy() {
+    let Some(kafka) = Kafka::shared().await.or_skip("a_topic_that_is_not_as_it_must_be_is_refused_with_the_remedy") else { return };
+    let brokers = kafka.addr().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |topic: Topic| match Log::open(&settings(folder.path(), topic)).map(drop) {
+        Err(Unopened::Undeliverable(unfit)) => unfit,
+        other => panic!("{other:?}"),
+    };
+    let missing = refused(Topic { partitions: None, ..topic(&brokers, "nowhere") });
+    assert!(matches!(missing, Unfit::Missing { .. }) && missing.to_string().contains("create_with_partitions"), "{missing}");
+    kafka.topic("single", 1, &["min.insync.replicas=1"]).await;
+    let few = refused(Topic { replication: 3, ..topic(&brokers, "single") });
+    assert!(matches!(few, Unfit::Replicas { found: 1, wanted: 3, .. }), "{few}");
+    let unsynced = refused(Topic { in_sync: 2, ..topic(&brokers, "single") });
+    assert!(matches!(unsynced, Unfit::InSync { found: 1, wanted: 2, .. }), "{unsynced}");
+    let unmakeable = refused(Topic { replication: 3, ..topic(&brokers, "unmakeable") });
+    assert!(matches!(unmakeable, Unfit::Refused(_)), "{unmakeable}");
+    kafka.topic("impossible", 1, &["min.insync.replicas=2"]).await;
+    let impossible = refused(topic(&brokers, "impossible"));
+    assert!(impossible.to_string().contains("no write to it can succeed"), "{impossible}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_let_go_before_the_topic_has_it_and_turns_are_refused_before_there_is_no_room_for_their_ends() {
+    let test = "nothing_is_let_go_before_the_topic_has_it_and_turns_are_refused_before_there_is_no_room_for_their_ends";
+    let _alone = KILLED.lock().await;
+    let Some(mut kafka) = Kafka::start().await.or_skip(test) else { return };
+    let brokers = kafka.addr().to_string();
+    kafka.kill().await;
+    let folder = tempfile::tempdir().unwrap();
+    // An orchestrator that is started during an outage takes turns, too.
+    let log = open(folder.path(), topic(&brokers, "room"));
+    let mut begun = 0;
+    let refused = loop {
+        match whole_turn(&log, begun % 5).await {
+            Ok(()) => begun += 1,
+            Err(refused) => break refused,
+        }
+    };
+    assert_eq!(refused, Refused::Full);
+    log.flush().await.unwrap();
+    let judged = crate::events::verify(folder.path()).unwrap();
+    assert_eq!((judged.is_good(), judged.first, judged.begun), (true, 1, begun as u64), "all of it is still there");
+    assert!(log.shared.pinned_bytes.load(std::sync::atomic::Ordering::Relaxed) * 100 / Settings::LEAST_CAP >= 84);
+    assert!(log.shared.oldest_seconds() > 0.0);
+    kafka.again().await;
+    delivered(&log).await;
+    // With room again, turns are taken, and the oldest segments make it.
+    for turn in 0..begun {
+        whole_turn(&log, turn % 5).await.unwrap();
+    }
+    delivered(&log).await;
+    assert!(crate::events::verify(folder.path()).unwrap().first > 1);
+    let judged = verify_topic(&[brokers], "room").unwrap();
+    assert!(judged.is_good(), "{judged:?}");
+    assert_eq!((judged.begun, judged.ended), (2 * begun as u64, 2 * begun as u64));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order() {
+    use RDKafkaRespErr::{
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS, RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+        RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION, RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER, RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+        RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED, RD_KAFKA_RESP_ERR_UNKNOWN_PRODUCER_ID,
+    };
+    let mock = MockCluster::new(3).unwrap();
+    mock.create_topic("errors", 3, 3).unwrap();
+    let brokers = mock.bootstrap_servers();
+    let brokers: Vec<String> = brokers.split(',').map(str::to_owned).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path(), Topic { brokers: brokers.clone(), partitions: None, ..topic("", "errors") });
+    let errors = [
+        // Those that are over by themselves.
+        RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+        RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+        // Those after which a producer is of no more use.
+        RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER,
+        RD_KAFKA_RESP_ERR_UNKNOWN_PRODUCER_ID,
+        RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED,
+    ];
+    for (round, error) in errors.into_iter().enumerate() {
+        mock.request_errors(RDKafkaApiKey::Produce, &[error, error, error]);
+        for turn in 0..40 {
+            whole_turn(&log, turn % 5).await.unwrap();
+        }
+        if round % 2 == 1 {
+            let broker = i32::try_from(round % 3).unwrap() + 1;
+            mock.broker_down(broker).unwrap();
+            whole_turn(&log, 0).await.unwrap();
+            mock.broker_up(broker).unwrap();
+        }
+        delivered(&log).await;
+    }
+    let judged = verify_topic(&brokers, "errors").unwrap();
+    assert!(judged.is_good(), "{judged:?}");
+    assert_eq!((judged.begun, judged.ended, judged.open.len()), (283, 283, 0));
+    assert!(log.shared.delivery_failures.get() > 0, "no error was one that a producer does not survive: the test shows less than it says");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_single_record_has_a_place_or_an_error_in_time() {
+    let Some(kafka) = Kafka::shared().await.or_skip("a_single_record_has_a_place_or_an_error_in_time") else { return };
+    let audit = Topic { partitions: Some(1), ..topic(&kafka.addr().to_string(), "training.audit") };
+    let producer = Producer::open(&audit, Duration::from_secs(2)).await.unwrap();
+    for offset in 0..3 {
+        let place = producer.write("acme", &[("ce_type", "training.enabled.v1")], b"{}").await.unwrap();
+        assert_eq!((place.partition, place.offset), (0, offset));
+    }
+    let record = kafka.read("training.audit", 3).await.remove(0);
+    assert_eq!((record.key.as_str(), record.header("ce_type"), record.value.as_str()), ("acme", Some("training.enabled.v1"), "{}"));
+
+    let mock = MockCluster::new(1).unwrap();
+    mock.create_topic("training.audit", 1, 1).unwrap();
+    let audit = topic(&mock.bootstrap_servers(), "training.audit");
+    let producer = Producer::open(&audit, Duration::from_secs(1)).await.unwrap();
+    mock.broker_down(1).unwrap();
+    let refused = within(MINUTE, producer.write("acme", &[], b"{}"), "the record to be given up").await.unwrap_err();
+    assert!(refused.to_string().contains("training.audit"), "{refused}");
+    assert!(matches!(Producer::open(&audit, MINUTE).await, Err(Unfit::Away(_))));
+}
+
+/// How fast an outage is drained: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture drained`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+#[allow(clippy::print_stdout, reason = "the figures are what it is for")]
+async fn how_fast_an_outage_is_drained() {
+    let Some(kafka) = Kafka::shared().await.or_skip("how_fast_an_outage_is_drained") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let settings = Settings { cap: 1 << 30, ..settings(folder.path(), topic(&kafka.addr().to_string(), "drained")) };
+    let log = std::sync::Arc::new(Log::open(&Settings { topic: None, ..settings.clone() }).unwrap().0);
+    let begun = Instant::now();
+    let tasks = (0..64).map(|session| {
+        let log = log.clone();
+        tokio::spawn(async move {
+            for _ in 0..1000 {
+                whole_turn(&log, session).await.unwrap();
+            }
+        })
+    });
+    futures_util::future::join_all(tasks.collect::<Vec<_>>()).await;
+    log.flush().await.unwrap();
+    let (events, ingest) = (log.durable(), begun.elapsed().as_secs_f64());
+    drop(log);
+    let (log, _) = Log::open(&settings).unwrap();
+    let begun = Instant::now();
+    delivered(&log).await;
+    let drain = begun.elapsed().as_secs_f64();
+    let rate = |seconds: f64| events as f64 / seconds;
+    println!("{events} events: taken at {:.0} a second by 64 callers at once, drained at {:.0} a second", rate(ingest), rate(drain));
+    assert!(verify_topic(&settings.topic.unwrap().brokers, "drained").unwrap().is_good());
+}
