@@ -17,7 +17,7 @@ use headgate_filters::{
     Built, Mode, PolicyInForce, Problem, Signer, Spec, Step, Tools, build_chain, chain, moderation,
     units::{Bytes, Span},
 };
-use headgate_policy::{Claims, Constitution, Issuer, Unsigned, Verifier};
+use headgate_policy::{Claims, Constitution, Issuer, PUBLISH_AHEAD, Unsigned, Verifier};
 
 use crate::{
     Disk, Environment,
@@ -961,6 +961,8 @@ impl Check<'_> {
                 Some(plan::VerdictKeys::Url(uri.clone()))
             }
         };
+        // A new key is published for twice the longest of these before it signs (`PUBLISH_AHEAD`).
+        self.span(&at.key("keys_refresh"), orchestrator.keys_refresh, seconds(1)..=seconds(PUBLISH_AHEAD / 2));
         let (history, limits) = (&orchestrator.history, &orchestrator.limits);
         let at_history = at.key("history");
         self.within(&at_history.key("sessions"), history.sessions, 1..=10_000_000);
@@ -982,6 +984,7 @@ impl Check<'_> {
             upstream: orchestrator.upstream.clone(),
             models: orchestrator.models.clone(),
             keys: keys?,
+            keys_refresh: orchestrator.keys_refresh.0,
             issuer: issuer.unwrap_or_else(|| "headgate".to_owned()),
             sessions: history.sessions,
             session_messages: history.messages,

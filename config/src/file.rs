@@ -731,6 +731,9 @@ pub struct Orchestrator {
     /// Whose verdicts count: `own` (the gateway in this process), a JWKS file (`file:keys/gateway.jwks.json`) or a JWKS URL.
     #[serde(default)]
     pub keys: VerdictKeys,
+    /// How often keys are read again from a URL: a revoked key is believed for so long. `1s` to `5min`.
+    #[serde(default = "default_keys_refresh")]
+    pub keys_refresh: Span,
     /// The issuer whose verdicts count: `policy.issuer` of the gateways. Default: this file's own.
     #[serde(default)]
     pub issuer: Option<String>,
@@ -743,6 +746,10 @@ pub struct Orchestrator {
     /// What became of each turn, kept on disk. Without it, a turn leaves nothing but a line in the log.
     #[serde(default)]
     pub events: Option<Events>,
+}
+
+fn default_keys_refresh() -> Span {
+    seconds(5)
 }
 
 /// Whose verdicts an orchestrator believes.

@@ -289,6 +289,8 @@ pub struct Orchestrator {
     pub models: BTreeMap<String, String>,
     /// Whose verdicts count.
     pub keys: VerdictKeys,
+    /// How often keys are read again from a URL.
+    pub keys_refresh: Duration,
     /// The issuer whose verdicts count.
     pub issuer: String,
     /// Sessions remembered.

@@ -10,7 +10,7 @@ use headgate_slm::Slm;
 use headgate_upstream::{Settings, Upstream, settings};
 
 use crate::{
-    keys::Fetched,
+    keys::{Fetched, Signing},
     live::{Live, Route},
     telemetry::Meters,
     tls::{Tls, Unusable},
@@ -69,7 +69,7 @@ pub struct Lasting {
     /// Identity providers' keys.
     pub keys: Fetched,
     /// Our signing keys.
-    pub ring: Option<Arc<Ring>>,
+    pub signing: Option<Arc<Signing>>,
     /// Metrics.
     pub meters: Arc<Meters>,
 }
@@ -82,14 +82,14 @@ impl Lasting {
             Some(PolicyKey::Generated) => Some(Ring::generate(unix_now())?),
             Some(PolicyKey::File(path)) => Some(custody::load_or_generate(path, unix_now(), "headgate run")?),
         };
-        Ok(Lasting { ledger: Arc::new(LocalLedger::new()), keys: Fetched::default(), ring: ring.map(Arc::new), meters: Arc::default() })
+        Ok(Lasting { ledger: Arc::new(LocalLedger::new()), keys: Fetched::default(), signing: ring.map(Signing::new).map(Arc::new), meters: Arc::default() })
     }
 }
 
 /// The gateway's part of a plan.
 pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
-    let policy = match (&plan.policy, &lasting.ring) {
-        (Some(policy), Some(ring)) => Some(PolicyInForce { signer: ring.clone(), issuer: policy.issuer.clone() }),
+    let policy = match (&plan.policy, &lasting.signing) {
+        (Some(policy), Some(signing)) => Some(PolicyInForce { signer: signing.clone(), issuer: policy.issuer.clone() }),
         _ => None,
     };
     let read = |path: &Path| plan.read(path);
@@ -107,7 +107,7 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
         let filters = build_chain(&route.steps, &tools).map_err(|problems| Unbuildable::Chain { route: route.name.clone(), problems })?;
         routes.push(Arc::new(Route { plan: route.clone(), upstream, filters, meters: lasting.meters.route(&route.name) }));
     }
-    Ok(Live { routes, page: plan.page, ring: lasting.ring.clone(), shown: plan.summary().to_json() })
+    Ok(Live { routes, page: plan.page, signing: lasting.signing.clone(), shown: plan.summary().to_json() })
 }
 
 /// Where identity providers publish their keys, once each.
@@ -171,7 +171,7 @@ pub fn tls(plan: &Plan) -> Result<Option<Tls>, Unbuildable> {
 /// The orchestrator's part of a plan, and the URL of keys it must follow, if any.
 pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -> Result<Arc<Orchestrator>, Unbuildable> {
     let verifier = match &told.keys {
-        VerdictKeys::Own => lasting.ring.as_ref().ok_or(Unbuildable::NoKeys)?.verifier(),
+        VerdictKeys::Own => lasting.signing.as_ref().ok_or(Unbuildable::NoKeys)?.ring().verifier(),
         VerdictKeys::Jwks(jwks) => Verifier::from_jwks(jwks)?,
         // Nothing is believed until the keys have been fetched.
         VerdictKeys::Url(_) => Verifier::from_jwks(r#"{"keys":[]}"#)?,

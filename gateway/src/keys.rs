@@ -1,20 +1,27 @@
-//! Identity providers' public keys: fetched over HTTP, kept, fetched again before they grow old.
+//! Keys that change while the process runs: our own by their file, those of others by their URL.
 
 use std::{
     collections::HashMap,
+    fs::Metadata,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use headgate_contracts::{Code, Fault};
-use headgate_filters::{BoxFuture, KeySource, Keys};
+use headgate_filters::{BoxFuture, KeySource, Keys, Signer, unix_now};
+use headgate_policy::{Claims, KeyFault, Ring, Unsigned};
 use headgate_upstream::{Settings, Upstream};
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use tokio::time::{Instant, timeout};
 
-/// Keys older than this are fetched again, so that a withdrawn key stops being good by itself.
+/// How often the file of signing keys is looked at. Polled, as mounted secrets are replaced in ways that not every watch sees.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Identity providers' keys older than this are fetched again, so that a withdrawn key stops being good by itself.
 const REFETCH: Duration = Duration::from_secs(300);
 /// After a failed fetch.
 const RETRY: Duration = Duration::from_secs(5);
@@ -24,6 +31,74 @@ const LIFETIME: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The largest document that is read, in bytes.
 const MAX_BYTES: usize = 256 << 10;
+
+/// The ring that signs verdicts. Another takes its place at once, for turns that are running too: a revoked key signs nothing more.
+pub struct Signing(ArcSwap<Ring>);
+
+impl Signing {
+    /// Signs with this ring at first.
+    pub fn new(ring: Ring) -> Signing {
+        Signing(ArcSwap::from_pointee(ring))
+    }
+
+    /// The ring in use.
+    pub fn ring(&self) -> Arc<Ring> {
+        self.0.load_full()
+    }
+
+    /// Uses what is in `path` now, and whatever is put there, for as long as it is polled; `taken` sees each ring that is.
+    ///
+    /// A file that cannot be used never replaces the ring in use.
+    pub async fn follow(self: Arc<Self>, path: PathBuf, taken: impl Fn(&Ring)) {
+        let (mut seen, mut due) = (None, None);
+        loop {
+            let (file, known) = (path.clone(), seen);
+            let looked = tokio::task::spawn_blocking(move || look(&file, known)).await;
+            if let Ok((stamp, read)) = looked {
+                seen = stamp;
+                match read {
+                    Some(Ok(ring)) if ring.digest() != self.ring().digest() => {
+                        tracing::info!(keys = ?ring, "the signing keys were exchanged");
+                        taken(&ring);
+                        self.0.store(Arc::new(ring));
+                    }
+                    Some(Err(fault)) => {
+                        let cause = std::error::Error::source(&fault).map(tracing::field::display);
+                        tracing::error!(error = %fault, cause, "the signing keys stay as they were");
+                    }
+                    Some(Ok(_)) | None => {}
+                }
+            }
+            let ring = self.ring();
+            if ring.is_due(unix_now()) && due != ring.current() {
+                due = ring.current();
+                tracing::warn!(key = due.map(tracing::field::display), "a rotation of the signing keys is due: `headgate keys rotate`");
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+}
+
+impl Signer for Signing {
+    fn sign(&self, claims: &Claims) -> Result<String, Unsigned> {
+        self.0.load().sign(claims)
+    }
+}
+
+/// What tells one file from another at the same path: device, node, length, when it was changed.
+type Stamp = (u64, u64, u64, i64, i64);
+
+/// The ring at `path`, if the file is not the one that is `known`.
+fn look(path: &Path, known: Option<Stamp>) -> (Option<Stamp>, Option<Result<Ring, KeyFault>>) {
+    let stamp = |about: Metadata| (about.dev(), about.ino(), about.len(), about.ctime(), about.ctime_nsec());
+    // Looked at before it is read: what comes between is seen the next time.
+    match std::fs::metadata(path).map(stamp) {
+        Ok(stamp) if known == Some(stamp) => (known, None),
+        Ok(stamp) => (Some(stamp), Some(Ring::load(path))),
+        // A file that is away for a moment, while a volume is exchanged, is no news; `headgate run` makes none anew.
+        Err(_) => (None, None),
+    }
+}
 
 /// Keys by the URL they are published at.
 #[derive(Clone, Default)]
@@ -37,30 +112,30 @@ impl Fetched {
     pub async fn follow(self, url: String) {
         loop {
             let failed = fetch(&self, &url).await.err().map(|fault| fault.chain());
-            pause(&url, failed).await;
+            pause(&url, REFETCH, failed).await;
         }
     }
 }
 
 /// Fetches a document of keys now, and again and again; `take` gets each.
-pub async fn follow(url: String, take: impl Fn(&str) -> Result<(), String> + Send + Sync) {
+pub async fn follow(url: String, refetch: Duration, take: impl Fn(&str) -> Result<(), String> + Send + Sync) {
     loop {
         let body = match timeout(PATIENCE, get(&url)).await {
             Ok(body) => body,
             Err(_) => Err("no answer in time".to_owned()),
         };
         let taken = body.and_then(|body| take(&String::from_utf8_lossy(&body)));
-        pause(&url, taken.err()).await;
+        pause(&url, refetch, taken.err()).await;
     }
 }
 
 /// A failed fetch is tried again soon, a good one is good for a while.
-async fn pause(url: &str, failed: Option<String>) {
+async fn pause(url: &str, refetch: Duration, failed: Option<String>) {
     match failed {
-        None => tokio::time::sleep(REFETCH).await,
+        None => tokio::time::sleep(refetch).await,
         Some(cause) => {
             tracing::warn!(url, cause, "cannot fetch keys");
-            tokio::time::sleep(RETRY).await;
+            tokio::time::sleep(refetch.min(RETRY)).await;
         }
     }
 }

@@ -8,12 +8,12 @@ use arc_swap::ArcSwap;
 use headgate_config::plan::{self, Origins};
 use headgate_contracts::Trace;
 use headgate_filters::{Built, Spec, Step, trace::Inbound};
-use headgate_policy::Ring;
 use headgate_upstream::{EndpointHealth, Upstream};
 use http::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
 use crate::{
+    keys::Signing,
     serve::Drain,
     session::Turns,
     telemetry::{Meters, RouteMeters},
@@ -49,7 +49,7 @@ pub struct Live {
     /// Whether the chat page is served on paths that no route has.
     pub page: bool,
     /// The keys that verdicts are signed with.
-    pub ring: Option<Arc<Ring>>,
+    pub signing: Option<Arc<Signing>>,
     /// The configuration as people may see it: no secret in it.
     pub shown: Value,
 }
@@ -83,7 +83,7 @@ impl Live {
 
     /// The public keys, as RFC 7517 writes them.
     pub fn jwks(&self) -> Option<String> {
-        self.ring.as_ref().map(|ring| ring.jwks())
+        self.signing.as_ref().map(|signing| signing.ring().jwks())
     }
 
     /// Each upstream's endpoints, once.

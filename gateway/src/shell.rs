@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-use headgate_config::plan::{Plan, VerdictKeys};
+use headgate_config::plan::{Plan, PolicyKey, VerdictKeys};
 use headgate_contracts::Gone;
-use headgate_policy::Verifier;
+use headgate_policy::{Ring, Verifier};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
@@ -113,6 +113,8 @@ impl Process {
         let (mut beside, mut model, mut workers) = (JoinSet::new(), JoinSet::new(), Vec::new());
         let (mut slm_at, mut orchestrator_at, mut clients_at, mut admin_at) = (None, None, None, None);
 
+        // Who learns of our keys first-hand.
+        let mut believer = None;
         // The model first, then who asks it: nobody finds the next one missing.
         if let Some(told) = &plan.slm {
             let (listener, address) = adopt(bind(sockets.slm, told.listen, "slm.listen")?, "slm.listen")?;
@@ -126,10 +128,13 @@ impl Process {
             lasting.meters.register(|registry| orchestrator.register(registry));
             if let VerdictKeys::Url(url) = &told.keys {
                 let (url, trusted) = (url.to_string(), Arc::clone(&orchestrator));
-                let follow = keys::follow(url, move |jwks| {
+                let follow = keys::follow(url, told.keys_refresh, move |jwks| {
                     Verifier::from_jwks(jwks).map(|keys| trusted.trust(keys)).map_err(|error| error.to_string())
                 });
                 beside.spawn(follow);
+            }
+            if told.keys == VerdictKeys::Own {
+                believer = Some(Arc::clone(&orchestrator));
             }
             model.spawn(headgate_orchestrator::serve(listener, orchestrator, closed()));
             orchestrator_at = Some(address);
@@ -156,6 +161,15 @@ impl Process {
             let (listener, address) = adopt(bind(sockets.admin, address, "admin.listen")?, "admin.listen")?;
             beside.spawn(serve(listener, None, limits, Admin(app.clone()), admin_drain.clone()));
             admin_at = Some(address);
+        }
+        if let (Some(PolicyKey::File(path)), Some(signing)) = (plan.policy.as_ref().map(|policy| &policy.key), &lasting.signing) {
+            // Believed before it signs.
+            let taken = move |ring: &Ring| {
+                if let Some(orchestrator) = &believer {
+                    orchestrator.trust(ring.verifier());
+                }
+            };
+            beside.spawn(Arc::clone(signing).follow(path.clone(), taken));
         }
         for url in build::key_urls(plan) {
             beside.spawn(lasting.keys.clone().follow(url));

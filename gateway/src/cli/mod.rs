@@ -8,6 +8,7 @@ pub mod chat;
 pub mod check;
 pub mod dev;
 pub mod events;
+pub mod keys;
 pub mod run;
 pub mod schema;
 pub mod token;
@@ -43,6 +44,9 @@ enum Command {
     /// Show or judge the log of what became of each turn.
     #[command(subcommand)]
     Events(events::Events),
+    /// Make, rotate, revoke and show the keys that sign verdicts; check the record of it.
+    #[command(subcommand)]
+    Keys(keys::Keys),
     /// Make an API key.
     Token(token::Args),
     /// Talk through a gateway from this terminal.
@@ -81,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Schema(args) => schema::run(args),
         Command::Events(args) => events::run(args),
+        Command::Keys(keys) => keys::run(keys),
         Command::Token(args) => token::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Completions { shell } => {

@@ -10,6 +10,7 @@ mod eyes;
 mod faults;
 mod house;
 mod http2;
+mod keys;
 mod leaving;
 mod model;
 mod proxy;
