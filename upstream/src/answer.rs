@@ -12,7 +12,7 @@ use std::{
 
 use headgate_contracts::{
     Batch, Code, Dialect, Fault, Finish, Head, What,
-    wire::{self, Step, sse},
+    wire::{self, Malformed, Step, sse},
 };
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -22,14 +22,18 @@ use crate::{
     cancel::Cancel,
     connect::Io,
     endpoint::Endpoint,
-    exchange::{Begun, poll_read},
+    exchange::{READ_BYTES, poll_read},
+    hop::Place,
     http1::Framing,
+    open::Opened,
     settings::{Limits, Protocol, Timeouts},
+    stats::Count,
 };
 
 /// An answer of an upstream: a head, then events in batches.
 ///
-/// Dropping it closes the connection at once, which stops the model; where the upstream has a cancel call, that is made too.
+/// Dropping it closes the connection at once, which stops the model; where the upstream has a cancel call, that is made too. On a
+/// socket of many turns it is stopped by a frame.
 /// Memory: at most one unfinished event (`limits.event`) and what one read brought, 16 KiB; nothing while nothing is unfinished.
 pub struct Answer {
     /// What the upstream said of the answer; filled as its events come.
@@ -37,7 +41,7 @@ pub struct Answer {
     shared: Arc<Shared>,
     endpoint: Arc<Endpoint>,
     /// Gone once the answer has ended or broken.
-    connection: Option<(Io, Lease)>,
+    connection: Option<(Connection, Lease)>,
     /// Bytes of the body that came with the head.
     early: Vec<u8>,
     body: Body,
@@ -46,20 +50,32 @@ pub struct Answer {
     cancel: Cancel,
 }
 
+/// Where an answer comes from.
+enum Connection {
+    /// A connection of its own.
+    Own(Io),
+    /// A place on a socket of many turns.
+    Shared(Place),
+}
+
 impl Answer {
-    pub(crate) fn new(shared: Arc<Shared>, connection: (Io, Lease), begun: Begun, form: Form, clock: Clock, cancel: Cancel) -> Answer {
+    pub(crate) fn new(shared: Arc<Shared>, opened: Opened, clock: Clock) -> Answer {
+        let (connection, lease, begun, form, cancel) = match opened {
+            Opened::Own { io, lease, begun, form, cancel } => (Connection::Own(io), lease, Some(begun), form, cancel),
+            Opened::Shared { place, lease } => (Connection::Shared(place), lease, None, Form::Frames, Cancel::none()),
+        };
         let body = Body {
             protocol: shared.settings.protocol,
             limits: shared.settings.limits,
-            framing: begun.head.body,
-            keep: begun.head.keep,
+            framing: begun.as_ref().map_or(Framing::UntilClose, |begun| begun.head.body),
+            keep: begun.as_ref().is_some_and(|begun| begun.head.keep),
             form,
             finish: Finish::default(),
             ended: false,
         };
-        let endpoint = Arc::clone(connection.1.endpoint());
-        let early = begun.early;
-        Answer { head: Head::default(), shared, endpoint, connection: Some(connection), early, body, clock, broken: None, cancel }
+        let endpoint = Arc::clone(lease.endpoint());
+        let (connection, early) = (Some((connection, lease)), begun.map(|begun| begun.early).unwrap_or_default());
+        Answer { head: Head::default(), shared, endpoint, connection, early, body, clock, broken: None, cancel }
     }
 
     /// Waits for events.
@@ -122,7 +138,20 @@ impl Answer {
             shared.stats.bytes.add(early.len() as u64);
             return Poll::Ready(body.take(&early, head, batch));
         }
-        let Some((io, _)) = connection else { return Poll::Ready(Err(reset(Cut::NoTerminal))) };
+        let io = match connection {
+            None => return Poll::Ready(Err(reset(Cut::NoTerminal))),
+            Some((Connection::Own(io), _)) => io,
+            Some((Connection::Shared(place), _)) => {
+                return match place.poll_ready(cx) {
+                    Poll::Pending => clock.poll(cx).map(Err),
+                    Poll::Ready(Err(fault)) => Poll::Ready(Err(fault)),
+                    Poll::Ready(Ok(())) => {
+                        clock.last = Instant::now();
+                        Poll::Ready(body.take_frames(place, &shared.stats.bytes, head, batch))
+                    }
+                };
+            }
+        };
         match poll_read(io, cx, |bytes| {
             shared.stats.bytes.add(bytes.len() as u64);
             body.take(bytes, head, batch)
@@ -140,7 +169,7 @@ impl Answer {
     /// The upstream has said its last: there is nothing left to cancel, and the connection may serve the next turn.
     fn settle(&mut self, well: bool) {
         self.cancel.disarm();
-        if let Some((io, lease)) = self.connection.take()
+        if let Some((Connection::Own(io), lease)) = self.connection.take()
             && well
             && self.body.keep
         {
@@ -169,6 +198,8 @@ pub(crate) enum Form {
     Events(Box<sse::Decoder>),
     /// As one JSON document, from a server that does not stream: gathered, then decoded.
     Whole(Vec<u8>),
+    /// As frames of a WebSocket, which have been taken apart.
+    Frames,
 }
 
 /// The body as it is taken apart: frame, form, vocabulary.
@@ -223,21 +254,9 @@ impl Body {
                         Ok(None) => return Ok(()),
                         Err(over) => return Err(over.into()),
                     };
-                    match step {
-                        Ok(Step::More) => self.finish = finish_of(batch, good).unwrap_or(self.finish),
-                        Ok(Step::Done) => {
-                            self.finish = finish_of(batch, good).unwrap_or(self.finish);
-                            self.ended = true;
-                            return Ok(());
-                        }
-                        Ok(Step::Failed(fault)) => {
-                            self.ended = true;
-                            return Err(fault);
-                        }
-                        Err(malformed) => {
-                            batch.truncate(good);
-                            return Err(malformed.into());
-                        }
+                    took(step, good, batch, &mut self.finish, &mut self.ended)?;
+                    if self.ended {
+                        return Ok(());
                     }
                 }
             }
@@ -248,7 +267,23 @@ impl Body {
                 whole.extend_from_slice(data);
                 Ok(())
             }
+            Form::Frames => Ok(()),
         }
+    }
+
+    /// Decodes frames that have come, as many at once as one read would have brought.
+    fn take_frames(&mut self, place: &mut Place, bytes: &Count, head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
+        let mut taken = 0;
+        while let Some((name, object)) = place.next() {
+            bytes.add(object.len() as u64);
+            taken += object.len();
+            let good = batch.events().len();
+            took(wire::chat::decode(name, object, head, batch), good, batch, &mut self.finish, &mut self.ended)?;
+            if self.ended || taken >= READ_BYTES {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The body is over: good only for an answer that came whole.
@@ -266,6 +301,25 @@ impl Body {
                 self.ended = true;
                 Ok(())
             }
+        }
+    }
+}
+
+/// What a decoded event means for the answer; events from `good` on came with it, and go with it where it is malformed.
+fn took(step: Result<Step, Malformed>, good: usize, batch: &mut Batch, finish: &mut Finish, ended: &mut bool) -> Result<(), Fault> {
+    match step {
+        Ok(step @ (Step::More | Step::Done)) => {
+            *finish = finish_of(batch, good).unwrap_or(*finish);
+            *ended = matches!(step, Step::Done);
+            Ok(())
+        }
+        Ok(Step::Failed(fault)) => {
+            *ended = true;
+            Err(fault)
+        }
+        Err(malformed) => {
+            batch.truncate(good);
+            Err(malformed.into())
         }
     }
 }

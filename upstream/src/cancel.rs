@@ -33,6 +33,11 @@ impl Cancel {
         })
     }
 
+    /// A turn that is stopped in another way.
+    pub(crate) fn none() -> Cancel {
+        Cancel(None)
+    }
+
     /// The turn has ended.
     pub(crate) fn disarm(&mut self) {
         self.0 = None;

@@ -22,6 +22,7 @@ use tokio_rustls::TlsConnector;
 use crate::{
     balance::InFlight,
     connect::{Io, Target},
+    hop::Sockets,
     http1::Framing,
     settings::{Idle, Invalid},
 };
@@ -38,6 +39,8 @@ pub(crate) struct Endpoint {
     pub(crate) in_flight: InFlight,
     idle: Idle,
     kept: Mutex<VecDeque<Kept>>,
+    /// WebSockets, each open for many turns.
+    pub(crate) sockets: Sockets,
     rest: Rest,
 }
 
@@ -72,6 +75,7 @@ impl Endpoint {
             in_flight: InFlight::default(),
             idle,
             kept: Mutex::default(),
+            sockets: Sockets::default(),
             rest: Rest::new(),
         })
     }
@@ -118,7 +122,7 @@ impl Endpoint {
     }
 
     pub(crate) fn kept(&self) -> usize {
-        self.lock().len()
+        self.lock().len() + self.sockets.idle()
     }
 
     /// Whether it is not resting after failed connections.

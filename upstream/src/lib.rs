@@ -8,14 +8,15 @@
 //! | `request` | what is sent: made anew from the parsed prompt |
 //! | `exchange`, `http1` | HTTP/1.1 by hand, strict and small |
 //! | `endpoint`, `connect` | one endpoint, its connections kept and new |
+//! | `hop` | many turns on one WebSocket to an orchestrator |
 //! | `forward` | a plain reverse proxy, on the same connections |
 //! | `balance` | which endpoint is next: pingora's balancer and health state |
 //! | `cancel` | tells the orchestrator that nobody waits any more |
 //! | `tell` | tells it what became of a turn |
 //! | [`stats`] | what is counted |
 //!
-//! What is absent on purpose: no task and no channel between an upstream's socket and the caller, so that not reading is
-//! backpressure and dropping is cancelling; no retry once a byte of an answer has come; no redirect is ever followed.
+//! What is absent on purpose: no task and no channel between an upstream's connection and the caller, so that not reading is
+//! backpressure and dropping is cancelling (a socket that many turns share has a task, and credit in its place); no retry once a byte of an answer has come; no redirect is ever followed.
 
 use std::{
     fmt,
@@ -40,6 +41,7 @@ mod connect;
 mod endpoint;
 mod exchange;
 mod forward;
+mod hop;
 mod http1;
 mod open;
 mod request;
@@ -49,7 +51,7 @@ mod tell;
 
 pub use answer::Answer;
 pub use forward::{Forwarded, ForwardedBody, Outgoing, Tunnel};
-pub use settings::{Invalid, Protocol, Settings};
+pub use settings::{Hop, Invalid, Protocol, Settings};
 pub use stats::{EndpointHealth, Stats};
 
 use crate::{balance::Fleet, endpoint::Endpoint};
@@ -83,6 +85,9 @@ impl Upstream {
         }
         if settings.path.as_deref().is_some_and(|path| !path.starts_with('/') || path.bytes().any(|b| !b.is_ascii_graphic())) {
             return Err(Invalid::Setting { name: "path", expected: "an absolute path" });
+        }
+        if settings.hop == Hop::WebSocket && settings.protocol != Protocol::Orchestrator {
+            return Err(Invalid::Setting { name: "hop", expected: "server-sent events, unless an orchestrator is asked" });
         }
         let authorization = settings.authorization.as_ref().map(|secret| {
             let secret = secret.expose();
@@ -179,7 +184,12 @@ impl Upstream {
         let limits = self.0.settings.limits;
         let tls = if self.0.fleet.endpoints().iter().any(|endpoint| endpoint.target.tls.is_some()) { 64 << 10 } else { 0 };
         let events = 2 * limits.event + 3 * exchange::READ_BYTES;
-        events.max(3 * limits.whole) + limits.head + tls
+        // What has come and what has been taken over: the credit, and the event that took the last of it.
+        let frames = match self.0.settings.hop {
+            Hop::Events => 0,
+            Hop::WebSocket => 2 * (headgate_contracts::wire::hop::WINDOW as usize + limits.event),
+        };
+        events.max(3 * limits.whole) + frames + limits.head + tls
     }
 
     /// Sees to it that health checks run, if a runtime is there.

@@ -22,8 +22,9 @@ use crate::{
     connect::Io,
     endpoint::Endpoint,
     exchange::{Begun, Broken, exchange, poll_read},
+    hop::{self, Place},
     request::TurnRequest,
-    settings::Protocol,
+    settings::{Hop, Protocol},
 };
 
 /// How long the body of an error is waited for: its head has said the most.
@@ -33,14 +34,19 @@ const ERROR_BODY_PATIENCE: Duration = Duration::from_millis(500);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// Why one try failed, and whether another endpoint may be tried.
+#[derive(Clone)]
 pub(crate) struct Failed {
     pub(crate) fault: Fault,
     again: bool,
 }
 
 impl Failed {
-    fn finally(fault: Fault) -> Failed {
+    pub(crate) fn finally(fault: Fault) -> Failed {
         Failed { fault, again: false }
+    }
+    /// Another endpoint may be tried: this one has not taken the turn.
+    pub(crate) fn elsewhere(fault: Fault) -> Failed {
+        Failed { fault, again: true }
     }
 }
 
@@ -102,10 +108,12 @@ async fn tries(
         };
         let endpoint = Arc::clone(lease.endpoint());
         *asked = Some(Arc::clone(&endpoint));
-        match one_try(shared, prompt, request, lease).await {
-            Ok((connection, begun, form, cancel)) => {
-                return Ok(Answer::new(Arc::clone(shared), connection, begun, form, clock, cancel));
-            }
+        let opened = match shared.settings.hop {
+            Hop::Events => one_try(shared, prompt, request, lease).await,
+            Hop::WebSocket => hop::one_try(shared, prompt, request, lease).await,
+        };
+        match opened {
+            Ok(opened) => return Ok(Answer::new(Arc::clone(shared), opened, clock)),
             Err(Failed { fault, again }) => {
                 let fault = shared.placed(&endpoint, fault);
                 tried.push(endpoint);
@@ -118,7 +126,13 @@ async fn tries(
     }
 }
 
-type Opened = ((Io, Lease), Begun, Form, Cancel);
+/// An answer that has begun.
+pub(crate) enum Opened {
+    /// On a connection of its own.
+    Own { io: Io, lease: Lease, begun: Begun, form: Form, cancel: Cancel },
+    /// On a socket of many turns.
+    Shared { place: Place, lease: Lease },
+}
 
 /// One endpoint: on a kept connection if there is one, and on a fresh one if that turns out to be dead.
 async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_>, lease: Lease) -> Result<Opened, Failed> {
@@ -144,7 +158,7 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
         match exchange(&mut io, &bytes, &settings.limits).await {
             Ok(begun) => {
                 return match form(shared, &begun) {
-                    Ok(form) => Ok(((io, lease), begun, form, cancel)),
+                    Ok(form) => Ok(Opened::Own { io, lease, begun, form, cancel }),
                     Err(no_answer) => {
                         cancel.disarm();
                         let Failed { fault, again } = refusal(no_answer, begun, io, &endpoint, settings.protocol).await;

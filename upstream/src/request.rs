@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use headgate_contracts::{Dispatch, Fault, Prompt, TurnId, wire};
+use headgate_contracts::{Code, Dispatch, Fault, Prompt, TurnId, wire};
 use http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{
@@ -51,16 +51,8 @@ impl<'a> TurnRequest<'a> {
 
     /// The bytes for one try at one endpoint, sealed for just this try: a verdict may be used once.
     pub(crate) fn bytes_for(&self, endpoint: &Endpoint) -> Result<Vec<u8>, Fault> {
-        let path = match self.path {
-            Some(path) => path.to_owned(),
-            None => turn_path(self.protocol, &endpoint.prefix),
-        };
-        let mut headers = self.prompt.headers.clone();
-        if let Some(seal) = &self.prompt.seal {
-            let path = path.split('?').next().unwrap_or_default();
-            let proof = seal(self.prompt, &Dispatch { method: "POST", path, body: &self.body })?;
-            replace(&mut headers, proof);
-        }
+        let path = turn_path(self.protocol, self.path, endpoint);
+        let mut headers = self.headers("POST", &path)?;
         // What frames the message or names its peer is ours alone.
         for name in [
             HOST,
@@ -84,6 +76,32 @@ impl<'a> TurnRequest<'a> {
         if let Some(authorization) = self.authorization {
             headers.entry(AUTHORIZATION).or_insert_with(|| authorization.clone());
         }
+        let mut out = Vec::with_capacity(1024 + self.body.len());
+        begin(&mut out, &path, endpoint);
+        out.extend_from_slice(b"accept: text/event-stream\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n");
+        fields(&mut out, &headers);
+        finish(&mut out, &self.body);
+        Ok(out)
+    }
+
+    /// The frame for one try on a WebSocket of an endpoint, sealed for just this try over the bytes of its payload.
+    pub(crate) fn frame_for(&self, endpoint: &Endpoint, credit_bytes: u32) -> Result<Vec<u8>, Fault> {
+        let headers = self.headers("GET", &turn_path(self.protocol, self.path, endpoint))?;
+        // Made by our own encoder, which writes UTF-8.
+        let payload = std::str::from_utf8(&self.body).map_err(|broken| Fault::us(Code::InternalError).caused_by(broken))?;
+        let mut out = Vec::with_capacity(2048 + self.body.len() + self.body.len() / 4);
+        wire::hop::turn(&mut out, &self.prompt.turn, payload, &headers, credit_bytes);
+        Ok(out)
+    }
+
+    /// The headers of a try: what filters put on the prompt, what seals this try, and the trace.
+    fn headers(&self, method: &str, path: &str) -> Result<HeaderMap, Fault> {
+        let mut headers = self.prompt.headers.clone();
+        if let Some(seal) = &self.prompt.seal {
+            let path = path.split('?').next().unwrap_or_default();
+            let proof = seal(self.prompt, &Dispatch { method, path, body: &self.body })?;
+            replace(&mut headers, proof);
+        }
         // Our own span is the parent: what travels is what a collector has been shown.
         let trace = &self.prompt.trace;
         insert(&mut headers, TRACEPARENT, &trace.traceparent());
@@ -97,12 +115,7 @@ impl<'a> TurnRequest<'a> {
                 None => insert(&mut headers, IDEMPOTENCY_KEY, &self.prompt.turn.to_string()),
             }
         }
-        let mut out = Vec::with_capacity(1024 + self.body.len());
-        begin(&mut out, &path, endpoint);
-        out.extend_from_slice(b"accept: text/event-stream\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n");
-        fields(&mut out, &headers);
-        finish(&mut out, &self.body);
-        Ok(out)
+        Ok(headers)
     }
 }
 
@@ -139,12 +152,14 @@ pub(crate) fn told_bytes(
     out
 }
 
-fn turn_path(protocol: Protocol, prefix: &str) -> String {
-    match (protocol, prefix) {
+/// Where turns are asked for; `path`: instead of the endpoint's and the protocol's.
+pub(crate) fn turn_path(protocol: Protocol, path: Option<&str>, endpoint: &Endpoint) -> String {
+    match (path, protocol, &*endpoint.prefix) {
+        (Some(path), _, _) => path.to_owned(),
         // As OpenAI's SDKs read a base URL: it carries the version itself.
-        (Protocol::OpenAi, "") => "/v1/chat/completions".to_owned(),
-        (Protocol::OpenAi, prefix) => format!("{prefix}/chat/completions"),
-        (Protocol::Orchestrator, prefix) => format!("{prefix}/v1/conversation/stream"),
+        (None, Protocol::OpenAi, "") => "/v1/chat/completions".to_owned(),
+        (None, Protocol::OpenAi, prefix) => format!("{prefix}/chat/completions"),
+        (None, Protocol::Orchestrator, prefix) => format!("{prefix}/v1/conversation/stream"),
     }
 }
 

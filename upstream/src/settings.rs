@@ -15,6 +15,16 @@ pub enum Protocol {
     Orchestrator,
 }
 
+/// How turns travel to an orchestrator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Hop {
+    /// Each is a request of its own, answered by server-sent events on a connection of its own.
+    #[default]
+    Events,
+    /// As frames, many of them on one WebSocket. For [`Protocol::Orchestrator`] alone.
+    WebSocket,
+}
+
 /// How long to wait for what. A deadline that passes ends the turn and closes the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
@@ -137,6 +147,8 @@ pub struct Tls {
 pub struct Settings {
     /// Which vocabulary its endpoints speak.
     pub protocol: Protocol,
+    /// How turns travel there.
+    pub hop: Hop,
     /// Where they are: `http` or `https`, a host, a port where it is not the scheme's, and a path that stands before the
     /// protocol's own (`https://api.example.com/v1` and `https://api.example.com` mean the same for OpenAI's).
     pub endpoints: Vec<Uri>,

@@ -21,7 +21,7 @@ pub struct Stats {
     pub retry_denied: Count,
     /// Answers that were left before their end.
     pub left: Count,
-    /// Cancel calls that the orchestrator took.
+    /// Cancel calls that the orchestrator took, and stops sent on a WebSocket.
     pub cancelled: Count,
     /// Cancel calls that it did not, or for which there was no room.
     pub cancel_failed: Count,

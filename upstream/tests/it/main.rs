@@ -4,6 +4,7 @@ mod answers;
 mod cancel;
 mod faults;
 mod forward;
+mod hop;
 mod kept;
 mod requests;
 mod retries;
