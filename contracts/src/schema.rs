@@ -6,6 +6,7 @@ use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::drift::VERSION;
 use crate::wire::chat::{Done, ErrorEvent, Gap, Open, TurnRequest};
 use crate::wire::conversation::{self, DeliveryReport, DenialReport, StepAnswer};
 use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
@@ -336,7 +337,7 @@ fn openapi() -> Value {
     let probes = json!(["gateway", "orchestrator"]);
     json!({
         "openapi": "3.1.0",
-        "info": {"title": "Headgate", "version": env!("CARGO_PKG_VERSION"), "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        "info": {"title": "Headgate", "version": VERSION, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "A streaming chat gateway that moderates a stream exactly. The events of a stream are described in asyncapi.json."},
         "security": [{"bearer": []}],
         "tags": [{"name": "gateway", "description": "clients to the gateway"}, {"name": "orchestrator", "description": "the gateway to the orchestrator"}],
@@ -434,7 +435,7 @@ fn asyncapi() -> Value {
     let with = |first: &'static str, rest: &[&'static str]| [&[first], rest].concat();
     json!({
         "asyncapi": "3.0.0",
-        "info": {"title": "Headgate", "version": env!("CARGO_PKG_VERSION"), "license": {"name": "Apache-2.0"},
+        "info": {"title": "Headgate", "version": VERSION, "license": {"name": "Apache-2.0"},
             "description": "The streams of a chat gateway that moderates them exactly. Server-sent events carry a message as `event: <name>` and `data: <object>`, with \
                 `id: <turn_id>:<seq>` towards clients; a WebSocket as a text frame with `type`, `turn_id` and `seq` before the object's own members. `open` comes first, \
                 then exactly one of `done` and `error` comes last; a stream that ends without either was cut."},
