@@ -75,6 +75,13 @@ else
     echo "SKIPPED the page: it needs Chromium and the npm packages of tests/browser: run scripts/tools.sh"
 fi
 if [ -f loadtests/src/main.rs ]; then stage load smoke; fi
+if command -v valgrind >/dev/null && [ "$(uname -m)" = x86_64 ]; then
+    stage counts cargo run --quiet --release -p headgate-benches
+elif [ "${HEADGATE_REQUIRE_SERVICES:-}" = 1 ]; then
+    stage counts sh -c 'echo "instruction counts need valgrind on x86-64: run scripts/tools.sh" >&2; exit 1'
+else
+    echo "SKIPPED instruction counts: they need valgrind on x86-64: run scripts/tools.sh"
+fi
 
 # What cargo and node counted, over all stages.
 sum() { sed -nE "s/$1/\1/p" "$logs"/* | awk '{ n += $1 } END { print n + 0 }'; }

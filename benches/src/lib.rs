@@ -1,4 +1,6 @@
-//! What benches and their tests share: chunks as models send them, and chains as configs build them.
+//! What is measured, and what it is measured on: chunks as models send them, and chains as configs build them.
+
+pub mod cases;
 
 use std::sync::Arc;
 
@@ -66,15 +68,6 @@ pub fn built(steps: &str) -> Vec<Built> {
 /// Moderation as a whole route has it: 1,000 phrases and every detector.
 pub const MODERATION: &str =
     "- moderation: { deny: [deny.txt], mask: [email, phone, credit_card, iban, ip, us_ssn, api_key, private_key, jwt] }";
-
-/// A chain of `n` filters that each look at every text: one moderation, the rest budgets.
-pub fn chain_of(n: usize) -> Chain {
-    let mut steps = MODERATION.to_owned();
-    for _ in 1..n {
-        steps += "\n- budget: { output_tokens: 1000000000 }";
-    }
-    begun(&steps)
-}
 
 /// The gates of a turn that has begun.
 pub fn begun(steps: &str) -> Chain {

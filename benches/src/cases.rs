@@ -1,0 +1,149 @@
+//! Everything that is measured, once: criterion takes its time, valgrind counts its instructions.
+
+use std::hint::black_box;
+
+use headgate_contracts::{
+    Batch, Head, TurnId,
+    wire::{chat, openai, sse},
+};
+use headgate_filters::{Chain, chain};
+use headgate_policy::{Decision, Digest, Facts};
+
+use crate::{MODERATION, NOW, batch_of, begun, built, chunk, issuer, ring, turn, unusual_chunk};
+
+/// What one run of a case goes through.
+#[derive(Debug, Clone, Copy)]
+pub enum Size {
+    /// So many events, or other things that are counted.
+    Events(u64),
+    /// So many bytes.
+    Bytes(u64),
+}
+
+/// Measures one case after another.
+pub trait Meter {
+    /// Measures `run` alone, on what `setup` makes for each of its runs. `name` is unique, and begins with a group and `": "`.
+    fn measure<I>(&mut self, name: &str, size: Size, setup: impl FnMut() -> I, run: impl FnMut(&mut I));
+}
+
+/// Ends with a blank: nothing in it can be part of a match that is still forming.
+const CLEAN: &str = "the lamp was lit ";
+const ONE: Size = Size::Events(1);
+
+/// Shows all cases to a meter, always in the same order.
+pub fn measure(meter: &mut impl Meter) {
+    read(meter);
+    judge(meter);
+    write(meter);
+    begin(meter);
+    verdict(meter);
+}
+
+fn read(meter: &mut impl Meter) {
+    let single = format!("data: {}\n\n", chunk(CLEAN));
+    for (name, count) in [("read: sse, one event", 1), ("read: sse, burst of 32", 32)] {
+        let bytes = single.repeat(count);
+        let mut decoder = sse::Decoder::new(sse::Limits::default());
+        let run = |(): &mut ()| {
+            decoder.push(black_box(bytes.as_bytes()));
+            while let Ok(Some(frame)) = decoder.next() {
+                black_box(frame.data);
+            }
+        };
+        meter.measure(name, Size::Events(count as u64), || (), run);
+    }
+    for (name, data) in [("read: openai chunk, usual shape", chunk(CLEAN)), ("read: openai chunk, by the parser", unusual_chunk(CLEAN))] {
+        let (mut head, mut batch) = (Head::default(), Batch::new());
+        let run = |(): &mut ()| {
+            batch.clear();
+            openai::decode(black_box(&data), &mut head, &mut batch).expect("a chunk");
+        };
+        meter.measure(name, ONE, || (), run);
+    }
+}
+
+/// Passes the same events again and again through one turn's chain: cost does not depend on what went before.
+fn pass(meter: &mut impl Meter, name: &str, size: Size, mut chain: Chain, texts: &[&str]) {
+    let run = |batch: &mut Batch| {
+        chain.pass(batch).expect("nothing to refuse");
+        black_box(batch.events().len());
+    };
+    meter.measure(name, size, || batch_of(texts), run);
+}
+
+fn judge(meter: &mut impl Meter) {
+    // Compiled once: a thousand phrases take seconds where each instruction is counted.
+    let built = built(&format!("{MODERATION}{}", "\n- budget: { output_tokens: 1000000000 }".repeat(7)));
+    let first = built.iter().position(|step| step.name == "moderation").expect("it is in there") + 1;
+    let chain_of = |n: usize| chain(&built[..first + n - 1], &mut turn());
+    let cases: [(&str, &[&str]); 4] = [
+        ("clean", &[CLEAN]),
+        ("clean, held by its last word", &[" lamp"]),
+        ("a phrase begins and breaks off", &["forbidden phrase ", "of no number "]),
+        ("digits that become no card", &["room 4111 ", "11 and on "]),
+    ];
+    for (name, texts) in cases {
+        pass(meter, &format!("judge: moderation: {name}"), Size::Events(texts.len() as u64), chain_of(1), texts);
+    }
+    let long = CLEAN.repeat(60);
+    pass(meter, "judge: moderation: 1 KB of clean text", Size::Bytes(long.len() as u64), chain_of(1), &[&long]);
+    for n in 1..=8 {
+        pass(meter, &format!("judge: chain of {n}"), ONE, chain_of(n), &[CLEAN]);
+    }
+    pass(meter, "judge: gate alone", ONE, begun("- budget: { output_tokens: 1000000000 }"), &[CLEAN]);
+    meter.measure("begin: with moderation", ONE, turn, |turn| drop(black_box(chain(black_box(&built[..first]), turn))));
+}
+
+fn write(meter: &mut impl Meter) {
+    let batch = batch_of(&[CLEAN]);
+    let event = batch.events()[0];
+    let raw = event.raw.expect("a chunk that may be passed on as it came");
+    let (mut payload, mut out) = (Vec::new(), Vec::new());
+    let as_it_came = |(): &mut ()| {
+        out.clear();
+        sse::encode(&mut out, None, None, black_box(batch.wire(raw)));
+    };
+    meter.measure("write: openai, as it came", ONE, || (), as_it_came);
+    let envelope = openai::Envelope::new("chatcmpl-0123456789abcdef", "demo", 1_763_712_000);
+    let anew = |(): &mut ()| {
+        payload.clear();
+        out.clear();
+        envelope.event(&mut payload, &batch, black_box(&event));
+        sse::encode(&mut out, None, None, &payload);
+    };
+    meter.measure("write: openai, written anew", ONE, || (), anew);
+    let turn = TurnId::fresh();
+    let ours = |(): &mut ()| {
+        payload.clear();
+        out.clear();
+        let name = chat::encode(&batch, black_box(&event), &mut payload);
+        sse::encode(&mut out, Some((&turn, 12_345)), name, &payload);
+    };
+    meter.measure("write: ours, with its number", ONE, || (), ours);
+}
+
+fn begin(meter: &mut impl Meter) {
+    let built = built("[]");
+    meter.measure("begin: the filters of every chain", ONE, turn, |turn| drop(black_box(chain(black_box(&built), turn))));
+}
+
+fn verdict(meter: &mut impl Meter) {
+    const FACTS: Facts<'static> = Facts {
+        tid: "acme",
+        sub: "u1",
+        sid: "0193a5f0-7e1c-7000-8000-000000000000",
+        turn: "0193a5f0-7e1c-7000-8000-000000000001",
+        dec: Decision::Allow,
+        cat: &[],
+        trc: None,
+    };
+    let (ring, issuer) = (ring(), issuer());
+    let claims = issuer.dispatch(&FACTS, "POST", "/v1/conversation/stream", Digest::of(b"{}"), NOW).expect("random bytes");
+    let bytes = [b'x'; 1024];
+    meter.measure("verdict: digest of 1 KB", Size::Bytes(1024), || (), |()| _ = black_box(Digest::of(black_box(&bytes))));
+    meter.measure("verdict: sign", ONE, || (), |()| drop(ring.sign(black_box(&claims)).expect("a key")));
+    let (token, verifier) = (ring.sign(&claims).expect("a key"), ring.verifier());
+    meter.measure("verdict: verify", ONE, || (), |()| drop(verifier.open(black_box(&token), NOW).expect("our own verdict")));
+    let forged = format!("{}AAAA", &token[..token.len() - 4]);
+    meter.measure("verdict: refuse a forged one", ONE, || (), |()| _ = verifier.open(black_box(&forged), NOW).expect_err("not ours"));
+}
