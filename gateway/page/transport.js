@@ -75,7 +75,7 @@ export class SocketTransport {
 
   async run(turn, token, quit) {
     if (this.#token !== token) this.close();
-    const ref = `turn-${++this.#ref}`;
+    const ref = this.#nameOf(++this.#ref);
     let outcome = await this.#follow(turn, token, quit, { type: "turn", ref, ...turn.request }, ref);
     await comeBack(turn, quit, outcome, () => {
       const after = turn.lastSeq < 0 ? {} : { after: turn.lastSeq };
@@ -147,10 +147,16 @@ export class SocketTransport {
     return socket;
   }
 
+  // Before its first event a turn has no name but ours.
   async stop(turn) {
-    if (turn.id === null || this.#socket?.readyState !== WebSocket.OPEN) return false;
-    this.#socket.send(JSON.stringify({ type: "stop", turn_id: turn.id }));
+    if (this.#socket?.readyState !== WebSocket.OPEN) return false;
+    const which = turn.id === null ? { ref: this.#nameOf(this.#ref) } : { turn_id: turn.id };
+    this.#socket.send(JSON.stringify({ type: "stop", ...which }));
     return true;
+  }
+
+  #nameOf(number) {
+    return `turn-${number}`;
   }
 
   close() {

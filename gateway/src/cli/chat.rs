@@ -296,11 +296,11 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Err(trouble) => return self.tell(trouble, tale),
                 },
                 _ = self.interrupts.recv() => {
-                    let turn = tale.turn().or(self.line.turn()).filter(|_| give_up.is_none());
-                    let Some(turn) = turn else {
+                    if give_up.is_some() {
                         self.line.drop_stream();
                         return Came::Left;
-                    };
+                    }
+                    let turn = tale.turn().or(self.line.turn());
                     let asked = tokio::select! {
                         asked = timeout(STOP_PATIENCE, self.line.stop(turn)) => matches!(asked, Ok(Ok(()))),
                         _ = self.interrupts.recv() => false,

@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 
 use super::{
     EX_CONFIG, EX_UNAVAILABLE, fail,
-    run::{begin_logs, told_to_stop},
+    run::{Signals, begin_logs, told_to_stop},
     token,
 };
 use crate::shell::{Process, Sockets};
@@ -108,6 +108,8 @@ pub async fn run(args: Args) -> ExitCode {
         Ok(flush) => flush,
         Err(error) => return fail(&error, EX_CONFIG),
     };
+    // Before anybody can see us run: a signal that nobody listens for ends the process, and leaves the events behind.
+    let mut signals = Signals::listen();
     let process = match Process::start(&plan, sockets).await {
         Ok(process) => process,
         Err(error) => return fail(&error, EX_UNAVAILABLE),
@@ -115,10 +117,10 @@ pub async fn run(args: Args) -> ExitCode {
     if let Some(clients) = process.clients {
         greet(&clients.to_string(), process.admin, &events, &token);
     }
-    told_to_stop().await;
+    signals.stop().await;
     let ended = tokio::select! {
         ended = process.stop() => ended,
-        () = told_to_stop() => false,
+        () = signals.stop() => false,
     };
     // Nobody has a use for the events of a demo that is over.
     drop(std::fs::remove_dir_all(&events));

@@ -219,11 +219,14 @@ impl Line {
         self.open(request, Vec::new()).await
     }
 
-    /// Asks the gateway to stop a turn; its end still comes.
-    pub(super) async fn stop(&mut self, turn: TurnId) -> Result<(), Trouble> {
+    /// Asks the gateway to stop the turn; its end still comes. `turn`: its id, where it is known yet. Before its first event a
+    /// socket knows it by our name; a response has none for it.
+    pub(super) async fn stop(&mut self, turn: Option<TurnId>) -> Result<(), Trouble> {
         if let Carrier::WebSocket(_) = self.carrier {
-            return self.send(&ClientStop { kind: "stop", turn_id: turn }).await;
+            let reference = turn.is_none().then(|| reference(self.turns));
+            return self.send(&ClientStop { kind: "stop", turn_id: turn, reference: reference.as_deref() }).await;
         }
+        let turn = turn.ok_or(Trouble::Nonsense("no turn's id yet"))?;
         let response = self.ask(Request::post(format!("{}/{turn}/stop", self.place.path)), Vec::new()).await?;
         if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
     }
@@ -405,10 +408,13 @@ struct ClientResume {
 }
 
 #[derive(serde::Serialize)]
-struct ClientStop {
+struct ClientStop<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
-    turn_id: TurnId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    turn_id: Option<TurnId>,
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    reference: Option<&'a str>,
 }
 
 fn is_kind(headers: &HeaderMap, kind: &str) -> bool {
