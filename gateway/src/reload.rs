@@ -1,12 +1,13 @@
 //! Reads the config anew when its files change or SIGHUP comes: read, check, build, and only then exchange.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use headgate_config::{Faults, Plan};
+use headgate_policy::Digest;
 use notify::{RecursiveMode, Watcher};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -22,6 +23,9 @@ use crate::{
 
 /// Editors and volume mounts change files in several steps: what is quiet for so long is whole.
 const QUIET: Duration = Duration::from_millis(250);
+
+/// Larger than any config, list or key: of larger files the length has to tell.
+const MAX_READ: u64 = 4 << 20;
 
 /// Watches, for as long as it is polled. A config with faults, or one that cannot be built, never replaces the running one.
 pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: App, lasting: Lasting, tls: Option<Tls>) {
@@ -50,7 +54,7 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
         }
     };
     watch(&plan);
-    let mut stamp = stamps(&plan);
+    let mut seen = contents(&plan);
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     let mut running = plan;
     loop {
@@ -64,13 +68,13 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
         if !asked {
             sleep(QUIET).await;
             while changes.try_recv().is_ok() {}
-            // A folder has other files too, perhaps our own log: what did not change is not read again.
-            let now = stamps(&running);
-            if now == stamp {
-                continue;
-            }
-            stamp = now;
         }
+        let now = contents(&running);
+        // A folder has other files too, perhaps our own log: what did not change is not read again.
+        if !asked && now == seen {
+            continue;
+        }
+        seen = now;
         if let Some(tls) = &tls
             && let Err(error) = tls.reload()
         {
@@ -87,17 +91,29 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
                     tracing::error!(%error, "the config cannot run, the running one stays");
                 }
                 Ok(live) => {
-                    let stays = |plan: &Plan| (plan.listen, plan.admin, plan.workers, plan.tls.clone(), plan.limits.clone());
+                    let registry = |plan: &Plan| plan.policy.as_ref().and_then(|policy| Some(policy.registry.as_ref()?.folder.clone()));
+                    let redis = |plan: &Plan| plan.redis.as_ref().map(|redis| (redis.url.expose().to_owned(), redis.budget));
+                    let stays = |plan: &Plan| {
+                        (plan.listen, plan.admin, plan.workers, plan.tls.clone(), plan.limits.clone(), redis(plan), registry(plan))
+                    };
                     if stays(&plan) != stays(&running) {
                         tracing::warn!(
-                            "listen, admin, workers, connection limits and the names of certificate files change only with a restart"
+                            "listen, admin, workers, connection limits, redis, where the policy registry is and the names of certificate files change only with a restart"
                         );
                     }
                     app.exchange(live);
                     app.meters().reloaded("taken");
                     tracing::info!(routes = plan.routes.len(), "the config was exchanged");
                     watch(&plan);
-                    stamp = stamps(&plan);
+                    // What was seen before it was read stays: a file that has changed since will differ from it.
+                    let known = std::mem::take(&mut seen);
+                    seen = contents(&plan)
+                        .into_iter()
+                        .map(|(file, now)| {
+                            let before = known.get(&file).copied().unwrap_or(now);
+                            (file, before)
+                        })
+                        .collect();
                     running = plan;
                 }
             },
@@ -105,11 +121,16 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
     }
 }
 
-/// What tells that a file of the config is another one: its length and when it was written. Follows links, as volume mounts swap them.
-fn stamps(plan: &Plan) -> Vec<(PathBuf, Option<(u64, SystemTime)>)> {
-    let stamp = |file: &Path| {
-        let about = std::fs::metadata(file).ok();
-        (file.to_owned(), about.and_then(|about| Some((about.len(), about.modified().ok()?))))
+/// A file's length and digest; nothing where it cannot be read.
+type Content = Option<(u64, Option<Digest>)>;
+
+/// What the files of a config are now. Contents, not times: a clock that moves in steps of milliseconds misses what is written
+/// twice in one of them.
+fn contents(plan: &Plan) -> BTreeMap<PathBuf, Content> {
+    let content = |file: &Path| {
+        let length = std::fs::metadata(file).ok()?.len();
+        let digest = (length <= MAX_READ).then(|| std::fs::read(file).ok()).flatten().map(|bytes| Digest::of(&bytes));
+        Some((length, digest))
     };
-    plan.watched().map(stamp).collect()
+    plan.watched().map(|file| (file.to_owned(), content(file))).collect()
 }

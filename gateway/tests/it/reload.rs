@@ -89,6 +89,39 @@ async fn a_changed_file_is_taken_for_the_next_turn_and_a_bad_one_never() {
     following.abort();
 }
 
+#[tokio::test]
+async fn a_file_that_changes_while_it_is_read_is_read_again() {
+    let upstream = Upstream::always(Script::stream(Answer::openai("demo", &SAID).cut(Cut::Events))).await;
+    let setup = Setup::chain(&["moderation: { deny: [deny.txt] }"]).file("deny.txt", "first\n");
+    let (plan, folder) = setup.plan(&upstream.url());
+    let (file, list) = (folder.path().join("headgate.yaml"), folder.path().join("deny.txt"));
+    let gateway = crate::support::start(&plan, folder).await;
+    let load = {
+        let list = list.clone();
+        move || {
+            let plan = headgate_config::load(&file, None, &|_| None);
+            // Somebody writes right after we have read, and no longer text than before.
+            if std::fs::read(&list).unwrap() == b"other\n" {
+                std::fs::write(&list, "third\n").unwrap();
+            }
+            plan
+        }
+    };
+    let process = &gateway.process;
+    let following = tokio::spawn(reload::follow(plan, load, process.app.clone(), process.lasting.clone(), None));
+    // The watch begins with the task: until it is there a change is not seen, so it is made again.
+    let in_force = async {
+        while ask(gateway.addr, &Request::turn("third")).await.unwrap().status != 403 {
+            if count(&gateway.metrics().await, "taken") == 0 {
+                std::fs::write(&list, "other\n").unwrap();
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    within(SOON, in_force, "what was written last to be in force").await;
+    following.abort();
+}
+
 fn count(metrics: &str, result: &str) -> u64 {
     let line = metrics.lines().find(|line| line.starts_with("headgate_config_reload_total") && line.contains(result));
     line.and_then(|line| line.rsplit(' ').next()).and_then(|count| count.parse().ok()).unwrap_or(0)
