@@ -5,14 +5,14 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fmt::Display,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::Path as FilePath,
     sync::Arc,
     time::Duration,
 };
 
-use headgate_contracts::{Flow, OnDisconnect, Record, Secret, SessionId, Turn, TurnId};
+use headgate_contracts::{Flow, OnDisconnect, Record, Secret, SessionId, Turn, TurnId, may_serve};
 use headgate_filters::{
     Built, Mode, PolicyInForce, Problem, Signer, Spec, Step, Tools, build_chain, chain, moderation,
     units::{Bytes, Span},
@@ -86,6 +86,7 @@ pub(crate) fn check(
             head_bytes: size(limits.head_bytes),
             head_fields: limits.head_fields.get(),
             stall: limits.stall.0,
+            idle: limits.idle.0,
         },
         upstreams,
         routes,
@@ -245,7 +246,7 @@ impl Check<'_> {
 
     fn limits(&mut self, limits: &file::Limits, at: &Path) {
         self.within(&at.key("connections"), limits.connections.get(), 1..=1_000_000);
-        for (name, value) in [("handshake", limits.handshake), ("head", limits.head), ("body", limits.body), ("stall", limits.stall)] {
+        for (name, value) in [("handshake", limits.handshake), ("head", limits.head), ("body", limits.body), ("stall", limits.stall), ("idle", limits.idle)] {
             self.span(&at.key(name), value, seconds(1)..=seconds(600));
         }
         self.within(&at.key("head_bytes"), limits.head_bytes, Bytes(8 << 10)..=Bytes(256 << 10));
@@ -663,6 +664,7 @@ impl Check<'_> {
         Some(plan::Route {
             name: route.path.0.as_str().into(),
             strip_prefix: route.strip_prefix.then(|| path.base.clone()),
+            forwarded: route.forwarded,
             path,
             kind,
             upstream: route.upstream.clone(),
@@ -699,6 +701,7 @@ impl Check<'_> {
         let inert = [
             ("methods", !route.methods.is_empty(), kind == Kind::Proxy, "`proxy` routes"),
             ("strip_prefix", route.strip_prefix, kind == Kind::Proxy && below, "`proxy` routes that end in `/*`"),
+            ("forwarded", route.forwarded != file::Forwarded::default(), kind == Kind::Proxy, "`proxy` routes"),
             ("models", !route.models.is_empty(), kind == Kind::OpenAi, "`openai` routes"),
         ];
         for (name, written, means, only) in inert {
@@ -1210,32 +1213,7 @@ fn forbidden(uri: &http::Uri) -> Option<Problem> {
         };
         return if host.split('.').all(numeric) { refused("is an address in disguise") } else { None };
     };
-    let v4 = match address {
-        IpAddr::V4(address) => Some(address),
-        IpAddr::V6(address) => embedded_v4(address),
-    };
-    let v6_forbidden = match address {
-        IpAddr::V6(address) => {
-            address.is_unicast_link_local()
-                || address.is_multicast()
-                || address.is_unspecified()
-                || address == Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)
-        }
-        IpAddr::V4(_) => false,
-    };
-    // 168.63.129.16 and 100.100.100.200 are metadata services too, of Azure and of Alibaba.
-    let metadata = [Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(100, 100, 100, 200)];
-    let v4_forbidden =
-        v4.is_some_and(|v4| v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.octets()[0] == 0 || metadata.contains(&v4));
-    if v4_forbidden || v6_forbidden { refused("is a link-local, metadata or unspecified address, never a service") } else { None }
-}
-
-/// The IPv4 address that an IPv6 one stands for: mapped, compatible, or by the well-known prefix of NAT64.
-fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
-    let [.., a, b, c, d] = address.octets();
-    let nat64 = address.segments()[..6] == [0x64, 0xff9b, 0, 0, 0, 0];
-    let compatible = address.segments()[..6] == [0; 6] && address.segments()[6] != 0;
-    address.to_ipv4_mapped().or_else(|| (nat64 || compatible).then_some(Ipv4Addr::new(a, b, c, d)))
+    if may_serve(address) { None } else { refused("is a link-local, metadata or unspecified address, never a service") }
 }
 
 /// A gateway that asks itself would never stop.

@@ -104,7 +104,7 @@ impl Effect {
         };
         // One batch is always taken whole, however full it is behind it.
         let batch = READ_BYTES + bounds.event_bytes;
-        let held: u64 = chain.iter().filter(|built| built.worst_held_bytes() > 0).map(|built| built.worst_held_bytes() + batch).sum();
+        let held: u64 = chain.iter().map(Built::ceiling_bytes).filter(|bytes| *bytes > 0).map(|bytes| bytes + bounds.event_bytes).sum();
         let parts = [
             ("request head", bounds.head_bytes),
             ("request body and prompt", 2 * bounds.body_bytes),

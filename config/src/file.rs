@@ -313,6 +313,8 @@ pub struct Limits {
     pub body_bytes: Bytes,
     /// How long a client may take nothing of what is written to its connection.
     pub stall: Span,
+    /// How long an HTTP/2 connection may carry no request. Over HTTP/1.1 the next one has as long as its headers.
+    pub idle: Span,
     /// Silence after which a heartbeat is sent: a comment on event streams, a ping on WebSockets. From `1s`, and shorter than
     /// the patience of any load balancer in front.
     pub heartbeat: Span,
@@ -331,6 +333,7 @@ impl Default for Limits {
             body: seconds(30),
             body_bytes: mib(1),
             stall: seconds(30),
+            idle: seconds(60),
             heartbeat: seconds(15),
             answer_bytes: mib(4),
         }
@@ -571,8 +574,9 @@ pub struct Route {
     /// What turns go through, in this order. A filter is its name, or its name with settings; terms stand beside the name.
     #[serde(default)]
     pub filters: Vec<Step>,
-    /// Web pages that may call this route from a browser, e.g. `https://app.example.com`; or `any`. Pages of the gateway's own
-    /// host always may. Programs that are no browsers name no origin and are not held back by this.
+    /// Web pages that may call this route from a browser, e.g. `https://app.example.com`; or `any`. Pages of the gateway itself
+    /// may where it is called by its address or as `localhost`; where it has a name, list it. Programs that are no browsers name
+    /// no origin and are not held back by this.
     #[serde(default)]
     pub origins: Vec<Origin>,
     /// The methods that are passed through, e.g. `[GET, POST]`; all if none is named. For `proxy` routes.
@@ -581,12 +585,28 @@ pub struct Route {
     /// Takes the route's path away from the request's before passing it on. For `proxy` routes that end in `/*`.
     #[serde(default)]
     pub strip_prefix: bool,
+    /// What upstreams are told about clients in `X-Forwarded-For`, `-Proto` and `-Host`: what the gateway sees (`seen`: what a
+    /// client wrote itself is deleted), or what stands there already with the peer's address after it (`appended`: where
+    /// only proxies of yours can reach the gateway). For `proxy` routes.
+    #[serde(default)]
+    pub forwarded: Forwarded,
     /// The models that `GET /v1/models` names. For `openai` routes.
     #[serde(default)]
     pub models: Vec<String>,
     /// Limits of this route that differ from those of all routes.
     #[serde(default)]
     pub limits: RouteLimits,
+}
+
+/// What upstreams are told about clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Forwarded {
+    /// What the gateway sees.
+    #[default]
+    Seen,
+    /// What stands there already, and the peer's address after it.
+    Appended,
 }
 
 /// A path, exact or with `/*` at its end.

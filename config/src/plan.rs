@@ -13,7 +13,7 @@ use headgate_contracts::{Flow, Secret};
 use headgate_filters::Step;
 use headgate_policy::{Constitution, Issuer, Verifier};
 
-pub use crate::file::{Balance, Kind, Logs, Protocol};
+pub use crate::file::{Balance, Forwarded, Kind, Logs, Protocol};
 use crate::{Environment, Faults, effect::Effect, fault::Fault};
 
 /// A config, checked. A turn keeps the plan it began with.
@@ -144,6 +144,8 @@ pub struct Limits {
     pub head_fields: usize,
     /// How long a client may take nothing of what is written to its connection.
     pub stall: Duration,
+    /// How long an HTTP/2 connection may carry no request.
+    pub idle: Duration,
 }
 
 /// A named set of endpoints.
@@ -218,6 +220,8 @@ pub struct Route {
     pub methods: Vec<http::Method>,
     /// What is taken away from the front of a request's path.
     pub strip_prefix: Option<String>,
+    /// What upstreams are told about clients.
+    pub forwarded: Forwarded,
     /// The models that it names.
     pub models: Vec<String>,
     /// From the end of a request's headers to the end of its body.
@@ -272,7 +276,7 @@ impl fmt::Display for PathPattern {
 /// Web pages that may call a route from a browser.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origins {
-    /// Pages of the gateway's own host, and these: scheme, host and port, in lower case as browsers send it.
+    /// Pages of the gateway's own address, and these: scheme, host and port, in lower case as browsers send it.
     Listed(Vec<String>),
     /// All.
     Any,

@@ -10,7 +10,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -66,6 +66,8 @@ pub struct Line {
     drive: Mutex<Drive>,
     is_busy: AtomicBool,
     is_stalled: AtomicBool,
+    is_late: AtomicBool,
+    wrong: OnceLock<&'static str>,
     is_shared: bool,
 }
 
@@ -93,6 +95,27 @@ impl Line {
     /// The client took nothing for so long that its connection ends.
     pub fn stall(&self) {
         self.is_stalled.store(true, Ordering::Relaxed);
+    }
+
+    /// The connection ends because a request's head did not come in time.
+    pub fn be_late(&self) {
+        self.is_late.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it does.
+    pub fn is_late(&self) -> bool {
+        self.is_late.load(Ordering::Relaxed)
+    }
+
+    /// A request came that has to be refused for how it is framed. It is the connection's last one.
+    pub fn be_wrong(&self, why: &'static str) {
+        // The first fault is the one that counts: what comes after it may be read one way or the other.
+        let _ = self.wrong.set(why);
+    }
+
+    /// What is wrong with a request that came.
+    pub fn wrong(&self) -> Option<&'static str> {
+        self.wrong.get().copied()
     }
 }
 

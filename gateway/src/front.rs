@@ -5,11 +5,12 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use headgate_config::plan::Kind;
 use headgate_contracts::{
-    Code, Credential, Fault, Gone, Head, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
+    Code, Credential, Fault, Gone, Head, Principal, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
     wire::{chat::TurnRequest, openai, problem::Problem},
 };
 use headgate_filters::policy_headers::strip_forged;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use headgate_policy::Digest;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::Authority};
 use http_body_util::{BodyExt, Limited};
 use hyper::{
     Request, Response,
@@ -22,8 +23,8 @@ use crate::{
     live::{App, Live, Route},
     page, proxy,
     serve::{Peer, Service},
-    session::{Begun, identify},
-    sse::{Framing, Stream, begin},
+    session::{Begun, Key, identify},
+    sse::{self, Framing, Stream},
     voice::Voice,
     ws,
 };
@@ -36,7 +37,7 @@ impl Service for App {
         let allowed = match (&origin, &route) {
             // A browser writes one. Of two the wrong one might be on the list.
             (Some(_), _) if request.headers().get_all(header::ORIGIN).iter().count() > 1 => false,
-            (Some(origin), Some(route)) if !route.allows(origin, request.headers().get(header::HOST)) => false,
+            (Some(origin), Some(route)) if !route.allows(origin, host(&request)) => false,
             _ => true,
         };
         let answer = if allowed {
@@ -66,10 +67,8 @@ async fn answer(
     peer: Peer,
 ) -> Result<Response<Reply>, Stop> {
     strip_forged(request.headers_mut());
-    let hosts = request.headers().get_all(header::HOST).iter().count();
-    if hosts > 1 || (hosts == 0 && request.version() == http::Version::HTTP_11) {
-        // RFC 9112 section 3.2. Whoever stands before us may have gone by the other one.
-        return Err(Fault::client(Code::ProtocolError).saying("exactly one Host is needed").into());
+    if let Some(wrong) = peer.wrong().or_else(|| host_fault(&request)) {
+        return Err(Fault::client(Code::ProtocolError).saying(wrong).into());
     }
     if app.drain().has_begun() {
         return Err(Fault::us(Code::Draining).after(Duration::from_secs(1)).into());
@@ -99,7 +98,31 @@ async fn answer(
             (&Method::POST, false) => completions(app, &route, request, peer).await,
             _ => Err(not_allowed("POST for a completion, GET for the list of models")),
         },
-        Kind::Proxy => proxy::pass(app, &route, request).await,
+        Kind::Proxy => proxy::pass(app, &route, request, peer).await,
+    }
+}
+
+/// Whom a request is for, as it says itself: HTTP/2 has no other place for it than the target.
+pub(crate) fn host(request: &Request<Incoming>) -> Option<&str> {
+    let target = request.uri().authority().map(Authority::as_str);
+    target.or_else(|| request.headers().get(header::HOST)?.to_str().ok())
+}
+
+/// What is wrong with whom a request is for (RFC 9112 section 3.2): whoever stands before us may have gone by the other name.
+fn host_fault(request: &Request<Incoming>) -> Option<&'static str> {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(_), Some(_)) => Some("exactly one Host is needed"),
+        (None, _) if request.version() == http::Version::HTTP_11 => Some("exactly one Host is needed"),
+        (None, _) => None,
+        (Some(host), None) => {
+            let host = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()).filter(|host| !host.as_str().contains('@'));
+            match (host, request.uri().authority()) {
+                (None, _) => Some("Host must be a name or an address, and perhaps a port"),
+                (Some(host), Some(target)) if host != *target => Some("Host and the request's target name different hosts"),
+                (Some(_), _) => None,
+            }
+        }
     }
 }
 
@@ -128,7 +151,7 @@ async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: P
     prompt.messages = turn.messages;
     prompt.metadata = turn.metadata;
     facts.stamp(&mut prompt);
-    let begun = app.turns().begin(route, prompt, Voice::chat())?;
+    let begun = begin(app, route, prompt, Voice::chat(), &body).await?;
     stream(route, begun, Framing::Chat, line, &facts.trace).await
 }
 
@@ -143,21 +166,30 @@ async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>, 
     facts.stamp(&mut prompt);
     match parsed.form {
         openai::Form::Streamed => {
-            let begun = app.turns().begin(route, prompt, Voice::chunks(parsed.include_usage))?;
+            let begun = begin(app, route, prompt, Voice::chunks(parsed.include_usage), &body).await?;
             stream(route, begun, Framing::OpenAi, line, &facts.trace).await
         }
         openai::Form::Whole => {
-            let begun = app.turns().begin(route, prompt, Voice::whole())?;
+            let begun = begin(app, route, prompt, Voice::whole(), &body).await?;
             whole(begun, line, &facts.trace).await
         }
     }
+}
+
+/// The turn of a request; a copy of one that came before, as its `Idempotency-Key` says, comes to the same turn.
+async fn begin(app: &App, route: &Arc<Route>, prompt: Prompt, voice: Voice, body: &[u8]) -> Result<Begun, Stop> {
+    let Some(key) = prompt.idempotency_key.clone() else { return app.turns().begin(route, prompt, voice) };
+    // Whose key it is has to be known before there is a turn, whose filters will find out again.
+    let Principal { tenant, subject, .. } = identify(route, prompt.credential.clone()).await?;
+    let key = Key { route: route.plan.name.clone(), tenant, subject, key };
+    app.turns().begin_once(route, prompt, voice, key, Digest::of(body))
 }
 
 /// The response of a streamed turn: begun when the answer begins, or after a heartbeat's time without one.
 async fn stream(route: &Route, begun: Begun, framing: Framing, line: Arc<Line>, trace: &Trace) -> Result<Response<Reply>, Stop> {
     let Begun { turn, drive, mut reader, .. } = begun;
     let call = Call::new(line, drive);
-    let head = match begin(&call, &mut reader, route.plan.flow.heartbeat).await {
+    let head = match sse::begin(&call, &mut reader, route.plan.flow.heartbeat).await {
         Ok(head) => head,
         Err(stop) => return Ok(problem(&stop, Some(turn))),
     };
@@ -382,7 +414,7 @@ pub(crate) fn problem(stop: &Stop, turn: Option<TurnId>) -> Response<Reply> {
     if matches!(code, Code::Unauthenticated | Code::TokenExpired) {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    if matches!(code, Code::Draining | Code::RequestTimeout | Code::PayloadTooLarge) {
+    if matches!(code, Code::Draining | Code::RequestTimeout | Code::PayloadTooLarge | Code::ProtocolError) {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     if let Some(turn) = turn
@@ -391,4 +423,17 @@ pub(crate) fn problem(stop: &Stop, turn: Option<TurnId>) -> Response<Reply> {
         headers.insert(HeaderName::from_static("x-headgate-turn"), value);
     }
     response
+}
+
+/// The answer to a head that did not come in time, for a connection that hyper has given up: head, body, all of it.
+pub(crate) fn late_head() -> Vec<u8> {
+    let body = Problem::of(&Fault::client(Code::RequestTimeout).into(), None).body();
+    let mut answer = format!(
+        "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/problem+json\r\ncache-control: no-store\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n",
+        body.len()
+    )
+    .into_bytes();
+    answer.extend_from_slice(&body);
+    answer
 }

@@ -21,6 +21,8 @@ pub mod serve;
 pub mod session;
 pub mod shell;
 pub mod sse;
+mod streams;
+mod tap;
 pub mod telemetry;
 pub mod tls;
 pub mod turn;

@@ -63,16 +63,25 @@ impl Route {
         if self.plan.steps.iter().any(restarts) { Trace::fresh() } else { Trace::from_headers(headers) }
     }
 
-    /// Whether a page of `origin` may call: one of the route's own list, or one that this very host served.
-    pub fn allows(&self, origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
+    /// Whether a page of `origin` may call: one of the route's own list, or one that this very host served, where the host is an
+    /// address or `localhost`. Names do not count: whoever owns one can make it lead here (DNS rebinding), and then their page
+    /// and its calls name the same host.
+    pub fn allows(&self, origin: &HeaderValue, host: Option<&str>) -> bool {
         let Ok(origin) = origin.to_str() else { return false };
         let authority = origin.split_once("://").map(|(_, authority)| authority);
-        let own = authority.is_some() && authority == host.and_then(|host| host.to_str().ok());
+        let own = authority.is_some_and(|authority| is_nobodys(authority) && host == Some(authority));
         own || match &self.plan.origins {
             Origins::Any => true,
             Origins::Listed(listed) => listed.iter().any(|allowed| allowed == origin),
         }
     }
+}
+
+/// Whether an authority names its host by what nobody can register: an address, or `localhost`.
+fn is_nobodys(authority: &str) -> bool {
+    let Ok(authority) = authority.parse::<http::uri::Authority>() else { return false };
+    let host = authority.host();
+    host == "localhost" || host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>().is_ok()
 }
 
 impl Live {

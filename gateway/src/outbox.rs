@@ -39,12 +39,12 @@ pub struct Hook(std::sync::Weak<Ring>);
 struct Ring {
     state: Mutex<State>,
     max_buffered: usize,
-    /// Events stay after they were read, so that a reader can come back for them.
-    keeps: bool,
 }
 
 struct State {
     voice: Voice,
+    /// Events stay after they were read, so that a reader can come back for them.
+    keeps: bool,
     bytes: Vec<u8>,
     /// Bytes that were dropped from the front of `bytes` since the turn began.
     base: u64,
@@ -54,6 +54,8 @@ struct State {
     head: Option<Arc<Head>>,
     /// Set once: nothing more will come. `Some`: why, where no event could say it.
     closed: Option<Option<Stop>>,
+    /// The turn has ended with an answer: whole, or cut by policy.
+    is_answered: bool,
     readers: Vec<Place>,
     next_reader: u64,
     /// When the last reader left, and which event it would have read next.
@@ -94,12 +96,14 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
     let Flow { max_buffered, stall, on_disconnect, .. } = turn.flow;
     let state = State {
         voice,
+        keeps: on_disconnect != OnDisconnect::Cancel,
         bytes: Vec::new(),
         base: 0,
         entries: VecDeque::new(),
         first: 0,
         head: None,
         closed: None,
+        is_answered: false,
         readers: vec![Place { id: 0, at: 0, waker: None }],
         next_reader: 1,
         alone: None,
@@ -108,8 +112,7 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
         wants_room: None,
         wants_gone: None,
     };
-    let keeps = on_disconnect != OnDisconnect::Cancel;
-    let ring = Arc::new(Ring { state: Mutex::new(state), max_buffered, keeps });
+    let ring = Arc::new(Ring { state: Mutex::new(state), max_buffered });
     (Outbox { ring: ring.clone(), stall, on_disconnect }, Reader { ring, id: 0 })
 }
 
@@ -173,7 +176,7 @@ impl State {
     /// Drops what nobody will ask for again.
     fn trim(&mut self, ring: &Ring) {
         let read = self.read();
-        while self.first < read && (!ring.keeps || self.bytes_from(self.first) > ring.max_buffered) {
+        while self.first < read && (!self.keeps || self.bytes_from(self.first) > ring.max_buffered) {
             self.drop_first();
         }
         self.compact();
@@ -320,6 +323,7 @@ impl Outbox {
             state.add(None, |voice, bytes, add| voice.close(turn, &record, end, seq, bytes, add));
         }
         let told = opened && (!state.voice.is_whole() || matches!(end, Ok(()) | Err(Stop::Refused(_))));
+        state.is_answered = opened && matches!(end, Ok(()) | Err(Stop::Refused(_)));
         state.closed = Some(end.clone().err().filter(|_| !told));
         state.wake_readers(None);
         record
@@ -425,7 +429,22 @@ pub struct Stay(#[expect(dead_code, reason = "held for its life, not for its use
 impl Hook {
     /// Keeps the turn's events as long as the result lives.
     pub fn stay(&self) -> Option<Stay> {
-        self.0.upgrade().map(Stay)
+        let ring = self.0.upgrade()?;
+        ring.state().keeps = true;
+        Some(Stay(ring))
+    }
+
+    /// Whether the turn goes on, or has ended with an answer that is still here.
+    pub fn is_good(&self) -> bool {
+        self.0.upgrade().is_some_and(|ring| {
+            let state = ring.state();
+            state.is_answered || (state.closed.is_none() && state.stopped.is_none())
+        })
+    }
+
+    /// Whether anything of the turn is still here.
+    pub fn is_here(&self) -> bool {
+        self.0.strong_count() > 0
     }
 }
 

@@ -6,11 +6,8 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, ready},
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -27,7 +24,7 @@ use tokio::{
     time::{Instant, Sleep, sleep, timeout},
 };
 
-use crate::{body::Reply, drive::Line, tls::Tls};
+use crate::{body::Reply, drive::Line, front, streams::Streams, tap::Tap, tls::Tls};
 
 /// The bounds of a connection; the defaults are the documentation's table of limits.
 #[derive(Debug, Clone)]
@@ -38,6 +35,8 @@ pub struct Limits {
     pub head: Duration,
     /// The longest time a peer may take nothing of what we write.
     pub stall: Duration,
+    /// How long an HTTP/2 connection may carry no request.
+    pub idle: Duration,
     /// The most bytes of a request head.
     pub head_bytes: usize,
     /// The most header fields.
@@ -50,11 +49,15 @@ impl Default for Limits {
             handshake: Duration::from_secs(5),
             head: Duration::from_secs(10),
             stall: Duration::from_secs(30),
+            idle: Duration::from_secs(60),
             head_bytes: 64 << 10,
             fields: 100,
         }
     }
 }
+
+/// How long an HTTP/2 client without streams may take to confirm that its connection ends.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What answers requests.
 pub trait Service: Clone + Send + Sync + 'static {
@@ -71,6 +74,10 @@ pub struct Peer {
     pub tls: bool,
     /// How long it may take nothing of what is written.
     pub stall: Duration,
+    /// How long it may take to say what it wants, or who it is.
+    pub head: Duration,
+    /// How long an HTTP/2 connection may carry nothing.
+    pub idle: Duration,
     /// The connection, as the turn on it sees it.
     line: Arc<Line>,
 }
@@ -79,6 +86,11 @@ impl Peer {
     /// The line for a turn over this version of HTTP: a connection of HTTP/2 carries many, each with its own.
     pub fn line(&self, version: http::Version) -> Arc<Line> {
         if version < http::Version::HTTP_2 { self.line.clone() } else { Arc::new(Line::shared()) }
+    }
+
+    /// What is wrong with a request that came over the connection, though hyper took it.
+    pub fn wrong(&self) -> Option<&'static str> {
+        self.line.wrong()
     }
 }
 
@@ -188,7 +200,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
         tokio::spawn(async move {
             let _permit = permit;
             tune(&socket, limits.stall);
-            let peer = |tls| Peer { address, tls, stall: limits.stall, line: Arc::default() };
+            let peer = |tls| Peer { address, tls, stall: limits.stall, head: limits.head, idle: limits.idle, line: Arc::default() };
             match tls {
                 None => converse(socket, peer(false), &builder, &limits, service, drain).await,
                 Some(tls) => {
@@ -217,44 +229,69 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     // hyper-util's version sniffing has no deadline of its own (hyperium/hyper#3756), hence this one for the first head.
-    let heard = Arc::new(AtomicBool::new(false));
-    let hears = heard.clone();
-    let io = TokioIo::new(Patient { line: peer.line.clone(), ..Patient::new(socket, limits.stall) });
+    let streams = Streams::default();
+    let (line, idle, begins) = (peer.line.clone(), peer.idle, streams.clone());
+    let io = TokioIo::new(Patient::of_requests(socket, limits.stall, line.clone()));
     let connection = builder.serve_connection_with_upgrades(
         io,
         service_fn(move |request| {
-            hears.store(true, Ordering::Relaxed);
-            let (service, peer) = (service.clone(), peer.clone());
-            async move { Ok::<_, Infallible>(service.call(request, peer).await) }
+            let (service, peer, stream) = (service.clone(), peer.clone(), begins.begin());
+            async move { Ok::<_, Infallible>(service.call(request, peer).await.map(|reply| stream.carry(reply))) }
         }),
     );
     let mut connection = std::pin::pin!(connection);
-    select! { biased;
-        _ = connection.as_mut() => return,
-        () = sleep(limits.handshake + limits.head) => if !heard.load(Ordering::Relaxed) { return },
-        () = drain.wait() => {}
+    let mut first = std::pin::pin!(sleep(limits.handshake + limits.head));
+    let mut is_first = true;
+    let ended = loop {
+        select! { biased;
+            ended = connection.as_mut() => break Some(ended),
+            () = first.as_mut(), if is_first => {
+                if !streams.have_begun() {
+                    return line.be_late();
+                }
+                is_first = false;
+            }
+            () = streams.enough(idle) => break None,
+            () = drain.wait() => break None,
+        }
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            select! { biased;
+                ended = connection => ended,
+                // Who has no streams and does not even confirm the end has nothing to lose.
+                () = streams.quiet(CLOSE_PATIENCE) => return,
+            }
+        }
+    };
+    if ended.is_err_and(|error| error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)) {
+        line.be_late();
     }
-    select! { biased;
-        _ = connection.as_mut() => return,
-        () = drain.wait() => connection.as_mut().graceful_shutdown(),
-    }
-    let _ = connection.await;
 }
 
 /// A socket that does not wait for ever for its peer to take what is written, and sees it leave.
 ///
 /// hyper polls a response body only while the socket takes bytes, so a turn whose client reads nothing cannot watch its own
-/// clock; and it does not look for the client's leaving while it holds bytes of a next request.
-pub(crate) struct Patient<S> {
+/// clock; and it does not look for the client's leaving while it holds bytes of a next request. It drops a connection whose
+/// head is late without a word, and takes requests that others might read differently ([`Tap`]).
+pub(crate) struct Patient<S: AsyncWrite + Unpin> {
     socket: S,
     stall: Duration,
     alarm: Option<Pin<Box<Sleep>>>,
     line: Arc<Line>,
+    tap: Option<Tap>,
 }
 
-impl<S> Patient<S> {
+impl<S: AsyncWrite + Unpin> Patient<S> {
     pub(crate) fn new(socket: S, stall: Duration) -> Patient<S> {
-        Patient { socket, stall, alarm: None, line: Arc::default() }
+        Patient { socket, stall, alarm: None, line: Arc::default(), tap: None }
+    }
+
+    /// One that requests come over.
+    fn of_requests(socket: S, stall: Duration, line: Arc<Line>) -> Patient<S> {
+        Patient { socket, stall, alarm: None, line, tap: Some(Tap::default()) }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -276,7 +313,19 @@ fn left() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "the peer left its answer")
 }
 
-impl<S: AsyncRead + Unpin> Patient<S> {
+impl<S: AsyncWrite + Unpin> Drop for Patient<S> {
+    fn drop(&mut self) {
+        if self.line.is_late() && self.tap.as_ref().is_some_and(Tap::is_within_head) {
+            let mut cx = Context::from_waker(Waker::noop());
+            // Nothing was ever written for this request, so there is room; where there is none, silence has to do.
+            if Pin::new(&mut self.socket).poll_write(&mut cx, &front::late_head()).is_ready() {
+                let _ = Pin::new(&mut self.socket).poll_flush(&mut cx);
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Patient<S> {
     fn listen(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let mut byte = [0];
         match Pin::new(&mut self.socket).poll_read(cx, &mut ReadBuf::new(&mut byte)) {
@@ -286,12 +335,16 @@ impl<S: AsyncRead + Unpin> Patient<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Patient<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
         if self.line.is_busy() && buf.filled().len() > before {
             return Poll::Ready(Err(left()));
+        }
+        let Patient { tap, line, .. } = &mut *self;
+        if let Some(Err(wrong)) = tap.as_mut().map(|tap| tap.see(buf.filled().get(before..).unwrap_or_default())) {
+            line.be_wrong(wrong);
         }
         Poll::Ready(Ok(()))
     }

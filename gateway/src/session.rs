@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Code, Credential, Fault, Gone, OnDisconnect, Principal, Prompt, Record, SessionId, Stop, Turn, TurnId};
+use headgate_contracts::{
+    Code, Credential, Fault, Gone, OnDisconnect, Principal, Prompt, Record, SessionId, Stop, Subject, TenantId, Turn, TurnId,
+};
+use headgate_policy::Digest;
 use tokio::sync::Semaphore;
 
 use crate::{
@@ -22,10 +25,16 @@ use crate::{
 /// The most ended turns that are kept for clients that may come back: beyond it a turn is gone when it ends.
 const MAX_KEPT: usize = 1024;
 
+/// The fewest keys that are looked through for turns that are gone.
+const MIN_SWEPT: usize = 128;
+/// How long the turn of an idempotency key is kept once it has ended, for the copies of its request.
+const KEY_KEPT: Duration = Duration::from_secs(60);
+
 /// The turns that are running, or kept for a client that may come back.
 #[derive(Clone)]
 pub struct Turns {
     map: Arc<Mutex<HashMap<TurnId, Kept>>>,
+    keyed: Arc<Mutex<Keyed>>,
     keeping: Arc<Semaphore>,
     places: Arc<Semaphore>,
 }
@@ -33,6 +42,35 @@ pub struct Turns {
 struct Kept {
     hook: Hook,
     owner: Arc<OnceLock<Principal>>,
+}
+
+/// A request that may come more than once and is answered by one turn: the client's key, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The route.
+    pub route: Arc<str>,
+    /// Who asks: the same key of another tenant or subject is another key.
+    pub tenant: TenantId,
+    /// Who asks.
+    pub subject: Subject,
+    /// What the client wrote.
+    pub key: String,
+}
+
+/// The turns that a client gave a key: at most twice as many as there are, or [`MIN_SWEPT`].
+#[derive(Default)]
+struct Keyed {
+    asked: HashMap<Key, Asked>,
+    /// How many there were when those whose turn is gone were last thrown away.
+    swept: usize,
+}
+
+/// What was asked under a key, and the turn that answers.
+struct Asked {
+    body: Digest,
+    turn: TurnId,
+    session: SessionId,
+    hook: Hook,
 }
 
 /// A turn that has begun.
@@ -56,7 +94,7 @@ impl Turns {
     /// ceiling printed at start-up counts on it.
     pub fn new(most: usize) -> Turns {
         let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
-        Turns { map: Arc::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)), places }
+        Turns { map: Arc::default(), keyed: Arc::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)), places }
     }
 
     /// How many there are.
@@ -73,6 +111,36 @@ impl Turns {
     ///
     /// Errors: `overloaded`, while as many turns run as may.
     pub fn begin(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice) -> Result<Begun, Stop> {
+        Ok(self.start(route, prompt, voice, None)?.0)
+    }
+
+    /// Begins a turn, or comes to the one that answers a copy of this request: racing copies have one turn, and it can be read
+    /// for a while after its end. One that came to nothing (it failed, was stopped, its clients left) frees its key.
+    ///
+    /// `body`: what makes two requests with the same key copies of each other.
+    /// Errors: `idempotency_mismatch`, where the key was used for another body; those of [`Turns::begin`].
+    pub fn begin_once(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice, key: Key, body: Digest) -> Result<Begun, Stop> {
+        // Held over the beginning, which waits for nothing: of two copies one has to be the first.
+        let mut keyed = self.keyed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(asked) = keyed.asked.get(&key).filter(|asked| asked.hook.is_good()) {
+            if asked.body != body {
+                return Err(Fault::client(Code::IdempotencyMismatch).into());
+            }
+            if let Some(reader) = asked.hook.read(None) {
+                return Ok(Begun { turn: asked.turn, session: asked.session.clone(), drive: Drive::elsewhere(), reader });
+            }
+        }
+        let (begun, hook) = self.start(route, prompt, voice, Some(KEY_KEPT))?;
+        if keyed.asked.len() >= 2 * keyed.swept.max(MIN_SWEPT / 2) {
+            keyed.asked.retain(|_, asked| asked.hook.is_here());
+            keyed.swept = keyed.asked.len();
+        }
+        keyed.asked.insert(key, Asked { body, turn: begun.turn, session: begun.session.clone(), hook });
+        Ok(begun)
+    }
+
+    /// `kept`: how long the turn is kept after its end, whatever its route says of clients that leave.
+    fn start(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice, kept: Option<Duration>) -> Result<(Begun, Hook), Stop> {
         let place = self.places.clone().try_acquire_owned();
         let place = place.map_err(|_| Fault::us(Code::Overloaded).after(Duration::from_secs(1)))?;
         let (id, session) = (prompt.turn, prompt.session.clone());
@@ -82,7 +150,12 @@ impl Turns {
         let chain = catch_unwind(AssertUnwindSafe(|| headgate_filters::chain(&route.filters, &mut turn)));
         let (outbox, reader) = outbox(&turn, voice);
         let owner = Arc::new(OnceLock::new());
-        let entry = self.enter(id, outbox.hook(), owner.clone(), turn.flow.on_disconnect);
+        let hook = outbox.hook();
+        let kept = match turn.flow.on_disconnect {
+            OnDisconnect::Cancel => kept,
+            OnDisconnect::Grace(patience) | OnDisconnect::Drain(patience) => kept.max(Some(patience)),
+        };
+        let entry = self.enter(id, hook.clone(), owner.clone(), kept);
         let watch = Watch::begin(route.clone(), &prompt, owner);
         let upstream = route.upstream.clone();
         let drive = Drive::new(async move {
@@ -92,14 +165,11 @@ impl Turns {
             }
             drop((entry, place));
         });
-        Ok(Begun { turn: id, session, drive, reader })
+        Ok((Begun { turn: id, session, drive, reader }, hook))
     }
 
-    fn enter(&self, id: TurnId, hook: Hook, owner: Arc<OnceLock<Principal>>, on_disconnect: OnDisconnect) -> Entry {
-        let keep = match on_disconnect {
-            OnDisconnect::Cancel => None,
-            OnDisconnect::Grace(patience) | OnDisconnect::Drain(patience) => hook.stay().map(|stay| (stay, patience)),
-        };
+    fn enter(&self, id: TurnId, hook: Hook, owner: Arc<OnceLock<Principal>>, kept: Option<Duration>) -> Entry {
+        let keep = kept.and_then(|patience| hook.stay().map(|stay| (stay, patience)));
         self.map().insert(id, Kept { hook, owner });
         Entry { turns: self.clone(), id, keep }
     }

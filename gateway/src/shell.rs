@@ -145,6 +145,7 @@ impl Process {
             handshake: plan.limits.handshake,
             head: plan.limits.head,
             stall: plan.limits.stall,
+            idle: plan.limits.idle,
             head_bytes: plan.limits.head_bytes,
             fields: plan.limits.head_fields,
         };

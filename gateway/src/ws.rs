@@ -120,7 +120,7 @@ pub(crate) fn upgrade(app: &App, route: &Arc<Route>, mut request: Request<Incomi
                 .max_frame_size(Some(MAX_FRAME_BYTES));
             let patient = Patient::new(TokioIo::new(upgraded), peer.stall);
             let socket = WebSocketStream::from_raw_socket(patient, Role::Server, Some(config)).await;
-            Socket::new(socket, app, route, facts, credential).run().await;
+            Socket::new(socket, app, route, facts, credential, peer.head).run().await;
         }
     });
     Ok(response)
@@ -151,6 +151,8 @@ struct Socket<S> {
     is_shut: bool,
     refusals: VecDeque<Instant>,
     minute: (Instant, u32),
+    /// Until when a client that has not said who it is has to say it.
+    nameless: Option<Instant>,
     heard: Instant,
     spoke: Instant,
     pinged: Option<Instant>,
@@ -182,8 +184,10 @@ enum Wish {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
-    fn new(socket: WebSocketStream<S>, app: App, route: Arc<Route>, facts: Facts, credential: Credential) -> Socket<S> {
+    /// `patience`: how long a client may take to send its `auth` frame, where it brought no credential and needs one.
+    fn new(socket: WebSocketStream<S>, app: App, route: Arc<Route>, facts: Facts, credential: Credential, patience: Duration) -> Socket<S> {
         let now = Instant::now();
+        let is_nameless = matches!(credential, Credential::None) && route.filters.iter().any(|built| built.admit.is_some());
         let alarm = Box::pin(sleep(route.plan.flow.heartbeat));
         Socket {
             socket,
@@ -201,6 +205,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
             is_shut: false,
             refusals: VecDeque::new(),
             minute: (now, 0),
+            nameless: is_nameless.then(|| now + patience),
             heard: now,
             spoke: now,
             pinged: None,
@@ -395,7 +400,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
 
     fn obey(&mut self, frame: ClientFrame) {
         match frame {
-            ClientFrame::Auth { token } => self.credential = Credential::Bearer(token),
+            ClientFrame::Auth { token } => {
+                self.credential = Credential::Bearer(token);
+                self.nameless = None;
+            }
             ClientFrame::Turn { turn, reference } => {
                 if self.is_draining {
                     let fault = Fault::us(Code::Draining).after(Duration::from_secs(1));
@@ -548,6 +556,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
             match (self.closing, self.pinged) {
                 _ if now < due => {}
                 (Some(_), _) => return Poll::Ready(()),
+                (None, _) if self.nameless.is_some_and(|until| until <= now) => self.close(Code::Unauthenticated),
                 (None, Some(_)) => self.close_with(CloseCode::Library(Code::RequestTimeout.close().unwrap_or(3008)), "no answer to a ping"),
                 (None, None) if self.waiting.is_empty() && self.is_flushed => {
                     self.waiting.push_back(Message::Ping(Default::default()));
@@ -565,11 +574,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     /// When the peer's silence will mean something.
     fn due(&self) -> Instant {
         let heartbeat = self.route.plan.flow.heartbeat;
-        match (self.closing, self.pinged) {
-            (Some(closing), _) => closing + CLOSE_PATIENCE,
+        let silence = match (self.closing, self.pinged) {
+            (Some(closing), _) => return closing + CLOSE_PATIENCE,
             (None, Some(pinged)) => pinged + heartbeat.min(PONG_PATIENCE),
             (None, None) => self.spoke.max(self.heard) + heartbeat,
-        }
+        };
+        self.nameless.map_or(silence, |until| silence.min(until))
     }
 
     /// Lets go of turns that are over and whose client gives no credit for the rest.

@@ -5,6 +5,8 @@ mod support;
 
 mod bad_input;
 mod clients;
+mod copies;
+mod desync;
 mod drain;
 mod eyes;
 mod faults;

@@ -126,6 +126,31 @@ async fn what_concerns_one_connection_or_is_ours_to_say_is_taken_off() {
 }
 
 #[tokio::test]
+async fn upstreams_are_told_what_the_gateway_sees_and_what_a_client_claims_only_where_that_is_configured() {
+    let claimed = || {
+        let request = Request::get("/files/a").header("host", "app.example.com").header("x-forwarded-for", "203.0.113.7");
+        let request = request.header("x-forwarded-proto", "https").header("x_forwarded_host", "claimed").header("forwarded", "for=claimed");
+        request.header("x-real-ip", "claimed").header("via", "1.1 edge")
+    };
+    let upstream = echo().await;
+    let seen = gateway(&upstream.url(), "").await;
+    assert_eq!(ask(seen.addr, &claimed()).await.unwrap().status, 200);
+    let sent = upstream.request(0).await;
+    let told = |sent: &headgate_testkit::upstream::Request, name: &str| sent.head.all(name).map(str::to_owned).collect::<Vec<_>>();
+    let names = ["x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"];
+    assert_eq!(names.map(|name| told(&sent, name)), [["127.0.0.1"], ["http"], ["app.example.com"]]);
+    assert_eq!(told(&sent, "via"), ["1.1 edge", "1.1 headgate"]);
+    assert!(!String::from_utf8_lossy(&sent.head.raw).contains("claimed"), "{:?}", sent.head);
+    let appended = gateway(&upstream.url(), "    forwarded: appended\n").await;
+    assert_eq!(ask(appended.addr, &claimed().header("x-forwarded-for", "198.51.100.1")).await.unwrap().status, 200);
+    let sent = upstream.request(1).await;
+    assert_eq!(names.map(|name| told(&sent, name)), [["203.0.113.7, 198.51.100.1, 127.0.0.1"], ["https"], ["app.example.com"]]);
+    assert_eq!(Http2::connect(appended.addr).await.ask(&Request::get("/files/a")).await.unwrap().status, 200);
+    let sent = upstream.request(2).await;
+    assert_eq!((told(&sent, "via"), told(&sent, names[2])), (vec!["2.0 headgate".to_owned()], vec![appended.addr.to_string()]));
+}
+
+#[tokio::test]
 async fn a_client_who_leaves_closes_the_upstreams_connection() {
     let here = Arc::new(Notify::new());
     let silent = Script::new().read().tell(&here).stall();

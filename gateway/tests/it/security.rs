@@ -573,6 +573,13 @@ async fn pages_of_allowed_origins_may_call_and_others_may_not() {
         }
     }
     let twice = Request::turn("hi").header("origin", "https://app.example.com").header("origin", "https://evil.example");
+    // A page whose name was made to lead here says of itself what it calls: the same name.
+    for (host, status) in [("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost:8080", 200)]
+    {
+        let request = Request::turn("hi").header("host", host).header("origin", &format!("http://{host}"));
+        assert_eq!(ask(gateway.addr, &request).await.unwrap().status, status, "{host}");
+    }
+    let before = before + 1;
     assert_eq!(ask(gateway.addr, &twice).await.unwrap().status, 403);
     assert_eq!(upstream.requests().len(), before);
 }

@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
     security::{Provider, SigningKey, with},
-    support::{Gateway, Setup, end, key},
+    support::{Gateway, Setup, end, key, start},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -44,6 +44,20 @@ async fn frame(ws: &mut Ws) -> Frame {
 
 fn code(frame: &Frame) -> &str {
     frame.event.text("code").expect("a code")
+}
+
+#[tokio::test]
+async fn a_socket_that_does_not_say_whose_it_is_in_time_is_closed() {
+    let (key, auth) = key();
+    let upstream = Upstream::always(model(&["Hello"])).await;
+    let (mut plan, folder) = Setup::chain(&[auth]).plan(&upstream.url());
+    plan.limits.head = Duration::from_millis(300);
+    let gateway = start(&plan, folder).await;
+    let (mut silent, mut named) = (connect(&gateway).await, connect(&gateway).await);
+    named.auth(key).await;
+    let closed = within(5 * SECOND, silent.closed(), "the socket to be closed").await.unwrap();
+    assert_eq!((closed.code, closed.reason.as_str()), (3000, "unauthenticated"));
+    assert_eq!(named.ask("r", "hi").await.unwrap().text(), "Hello");
 }
 
 #[tokio::test]
