@@ -52,23 +52,7 @@ impl Signing {
     pub async fn follow(self: Arc<Self>, path: PathBuf, taken: impl Fn(&Ring)) {
         let (mut seen, mut due) = (None, None);
         loop {
-            let (file, known) = (path.clone(), seen);
-            let looked = tokio::task::spawn_blocking(move || look(&file, known)).await;
-            if let Ok((stamp, read)) = looked {
-                seen = stamp;
-                match read {
-                    Some(Ok(ring)) if ring.digest() != self.ring().digest() => {
-                        tracing::info!(keys = ?ring, "the signing keys were exchanged");
-                        taken(&ring);
-                        self.0.store(Arc::new(ring));
-                    }
-                    Some(Err(fault)) => {
-                        let cause = std::error::Error::source(&fault).map(tracing::field::display);
-                        tracing::error!(error = %fault, cause, "the signing keys stay as they were");
-                    }
-                    Some(Ok(_)) | None => {}
-                }
-            }
+            seen = self.take(&path, seen, &taken).await;
             let ring = self.ring();
             if ring.is_due(unix_now()) && due != ring.current() {
                 due = ring.current();
@@ -76,6 +60,25 @@ impl Signing {
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
+    }
+
+    /// Looks once: uses what is in `path` if it is not what was `seen` there. What is seen now.
+    async fn take(&self, path: &Path, seen: Option<Stamp>, taken: impl Fn(&Ring)) -> Option<Stamp> {
+        let file = path.to_owned();
+        let Ok((stamp, read)) = tokio::task::spawn_blocking(move || look(&file, seen)).await else { return seen };
+        match read {
+            Some(Ok(ring)) if ring.digest() != self.ring().digest() => {
+                tracing::info!(keys = ?ring, "the signing keys were exchanged");
+                taken(&ring);
+                self.0.store(Arc::new(ring));
+            }
+            Some(Err(fault)) => {
+                let cause = std::error::Error::source(&fault).map(tracing::field::display);
+                tracing::error!(error = %fault, cause, "the signing keys stay as they were");
+            }
+            Some(Ok(_)) | None => {}
+        }
+        stamp
     }
 }
 
@@ -179,4 +182,40 @@ async fn get(url: &str) -> Result<Bytes, String> {
     }
     let body = Limited::new(answer.response.into_body(), MAX_BYTES).collect().await.map_err(|error| error.to_string())?;
     Ok(body.to_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, fs, os::unix::fs::PermissionsExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_ring_that_is_put_in_place_is_taken_and_one_that_cannot_be_trusted_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, beside) = (folder.path().join("policy.json"), folder.path().join("beside.json"));
+        let [first, second, exposed, last] = [(); 4].map(|()| Ring::generate(unix_now()).unwrap());
+        first.save(&path).unwrap();
+        let signing = Signing::new(Ring::load(&path).unwrap());
+        let told = RefCell::new(Vec::new());
+        let look = async |seen| signing.take(&path, seen, |ring| told.borrow_mut().push(ring.current())).await;
+        let mut seen = look(None).await;
+        assert!(told.borrow().is_empty(), "it is the one in use");
+        second.save(&path).unwrap();
+        seen = look(look(seen).await).await;
+        assert_eq!(*told.borrow(), [second.current()], "once");
+        // Others can read it: its keys are no secret any more.
+        exposed.save(&beside).unwrap();
+        fs::set_permissions(&beside, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::rename(&beside, &path).unwrap();
+        seen = look(seen).await;
+        fs::write(&path, "{").unwrap();
+        seen = look(seen).await;
+        fs::remove_file(&path).unwrap();
+        seen = look(seen).await;
+        assert_eq!((signing.ring().current(), told.borrow().len()), (second.current(), 1));
+        last.save(&path).unwrap();
+        look(seen).await;
+        assert_eq!((signing.ring().current(), told.borrow().len()), (last.current(), 2));
+    }
 }

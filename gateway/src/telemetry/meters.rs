@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use headgate_contracts::{Outcome, Record};
-use headgate_filters::{Gate, Holds};
+use headgate_filters::{Gate, Holds, unix_now};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -32,6 +32,7 @@ struct Families {
     holds: Family<HoldLabels, Histogram>,
     text: Family<RouteLabels, Counter>,
     connections: Gauge,
+    key_due: Gauge,
     reloads: Family<ResultLabels, Counter>,
     ready: Family<EndpointLabels, Gauge>,
     in_flight: Family<EndpointLabels, Gauge>,
@@ -109,6 +110,7 @@ impl Default for Meters {
             registry.register_with_unit(name, help, Unit::Seconds, family);
         }
         registry.register("headgate_connections", "Client connections open now", f.connections);
+        registry.register("headgate_signing_key_due", "1 while a rotation of the signing keys is due", f.key_due);
         registry.register("headgate_config_reload", "Configurations read anew, by what became of them", f.reloads);
         registry.register("headgate_upstream_ready", "Whether an endpoint answers: 1 or 0", f.ready);
         registry.register("headgate_upstream_in_flight", "Answers that an endpoint is giving now", f.in_flight);
@@ -142,6 +144,8 @@ impl Meters {
     pub fn observe(&self, connections: usize, live: &Live) {
         let gauge = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
         self.families.connections.set(gauge(connections));
+        let due = live.signing.as_ref().is_some_and(|signing| signing.ring().is_due(unix_now()));
+        self.families.key_due.set(due.into());
         for (upstream, endpoints) in live.upstream_health() {
             for health in endpoints {
                 let labels = EndpointLabels { upstream: upstream.clone(), endpoint: health.endpoint };

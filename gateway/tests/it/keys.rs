@@ -11,7 +11,7 @@ use std::{
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use headgate_contracts::TurnId;
 use headgate_filters::unix_now;
-use headgate_policy::{Decision, Digest, Facts, Issuer, Ring, State};
+use headgate_policy::{Decision, Digest, Facts, Issuer, ROTATE_AFTER, Ring, State};
 use headgate_testkit::{
     answer::Kind,
     client::{Reply, Request, ask, stream},
@@ -31,6 +31,7 @@ const CLIENTS: usize = 4;
 struct House {
     folder: tempfile::TempDir,
     gateway: SocketAddr,
+    admin: SocketAddr,
     orchestrator: SocketAddr,
     issuer: Issuer,
     _running: [Service; 2],
@@ -38,7 +39,8 @@ struct House {
 }
 
 impl House {
-    async fn start() -> House {
+    /// `ring`: the keys that the gateway finds; it makes some where there are none.
+    async fn start(ring: Option<Ring>) -> House {
         let model = Upstream::always(Script::stream(Answer::openai("demo", &["yes", " and", " no"]).cut(Cut::Whole))).await;
         let [gateway, admin, orchestrator] = [free_addr(), free_addr(), free_addr()];
         let folder = tempfile::tempdir().unwrap();
@@ -47,6 +49,9 @@ impl House {
             std::fs::write(&path, text).unwrap();
             path
         };
+        if let Some(ring) = ring {
+            ring.save(&folder.path().join("policy.json")).unwrap();
+        }
         file("constitution.md", "# Be kind\n\nBe kind to whoever asks.\n".into());
         let policy = "policy: { constitution: constitution.md, version: \"7\"";
         let signs = file(
@@ -69,7 +74,7 @@ impl House {
         let start =
             |command: &'static str, config: PathBuf, at| headgate().arguments([command]).argument(config).start(Ready::Connects(at));
         let running = [start("run", signs, gateway).await, start("orchestrator", believes, orchestrator).await];
-        let house = House { folder, gateway, orchestrator, issuer, _running: running, _model: model };
+        let house = House { folder, gateway, admin, orchestrator, issuer, _running: running, _model: model };
         // The first fetch may have come before the gateway listened.
         let answered = async { while house.turn().await.is_err() {} };
         within(SOON, answered, "the orchestrator to have fetched the keys").await;
@@ -124,7 +129,7 @@ fn headgate() -> Program {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_rotate_under_load_and_nothing_is_rejected() {
-    let house = Arc::new(House::start().await);
+    let house = Arc::new(House::start(None).await);
     let (before, first) = (house.ring(), house.ring().current().unwrap().to_string());
     let failed = Arc::new(Mutex::new(Vec::new()));
     let (signed, mut seen) = watch::channel(BTreeMap::<String, u64>::new());
@@ -178,7 +183,7 @@ async fn keys_rotate_under_load_and_nothing_is_rejected() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_revoked_key_signs_is_refused_as_soon_as_the_keys_are_read_again() {
-    let house = House::start().await;
+    let house = House::start(None).await;
     let stolen = house.ring();
     let kid = stolen.current().unwrap().to_string();
     let reply = house.forged(&stolen).await;
@@ -208,4 +213,22 @@ async fn what_a_revoked_key_signs_is_refused_as_soon_as_the_keys_are_read_again(
     };
     assert_ne!(within(SOON, another, "another key to be believed").await, kid);
     assert_ne!(house.forged(&stolen).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotation_that_is_due_is_shown_until_it_is_done() {
+    let old = Ring::generate(unix_now() - ROTATE_AFTER).unwrap();
+    let house = House::start(Some(old)).await;
+    let due = async || ask(house.admin, &Request::get("/metrics")).await.unwrap().text().contains("headgate_signing_key_due 1\n");
+    assert!(due().await);
+    assert!(house.keys("list", &[]).await.contains("a successor is due since"));
+    house.keys("rotate", &["--when-due", "--ahead", "5s"]).await;
+    let done = async {
+        while due().await {
+            house.keys("rotate", &["--when-due", "--ahead", "5s"]).await;
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    };
+    within(SOON, done, "the rotation to be done").await;
+    assert!(house.keys("rotate", &["--when-due"]).await.contains("nothing to do"));
 }
