@@ -60,6 +60,7 @@ pub(crate) fn check(
     let upstreams = check.upstreams(file, &root.key("upstreams"));
     let redis = check.redis(file, &root.key("redis"));
     let policy = check.policy(file, &root.key("policy"));
+    let spool = file.spool.as_ref().map(|spool| check.folder(spool, &root.key("spool"), "spool"));
     let routes = check.routes(file, &upstreams, policy.as_ref(), &root.key("routes"));
     let orchestrator = check.orchestrator(file, &upstreams, &root.key("orchestrator"));
     check.unused(file);
@@ -79,6 +80,7 @@ pub(crate) fn check(
         tls,
         policy: policy.flatten(),
         redis,
+        spool,
         limits: plan::Limits {
             connections: limits.connections.get(),
             handshake: limits.handshake.0,
@@ -1013,11 +1015,18 @@ impl Check<'_> {
         };
         let at = at.key("events");
         self.within(&at.key("cap"), events.cap, Bytes(16 << 20)..=Bytes(1 << 40));
-        if events.folder.as_os_str().is_empty() {
-            self.refuse(&at.key("folder"), problem("no folder").expected("a path, such as `events` or `/var/lib/headgate/events`"));
-        }
+        self.span(&at.key("unknown_after"), events.unknown_after, seconds(1)..=seconds(3600));
+        let folder = self.folder(&events.folder, &at.key("folder"), "events");
         let kafka = events.kafka.as_ref().map(|kafka| self.kafka(kafka, &at.key("kafka")));
-        Some(plan::Events { folder: self.disk.files.resolve(&events.folder), cap: events.cap.0, kafka })
+        Some(plan::Events { folder, cap: events.cap.0, unknown_after: events.unknown_after.0, kafka })
+    }
+
+    /// A folder that will be made where it is not there; one could be called `example`.
+    fn folder(&mut self, folder: &FilePath, at: &Path, example: &str) -> std::path::PathBuf {
+        if folder.as_os_str().is_empty() {
+            self.refuse(at, problem("no folder").expected(format!("a path, such as `{example}` or `/var/lib/headgate/{example}`")));
+        }
+        self.disk.files.resolve(folder)
     }
 
     fn kafka(&mut self, kafka: &file::Kafka, at: &Path) -> plan::Kafka {

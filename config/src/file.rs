@@ -46,6 +46,9 @@ pub struct File {
     /// What is shared with other processes: used verdicts, and the policy registry where it is in no folder. Without it,
     /// each process keeps its own.
     pub redis: Option<Redis>,
+    /// A folder for what the orchestrator is still to be told of turns while it is away: what users got of them, and which prompts
+    /// were refused. It is made if it is not there, and only one process may write to it. Without it, that waits in memory alone.
+    pub spool: Option<PathBuf>,
     /// How much and how long is taken from clients, on every route.
     pub limits: Limits,
     /// Who answers: named sets of endpoints.
@@ -873,9 +876,16 @@ pub struct Events {
     /// those that the topic has.
     #[serde(default = "default_events_cap")]
     pub cap: Bytes,
+    /// How long after a turn's end its gateway may take to say what the user got, from `1s` to `1h`; then that is written as unknown.
+    #[serde(default = "default_unknown_after")]
+    pub unknown_after: Span,
     /// The Kafka topic that events go on to, in order and without end. Without it, they stay here.
     #[serde(default)]
     pub kafka: Option<Kafka>,
+}
+
+fn default_unknown_after() -> Span {
+    minutes(5)
 }
 
 fn default_events_cap() -> Bytes {

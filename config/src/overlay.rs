@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What an overlay may set. `*` stands for one name that the config has too; what is below a setting goes with it.
-const MAY: [&str; 31] = [
+const MAY: [&str; 32] = [
     "listen",
     "admin",
     "workers",
@@ -22,6 +22,7 @@ const MAY: [&str; 31] = [
     "policy.issuer",
     "policy.registry",
     "redis",
+    "spool",
     "upstreams.*.endpoints",
     "upstreams.*.authorization",
     "upstreams.*.model",

@@ -35,6 +35,8 @@ pub struct Plan {
     pub policy: Option<Policy>,
     /// What is shared with other processes.
     pub redis: Option<Redis>,
+    /// Where what the orchestrator is still to be told waits, beside memory.
+    pub spool: Option<PathBuf>,
     /// The bounds of connections and requests.
     pub limits: Limits,
     /// Who answers, by name.
@@ -326,6 +328,8 @@ pub struct Events {
     pub folder: PathBuf,
     /// The most that it takes on disk, in bytes.
     pub cap: u64,
+    /// How long a gateway may take to say what the user got of a turn.
+    pub unknown_after: Duration,
     /// The topic that events go on to.
     pub kafka: Option<Kafka>,
 }

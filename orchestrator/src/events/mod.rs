@@ -20,6 +20,7 @@ mod read;
 mod record;
 mod recover;
 mod segment;
+mod spool;
 mod verify;
 mod writer;
 
@@ -58,6 +59,7 @@ pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_to
 pub use read::{Entry, Follow};
 pub use record::Part;
 pub use recover::{Unfit, Unopened};
+pub use spool::Spool;
 pub use verify::{Judged, Violation, verify};
 
 use cursor::Cursor;
