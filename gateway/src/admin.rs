@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     body::Reply,
     live::App,
+    registry::{OurPolicy, Stands},
     serve::{Peer, Service},
 };
 
@@ -41,11 +42,14 @@ impl Service for Admin {
     }
 }
 
-/// Ready: takes new turns, and each upstream has an endpoint that answers.
+/// Ready: takes new turns, each upstream has an endpoint that answers, and the policy that is signed under is in force.
 fn ready(app: &App) -> Response<Reply> {
     let draining = app.drain().has_begun();
-    let upstreams = app.live().upstream_health();
-    let is_ready = !draining && upstreams.iter().all(|(_, endpoints)| endpoints.iter().any(|endpoint| endpoint.ready));
+    let live = app.live();
+    let (upstreams, policy) = (live.upstream_health(), live.policy.as_ref().map(OurPolicy::stands));
+    let is_ready = !draining
+        && policy.is_none_or(Stands::is_good)
+        && upstreams.iter().all(|(_, endpoints)| endpoints.iter().any(|endpoint| endpoint.ready));
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let upstreams: serde_json::Map<String, serde_json::Value> = upstreams
         .into_iter()
@@ -56,7 +60,8 @@ fn ready(app: &App) -> Response<Reply> {
             (name, endpoints.collect())
         })
         .collect();
-    object(status, &json!({"ready": is_ready, "draining": draining, "upstreams": upstreams}))
+    let policy = policy.map(Stands::as_str);
+    object(status, &json!({"ready": is_ready, "draining": draining, "policy": policy, "upstreams": upstreams}))
 }
 
 fn text(status: StatusCode, body: String) -> Response<Reply> {

@@ -5,13 +5,15 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 use headgate_config::plan::{self, Plan, PolicyKey, Protocol, VerdictKeys};
 use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_chain, unix_now};
 use headgate_orchestrator::{Bounds, Models, Orchestrator, events};
-use headgate_policy::{ANY_TENANT, Entry, KeyFault, Memory, Ring, Verifier, custody};
+use headgate_policy::{KeyFault, Ring, Verifier, custody};
 use headgate_slm::Slm;
+use headgate_store::{Redis, Used};
 use headgate_upstream::{Settings, Upstream, settings};
 
 use crate::{
     keys::{Fetched, Signing},
     live::{Live, Route},
+    registry::{OurPolicy, Policies},
     telemetry::Meters,
     tls::{Tls, Unusable},
 };
@@ -47,6 +49,12 @@ pub enum Unbuildable {
     /// The registry does not take our own policy.
     #[error("the policy registry refuses the policy: {0}")]
     Registry(#[from] headgate_policy::NotInstalled),
+    /// Redis cannot be asked where the config says it is.
+    #[error("redis cannot be used")]
+    Redis(#[from] headgate_store::Unusable),
+    /// The registry is to be in Redis, and there is none.
+    #[error("the policy registry is to be in redis, and the config names none")]
+    NoRedis,
     /// The certificate cannot be used.
     #[error("the certificate cannot be used")]
     Tls(#[from] Unusable),
@@ -61,13 +69,17 @@ pub enum Unbuildable {
     NoKeys,
 }
 
-/// What outlives an exchange of configurations: counters of limits, fetched keys, the signing keys.
+/// What outlives an exchange of configurations: counters of limits, fetched keys, the signing keys, what is shared.
 #[derive(Clone)]
 pub struct Lasting {
     /// Counters of limits.
     pub ledger: Arc<LocalLedger>,
     /// Identity providers' keys.
     pub keys: Fetched,
+    /// What is shared with other processes.
+    pub redis: Option<Redis>,
+    /// Who says which policy is in force.
+    pub policies: Policies,
     /// Our signing keys.
     pub signing: Option<Arc<Signing>>,
     /// Metrics.
@@ -75,14 +87,22 @@ pub struct Lasting {
 }
 
 impl Lasting {
-    /// For a first plan.
+    /// For a first plan. Must be called within the runtime that the process lives on.
     pub fn of(plan: &Plan) -> Result<Lasting, Unbuildable> {
         let ring = match plan.policy.as_ref().map(|policy| &policy.key) {
             None => None,
             Some(PolicyKey::Generated) => Some(Ring::generate(unix_now())?),
             Some(PolicyKey::File(path)) => Some(custody::load_or_generate(path, unix_now(), "headgate run")?),
         };
-        Ok(Lasting { ledger: Arc::new(LocalLedger::new()), keys: Fetched::default(), signing: ring.map(Signing::new).map(Arc::new), meters: Arc::default() })
+        let redis = plan.redis.as_ref().map(|redis| Redis::connect(redis.url.expose(), redis.budget)).transpose()?;
+        Ok(Lasting {
+            ledger: Arc::new(LocalLedger::new()),
+            keys: Fetched::default(),
+            policies: Policies::of(plan, redis.as_ref())?,
+            redis,
+            signing: ring.map(Signing::new).map(Arc::new),
+            meters: Arc::default(),
+        })
     }
 }
 
@@ -93,7 +113,14 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
         _ => None,
     };
     let read = |path: &Path| plan.read(path);
-    let tools = Tools { read: &read, ledger: lasting.ledger.clone(), keys: Arc::new(lasting.keys.clone()), policy, registry: None, now: unix_now };
+    let tools = Tools {
+        read: &read,
+        ledger: lasting.ledger.clone(),
+        keys: Arc::new(lasting.keys.clone()),
+        policy,
+        registry: Some(lasting.policies.registry()),
+        now: unix_now,
+    };
     let mut upstreams: Vec<Upstream> = Vec::new();
     let mut routes = Vec::new();
     for route in &plan.routes {
@@ -107,7 +134,10 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
         let filters = build_chain(&route.steps, &tools).map_err(|problems| Unbuildable::Chain { route: route.name.clone(), problems })?;
         routes.push(Arc::new(Route { plan: route.clone(), upstream, filters, meters: lasting.meters.route(&route.name) }));
     }
-    Ok(Live { routes, page: plan.page, signing: lasting.signing.clone(), shown: plan.summary().to_json() })
+    // Last: what could not be built is not in force either.
+    lasting.policies.adopt(plan)?;
+    let policy = OurPolicy::of(plan, &lasting.policies);
+    Ok(Live { routes, page: plan.page, policy, signing: lasting.signing.clone(), shown: plan.summary().to_json() })
 }
 
 /// Where identity providers publish their keys, once each.
@@ -176,13 +206,6 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
         // Nothing is believed until the keys have been fetched.
         VerdictKeys::Url(_) => Verifier::from_jwks(r#"{"keys":[]}"#)?,
     };
-    let registry = Memory::new(10_000);
-    if let Some(policy) = &plan.policy {
-        // In one process the policy is known first-hand; the entry is signed all the same, as the registry takes no other.
-        let own = Ring::generate(unix_now())?;
-        let entry = own.sign_entry(&Entry::first(ANY_TENANT, &policy.issuer.pol.ver, policy.constitution.hash(), 0))?;
-        registry.install(&entry, &own.verifier(), unix_now())?;
-    }
     let mut models = Models::new(upstream(plan, &told.upstream)?);
     for (model, name) in &told.models {
         models = models.with(model, upstream(plan, name)?);
@@ -196,7 +219,10 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     settings.limits.body = told.body_bytes;
     settings.limits.text = told.answer_bytes;
     let turns = settings.limits.turns;
-    let mut orchestrator = Orchestrator::new(settings, models, verifier, Arc::new(registry));
+    let mut orchestrator = Orchestrator::new(settings, models, verifier, lasting.policies.registry());
+    if let Some(redis) = &lasting.redis {
+        orchestrator = orchestrator.sharing(Used::new(redis.clone()));
+    }
     if let Some(plan::Events { folder, cap, kafka }) = &told.events {
         let topic = kafka.as_ref().map(|kafka| events::Topic {
             brokers: kafka.brokers.clone(),

@@ -16,6 +16,7 @@ pub mod live;
 pub mod outbox;
 pub mod page;
 pub mod proxy;
+pub mod registry;
 pub mod reload;
 pub mod serve;
 pub mod session;

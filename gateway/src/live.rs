@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::{
     keys::Signing,
+    registry::OurPolicy,
     serve::Drain,
     session::Turns,
     telemetry::{Meters, RouteMeters},
@@ -48,6 +49,8 @@ pub struct Live {
     pub routes: Vec<Arc<Route>>,
     /// Whether the chat page is served on paths that no route has.
     pub page: bool,
+    /// What verdicts are signed under, where they are.
+    pub policy: Option<OurPolicy>,
     /// The keys that verdicts are signed with.
     pub signing: Option<Arc<Signing>>,
     /// The configuration as people may see it: no secret in it.

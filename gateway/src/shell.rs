@@ -21,6 +21,7 @@ use crate::{
     build::{self, Lasting, Unbuildable},
     keys,
     live::App,
+    registry::Watch,
     serve::{Drain, Limits, Service, serve},
     tls::Tls,
 };
@@ -172,6 +173,18 @@ impl Process {
             };
             beside.spawn(Arc::clone(signing).follow(path.clone(), taken));
         }
+        beside.spawn(lasting.policies.clone().follow());
+        if plan.policy.as_ref().is_some_and(|policy| policy.registry.is_some()) {
+            let watch = Watch::default();
+            lasting.meters.register(|registry| watch.register(registry));
+            beside.spawn(watch.over(app.clone()));
+        }
+        lasting.meters.register(|registry| {
+            lasting.policies.register(registry);
+            if let Some(redis) = &lasting.redis {
+                redis.register(registry);
+            }
+        });
         for url in build::key_urls(plan) {
             beside.spawn(lasting.keys.clone().follow(url));
         }

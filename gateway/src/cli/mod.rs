@@ -9,6 +9,7 @@ pub mod check;
 pub mod dev;
 pub mod events;
 pub mod keys;
+pub mod policy;
 pub mod run;
 pub mod schema;
 pub mod token;
@@ -47,6 +48,9 @@ enum Command {
     /// Make, rotate, revoke and show the keys that sign verdicts; check the record of it.
     #[command(subcommand)]
     Keys(keys::Keys),
+    /// Put a policy in force, show what is, and go back to the one before.
+    #[command(subcommand)]
+    Policy(policy::Policy),
     /// Make an API key.
     Token(token::Args),
     /// Talk through a gateway from this terminal.
@@ -86,6 +90,7 @@ pub fn main() -> ExitCode {
         Command::Schema(args) => schema::run(args),
         Command::Events(args) => events::run(args),
         Command::Keys(keys) => keys::run(keys),
+        Command::Policy(policy) => block_on(policy::run(policy)),
         Command::Token(args) => token::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Completions { shell } => {

@@ -16,6 +16,7 @@ mod keys;
 mod leaving;
 mod model;
 mod proxy;
+mod registry;
 mod reload;
 mod resume;
 mod security;
