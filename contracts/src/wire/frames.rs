@@ -160,7 +160,7 @@ fn begin(out: &mut Vec<u8>, name: &str) {
 }
 
 /// Appends the members of an object, and its end.
-fn splice(out: &mut Vec<u8>, payload: &[u8]) {
+pub(super) fn splice(out: &mut Vec<u8>, payload: &[u8]) {
     let members = payload.trim_ascii_start().strip_prefix(b"{").unwrap_or(b"}").trim_ascii_start();
     if !members.starts_with(b"}") {
         out.push(b',');

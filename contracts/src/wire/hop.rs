@@ -8,7 +8,11 @@ use serde::{
     de::{Deserializer, Error as _, MapAccess, Visitor},
 };
 
-use super::{Malformed, frames::MAX_REF_BYTES, json};
+use super::{
+    Malformed,
+    frames::{self, MAX_REF_BYTES},
+    json,
+};
 use crate::{Code, Fault, TurnId};
 
 /// The headers of a dispatch: those that mean something to an orchestrator, and the only ones a frame may bring.
@@ -17,6 +21,10 @@ pub const HEADERS: [&str; 7] =
 
 /// The most turns that are open at once on one socket.
 pub const MAX_TURNS: usize = 256;
+
+/// How many bytes of a turn's frames a gateway lets be on their way: what a turn that nobody reads holds there at most, besides the
+/// one event that took the last of them. At a round trip of 50 ms a turn may still say 640 KB a second.
+pub const WINDOW: u32 = 32 << 10;
 
 /// A frame from the gateway.
 #[derive(Deserialize, schemars::JsonSchema)]
@@ -137,6 +145,12 @@ pub fn turn(out: &mut Vec<u8>, turn: &TurnId, payload: &str, headers: &HeaderMap
     out.push(b'}');
 }
 
+/// Appends the `error` frame of a turn that was not taken: `object` is the event's.
+pub fn untaken(out: &mut Vec<u8>, object: &[u8]) {
+    out.extend_from_slice(b"{\"type\":\"error\",\"taken\":false");
+    frames::splice(out, object);
+}
+
 /// Appends the frame that stops a turn.
 pub fn stop(out: &mut Vec<u8>, turn: &TurnId) {
     begin(out, "stop", turn);
@@ -170,6 +184,8 @@ pub struct AnswerFrame<'a> {
     pub turn: Option<TurnId>,
     /// Which of its frames, counted from 0; `None`: it never became a turn.
     pub seq: Option<u64>,
+    /// Whether the turn was taken, where the frame says so: one that was not may be tried elsewhere.
+    pub taken: Option<bool>,
     /// What is left of the object behind those members.
     rest: &'a str,
 }
@@ -177,14 +193,14 @@ pub struct AnswerFrame<'a> {
 impl<'a> AnswerFrame<'a> {
     /// Reads what stands before the event's own members, and leaves those alone.
     ///
-    /// `type` comes first, then `turn_id` and `seq` in either order, each at most once; what comes later is a member of the event,
-    /// whatever its name.
+    /// `type` comes first, then `turn_id`, `seq` and `taken` in any order, each at most once; what comes later is a member of the
+    /// event, whatever its name.
     pub fn parse(text: &'a str) -> Result<AnswerFrame<'a>, Malformed> {
         let malformed = |what| Malformed::new(what, text);
         let mut at = Scan(text.trim_end_matches(BLANK));
         let name = at.byte(b'{').and_then(|()| at.name("type")).and_then(|()| at.word());
         let name = name.ok_or_else(|| malformed("a frame that does not begin with its type"))?;
-        let (mut turn, mut seq) = (None, None);
+        let (mut turn, mut seq, mut taken) = (None, None, None);
         loop {
             let mut next = at;
             match next.byte(b',').and_then(|()| next.key()) {
@@ -193,7 +209,8 @@ impl<'a> AnswerFrame<'a> {
                     turn = Some(id.ok_or_else(|| malformed("a turn id that is none"))?);
                 }
                 Some("seq") if seq.is_none() => seq = Some(next.number().ok_or_else(|| malformed("a number that is none"))?),
-                Some("type" | "turn_id" | "seq") => return Err(malformed("a member of the frame that comes twice")),
+                Some("taken") if taken.is_none() => taken = Some(next.flag().ok_or_else(|| malformed("a yes or no that is neither"))?),
+                Some("type" | "turn_id" | "seq" | "taken") => return Err(malformed("a member of the frame that comes twice")),
                 Some(_) | None => break,
             }
             at = next;
@@ -202,7 +219,7 @@ impl<'a> AnswerFrame<'a> {
         // What stands behind a comma is the event's own, and its decoder's to judge; nothing must not become an empty object.
         let whole =
             rest == "}" || rest.strip_prefix(',').is_some_and(|own| own.len() > 1 && own.ends_with('}') && Scan(own).blank().0 != "}");
-        if whole { Ok(AnswerFrame { name, turn, seq, rest }) } else { Err(malformed("a frame that is no object")) }
+        if whole { Ok(AnswerFrame { name, turn, seq, taken, rest }) } else { Err(malformed("a frame that is no object")) }
     }
 
     /// How long the event's object is, in bytes.
@@ -254,6 +271,13 @@ impl<'a> Scan<'a> {
         (self.key()? == name).then_some(())
     }
 
+    fn flag(&mut self) -> Option<bool> {
+        let rest = self.blank().0;
+        let (flag, rest) = rest.strip_prefix("true").map(|rest| (true, rest)).or_else(|| Some((false, rest.strip_prefix("false")?)))?;
+        self.0 = rest;
+        Some(flag)
+    }
+
     fn number(&mut self) -> Option<u64> {
         let rest = self.blank().0;
         let end = rest.bytes().position(|byte| !byte.is_ascii_digit()).unwrap_or(rest.len());
@@ -281,7 +305,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::frames;
 
     const TURN: &str = "0193a5f0-7e1c-7000-8000-000000000000";
 
@@ -374,7 +397,12 @@ mod tests {
         frame.object(&mut object);
         assert_eq!((frame.turn, frame.seq, object.as_str()), (Some(id()), Some(3), "{ \"text\": \"x\" }"));
         let bare = AnswerFrame::parse(r#"{"type":"error","code":"overloaded"}"#).unwrap();
-        assert_eq!((bare.name, bare.turn, bare.seq), ("error", None, None));
+        assert_eq!((bare.name, bare.turn, bare.seq, bare.taken), ("error", None, None, None));
+        let mut out = Vec::new();
+        untaken(&mut out, format!("{{\"turn_id\":\"{TURN}\",\"code\":\"draining\"}}").as_bytes());
+        let text = String::from_utf8(out).unwrap();
+        let refused = AnswerFrame::parse(&text).unwrap();
+        assert_eq!((refused.name, refused.turn, refused.seq, refused.taken), ("error", Some(id()), None, Some(false)));
     }
 
     #[test]
