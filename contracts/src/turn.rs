@@ -84,7 +84,11 @@ impl Trace {
 struct Hex<'a>(&'a [u8]);
 impl fmt::Display for Hex<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        let mut text = [0; 32]; // of the longest, a trace's id
+        for (two, byte) in text.chunks_exact_mut(2).zip(self.0) {
+            two.copy_from_slice(&[byte >> 4, byte & 15].map(|half| b"0123456789abcdef"[usize::from(half)]));
+        }
+        f.write_str(text.get(..2 * self.0.len()).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default())
     }
 }
 

@@ -30,6 +30,22 @@ pub struct Gate {
     terms: Terms,
     textless: bool,
     lanes: Vec<Track>,
+    /// Most gates of a chain never hold anything.
+    desk: Option<Box<Desk>>,
+    /// Bytes of text that wait.
+    held_bytes: u64,
+    stop: Option<Box<Stop>>,
+    /// Judges no more: its filter broke and the terms say pass, or a shadowed filter has said stop.
+    open: bool,
+    /// Text went unjudged because it was late, so the filter's later edits may come too late.
+    late: bool,
+    sleep: Option<Pin<Box<Sleep>>>,
+    holds: Holds,
+}
+
+/// What waits in a gate, and room to work with it.
+#[derive(Default)]
+struct Desk {
     /// What waits, in order, and what of it has gone meanwhile: that is swept out now and then.
     held: Batch,
     waits: Vec<Wait>,
@@ -38,15 +54,6 @@ pub struct Gate {
     /// What may go, while a batch is passed.
     out: Batch,
     spare: Batch,
-    /// Bytes of text that wait.
-    held_bytes: u64,
-    stop: Option<Stop>,
-    /// Judges no more: its filter broke and the terms say pass, or a shadowed filter has said stop.
-    open: bool,
-    /// Text went unjudged because it was late, so the filter's later edits may come too late.
-    late: bool,
-    sleep: Option<Pin<Box<Sleep>>>,
-    holds: Holds,
 }
 
 /// One held event.
@@ -65,7 +72,7 @@ struct Track {
     cleared: At,
     /// What is replaced, and whether the replacement has been shown.
     edits: VecDeque<(Edit, bool)>,
-    stop: Option<Stop>,
+    stop: Option<Box<Stop>>,
     /// A stop was given: what lies behind it never goes.
     cut: bool,
     /// The filter has said its last word on this lane.
@@ -134,6 +141,24 @@ fn most_weight(terms: &Terms) -> u64 {
     terms.max_held().saturating_add(FRAMES_ROOM)
 }
 
+impl Desk {
+    fn is_empty(&self) -> bool {
+        self.gone == self.waits.len()
+    }
+
+    /// Puts what may go behind what is in the batch.
+    fn hand_over(&mut self, batch: &mut Batch) {
+        if batch.is_empty() {
+            std::mem::swap(batch, &mut self.out);
+        } else {
+            for event in self.out.events() {
+                batch.push_from(&self.out, *event);
+            }
+        }
+        self.out.clear();
+    }
+}
+
 impl Gate {
     /// A gate for `filter`, known as `name` in logs and metrics.
     pub fn new(name: &'static str, filter: Box<dyn Filter>, terms: Terms) -> Gate {
@@ -143,11 +168,7 @@ impl Gate {
             terms,
             textless: false,
             lanes: Vec::new(),
-            held: Batch::new(),
-            waits: Vec::new(),
-            gone: 0,
-            out: Batch::new(),
-            spare: Batch::new(),
+            desk: None,
             held_bytes: 0,
             stop: None,
             open: false,
@@ -170,7 +191,7 @@ impl Gate {
 
     /// Why the turn ends at this gate, if it does.
     pub fn stop(&self) -> Option<&Stop> {
-        self.stop.as_ref()
+        self.stop.as_deref()
     }
 
     /// Bytes of text that wait here.
@@ -287,10 +308,11 @@ impl Gate {
             return;
         }
         let now = Instant::now();
-        self.out.dialect = batch.dialect;
+        let mut desk = self.desk.take().unwrap_or_default();
+        desk.out.dialect = batch.dialect;
         if !nothing_held {
             // A verdict that was waited for may have come meanwhile.
-            self.release(now);
+            self.release(&mut desk, now);
         }
         // Each event goes its whole way before the next is judged: so what comes out first does not depend on the batches.
         for event in batch.events().get(clean..).unwrap_or_default() {
@@ -311,13 +333,14 @@ impl Gate {
                 What::Finish { choice, .. } => self.finish(choice),
                 What::Tool { .. } | What::Usage(_) | What::Note => {}
             }
-            self.held.push_from(batch, *event);
-            self.waits.push(Wait { start, since: now, gone: false });
-            self.release(now);
-            self.keep_bounds(now);
+            desk.held.push_from(batch, *event);
+            desk.waits.push(Wait { start, since: now, gone: false });
+            self.release(&mut desk, now);
+            self.keep_bounds(&mut desk, now);
         }
         batch.truncate(clean);
-        self.hand_over(batch);
+        desk.hand_over(batch);
+        self.desk = Some(desk);
     }
 
     /// Nothing more will come: everything held gets its last verdict and leaves, but for what is cut.
@@ -329,26 +352,16 @@ impl Gate {
             self.last_word(index);
         }
         let now = Instant::now();
-        self.out.dialect = batch.dialect;
-        self.release(now);
-        if !self.is_empty() {
+        let mut desk = self.desk.take().unwrap_or_default();
+        desk.out.dialect = batch.dialect;
+        self.release(&mut desk, now);
+        if !desk.is_empty() {
             // A filter that still thinks has had all the time there is.
             self.be_late();
-            self.release(now);
+            self.release(&mut desk, now);
         }
-        self.hand_over(batch);
-    }
-
-    /// Puts what may go behind what is in the batch.
-    fn hand_over(&mut self, batch: &mut Batch) {
-        if batch.is_empty() {
-            std::mem::swap(batch, &mut self.out);
-        } else {
-            for event in self.out.events() {
-                batch.push_from(&self.out, *event);
-            }
-        }
-        self.out.clear();
+        desk.hand_over(batch);
+        self.desk = Some(desk);
     }
 
     /// A choice has no more text: what is held of it is settled now.
@@ -407,7 +420,7 @@ impl Gate {
             }
             return Poll::Ready(());
         }
-        let oldest = self.waits.iter().filter(|wait| !wait.gone).map(|wait| wait.since).min();
+        let oldest = self.desk.iter().flat_map(|desk| &desk.waits).filter(|wait| !wait.gone).map(|wait| wait.since).min();
         let (Some(max_hold), Some(oldest)) = (self.terms.max_hold(), oldest) else {
             return Poll::Pending;
         };
@@ -422,7 +435,7 @@ impl Gate {
     }
 
     fn is_empty(&self) -> bool {
-        self.gone == self.waits.len()
+        self.desk.as_ref().is_none_or(|desk| desk.is_empty())
     }
 
     /// Shows a batch to a shadowed filter, which changes nothing.
@@ -445,6 +458,10 @@ impl Gate {
     fn track(&mut self, lane: Lane) -> Option<usize> {
         let place = self.lanes.iter().position(|track| track.lane == lane);
         if place.is_none() && self.lanes.len() < MAX_LANES {
+            if self.lanes.is_empty() {
+                // Nearly every answer has one lane.
+                self.lanes.reserve_exact(1);
+            }
             self.lanes.push(Track { lane, seen: At(0), cleared: At(0), edits: VecDeque::new(), stop: None, cut: false, over: false });
             return Some(self.lanes.len() - 1);
         }
@@ -455,7 +472,7 @@ impl Gate {
     fn judge(&mut self, lane: Lane, words: &str) -> (At, bool) {
         let Some(index) = self.track(lane) else {
             let fault = Fault::upstream(Code::UpstreamProtocolError).saying("the answer has too many channels of text");
-            self.stop = Some(Stop::Failed(fault));
+            self.stop = Some(Stop::Failed(fault).into());
             return (At(0), false);
         };
         let track = &mut self.lanes[index];
@@ -471,7 +488,7 @@ impl Gate {
         if track.over {
             // The filter has settled this lane for good; what it would say now is worth nothing.
             let fault = Fault::upstream(Code::UpstreamProtocolError).saying("the answer goes on after its finish");
-            self.stop = Some(Stop::Failed(fault));
+            self.stop = Some(Stop::Failed(fault).into());
             return (at, false);
         }
         let verdict = self.filter.text(Text { lane, at, text: words });
@@ -495,15 +512,15 @@ impl Gate {
             } else if !late {
                 // An edit of text that has gone is a fault of the filter: never let it pass for a mask.
                 let fault = Fault::us(Code::InternalError).caused_by(format!("filter {} edits outside what it clears", self.name));
-                (track.stop, track.cut) = (Some(Stop::Failed(fault)), true);
+                (track.stop, track.cut) = (Some(Stop::Failed(fault).into()), true);
                 return;
             }
         }
         track.cleared = track.cleared.max(to);
-        match verdict.stop.map(|stop| *stop) {
-            Some(Stop::Failed(fault)) if self.terms.on_fault == OnFault::Pass => self.leave_out(&fault),
-            Some(stop) => (track.stop, track.cut) = (Some(stop), true),
-            None => {}
+        let Some(stop) = verdict.stop else { return };
+        match &*stop {
+            Stop::Failed(fault) if self.terms.on_fault == OnFault::Pass => self.leave_out(fault),
+            _ => (track.stop, track.cut) = (Some(stop), true),
         }
     }
 
@@ -518,37 +535,37 @@ impl Gate {
             }
             Late::Refuse => {
                 let fault = Fault::us(Code::ModerationUnavailable).saying("text could not be cleared in time");
-                self.stop = Some(Stop::Failed(fault));
+                self.stop = Some(Stop::Failed(fault).into());
             }
         }
     }
 
     /// Sees to it that no more waits than may: first by keeping it smaller, then by being late.
-    fn keep_bounds(&mut self, now: Instant) {
+    fn keep_bounds(&mut self, desk: &mut Desk, now: Instant) {
         let weight = |held: &Batch| held.bytes() as u64 + EVENT_COST * held.events().len() as u64;
         let most = most_weight(&self.terms);
-        if weight(&self.held) > most {
-            self.compact();
+        if weight(&desk.held) > most {
+            self.compact(desk);
         }
-        if !self.has_room() || weight(&self.held) > most {
+        if !self.has_room() || weight(&desk.held) > most {
             self.be_late();
-            self.release(now);
+            self.release(desk, now);
         }
     }
 
     /// Keeps what waits in less room: all text of a lane becomes one piece, and its payloads, which a client would be sent as
     /// they came, are written anew. So text in tiny pieces waits no dearer than text in large ones.
-    fn compact(&mut self) {
-        self.spare.clear();
+    fn compact(&self, desk: &mut Desk) {
+        desk.spare.clear();
         let mut waits = Vec::new();
-        let waiting = || self.held.events().iter().zip(&self.waits).filter(|(_, wait)| !wait.gone);
+        let waiting = || desk.held.events().iter().zip(&desk.waits).filter(|(_, wait)| !wait.gone);
         for track in &self.lanes {
             for (event, wait) in waiting() {
                 let What::Text { lane, text } = event.what else { continue };
                 if lane == track.lane && !text.is_empty() {
-                    let before = self.spare.events().len();
-                    self.spare.append_text(lane, self.held.text(text));
-                    if self.spare.events().len() > before {
+                    let before = desk.spare.events().len();
+                    desk.spare.append_text(lane, desk.held.text(text));
+                    if desk.spare.events().len() > before {
                         waits.push(*wait);
                     }
                 }
@@ -556,19 +573,19 @@ impl Gate {
         }
         for (event, wait) in waiting() {
             if !matches!(event.what, What::Text { .. }) {
-                self.spare.push_from(&self.held, *event);
+                desk.spare.push_from(&desk.held, *event);
                 waits.push(*wait);
             }
         }
-        std::mem::swap(&mut self.held, &mut self.spare);
-        self.spare = Batch::new();
-        self.waits = waits;
-        self.gone = 0;
+        std::mem::swap(&mut desk.held, &mut desk.spare);
+        desk.spare = Batch::new();
+        desk.waits = waits;
+        desk.gone = 0;
     }
 
     /// Moves what may go to `out`, and settles whether the turn ends here.
-    fn release(&mut self, now: Instant) {
-        self.release_cleared(now);
+    fn release(&mut self, desk: &mut Desk, now: Instant) {
+        self.release_cleared(desk, now);
         if self.stop.is_none()
             && let Some(stop) = self.lanes.iter_mut().find_map(|track| track.stop.take())
         {
@@ -577,32 +594,32 @@ impl Gate {
             for index in 0..self.lanes.len() {
                 self.last_word(index);
             }
-            self.release_cleared(now);
+            self.release_cleared(desk, now);
         }
-        if self.stop.is_some() || self.is_empty() {
-            self.held.clear();
-            self.waits.clear();
-            self.gone = 0;
+        if self.stop.is_some() || desk.is_empty() {
+            desk.held.clear();
+            desk.waits.clear();
+            desk.gone = 0;
             self.held_bytes = 0;
-        } else if self.gone >= SWEEP_EVENTS {
-            self.spare.clear();
-            for (event, _) in self.held.events().iter().zip(&self.waits).filter(|(_, wait)| !wait.gone) {
-                self.spare.push_from(&self.held, *event);
+        } else if desk.gone >= SWEEP_EVENTS {
+            desk.spare.clear();
+            for (event, _) in desk.held.events().iter().zip(&desk.waits).filter(|(_, wait)| !wait.gone) {
+                desk.spare.push_from(&desk.held, *event);
             }
-            std::mem::swap(&mut self.held, &mut self.spare);
-            self.waits.retain(|wait| !wait.gone);
-            self.gone = 0;
+            std::mem::swap(&mut desk.held, &mut desk.spare);
+            desk.waits.retain(|wait| !wait.gone);
+            desk.gone = 0;
         }
     }
 
     /// Moves to `out` what is cleared, and what has no text and nothing to wait for.
-    fn release_cleared(&mut self, now: Instant) {
+    fn release_cleared(&mut self, desk: &mut Desk, now: Instant) {
         // Lanes, by the place of their tracks, of which something stays.
         let mut blocked = 0_u64;
         let mut frame_stays = false;
-        for index in 0..self.waits.len() {
+        for index in 0..desk.waits.len() {
             let (Some(Event { what, raw }), Some(&Wait { start, since, gone })) =
-                (self.held.events().get(index).copied(), self.waits.get(index))
+                (desk.held.events().get(index).copied(), desk.waits.get(index))
             else {
                 continue;
             };
@@ -616,14 +633,14 @@ impl Gate {
                         continue;
                     }
                     let track = &mut self.lanes[place];
-                    let words = self.held.text(text);
+                    let words = desk.held.text(text);
                     let end = At(start.0 + words.len() as u64);
                     if end <= track.cleared {
                         let touched = track.edits.front().is_some_and(|(edit, _)| edit.range.start < end);
                         if raw.is_some() && !touched {
-                            self.out.push_from(&self.held, Event { what, raw });
+                            desk.out.push_from(&desk.held, Event { what, raw });
                         } else {
-                            emit(track, start, words, &mut self.out);
+                            emit(track, start, words, &mut desk.out);
                         }
                         self.held_bytes -= words.len() as u64;
                         true
@@ -634,10 +651,10 @@ impl Gate {
                             fit -= 1;
                         }
                         if fit > 0 {
-                            emit(track, start, &words[..fit], &mut self.out);
-                            let rest = self.held.sub(text, fit..words.len());
-                            self.held.restate(index, What::Text { lane, text: rest });
-                            self.waits[index].start = At(start.0 + fit as u64);
+                            emit(track, start, &words[..fit], &mut desk.out);
+                            let rest = desk.held.sub(text, fit..words.len());
+                            desk.held.restate(index, What::Text { lane, text: rest });
+                            desk.waits[index].start = At(start.0 + fit as u64);
                             self.held_bytes -= fit as u64;
                         }
                         blocked |= 1 << place;
@@ -655,12 +672,12 @@ impl Gate {
             };
             if goes {
                 if !matches!(what, What::Text { .. }) {
-                    self.out.push_from(&self.held, Event { what, raw });
+                    desk.out.push_from(&desk.held, Event { what, raw });
                 }
-                if let Some(wait) = self.waits.get_mut(index) {
+                if let Some(wait) = desk.waits.get_mut(index) {
                     wait.gone = true;
                 }
-                self.gone += 1;
+                desk.gone += 1;
                 if since != now && matches!(what, What::Text { .. }) {
                     self.holds.add(now - since);
                 }

@@ -515,6 +515,10 @@ impl Moderator {
 
     fn scan(&mut self, lane: Lane) -> usize {
         self.scans.iter().position(|(other, _)| *other == lane).unwrap_or_else(|| {
+            if self.scans.is_empty() {
+                // Nearly every answer has one lane.
+                self.scans.reserve_exact(1);
+            }
             self.scans.push((lane, self.rules.matcher.scan()));
             self.scans.len() - 1
         })
