@@ -11,6 +11,7 @@ use headgate_store::{Redis, Used};
 use headgate_upstream::{Settings, Upstream, settings};
 
 use crate::{
+    delivery::Courier,
     keys::{Fetched, Signing},
     live::{Live, Route},
     registry::{OurPolicy, Policies},
@@ -64,6 +65,9 @@ pub enum Unbuildable {
     /// The orchestrator's event log cannot be opened.
     #[error(transparent)]
     Events(#[from] headgate_orchestrator::events::Unopened),
+    /// The folder for what the orchestrator is still to be told cannot be used.
+    #[error("the spool cannot be used")]
+    Spool(#[source] std::io::Error),
     /// An orchestrator is to believe the gateway's keys, and there are none.
     #[error("the orchestrator believes this gateway's verdicts, but no policy is in force that signs them")]
     NoKeys,
@@ -84,6 +88,8 @@ pub struct Lasting {
     pub signing: Option<Arc<Signing>>,
     /// Metrics.
     pub meters: Arc<Meters>,
+    /// What the orchestrator is still to be told.
+    pub courier: Courier,
 }
 
 impl Lasting {
@@ -102,6 +108,7 @@ impl Lasting {
             redis,
             signing: ring.map(Signing::new).map(Arc::new),
             meters: Arc::default(),
+            courier: Courier::new(plan.spool.as_deref()).map_err(Unbuildable::Spool)?,
         })
     }
 }
@@ -117,7 +124,7 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
         read: &read,
         ledger: lasting.ledger.clone(),
         keys: Arc::new(lasting.keys.clone()),
-        policy,
+        policy: policy.clone(),
         registry: Some(lasting.policies.registry()),
         now: unix_now,
     };
@@ -132,10 +139,12 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
             }
         };
         let filters = build_chain(&route.steps, &tools).map_err(|problems| Unbuildable::Chain { route: route.name.clone(), problems })?;
-        routes.push(Arc::new(Route { plan: route.clone(), upstream, filters, meters: lasting.meters.route(&route.name) }));
+        let (meters, courier) = (lasting.meters.route(&route.name), lasting.courier.clone());
+        routes.push(Arc::new(Route { plan: route.clone(), upstream, filters, meters, courier }));
     }
     // Last: what could not be built is not in force either.
     lasting.policies.adopt(plan)?;
+    lasting.courier.serve(policy, upstreams);
     let policy = OurPolicy::of(plan, &lasting.policies);
     Ok(Live { routes, page: plan.page, policy, signing: lasting.signing.clone(), shown: plan.summary().to_json() })
 }
@@ -218,12 +227,15 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     settings.limits.turn = told.turn;
     settings.limits.body = told.body_bytes;
     settings.limits.text = told.answer_bytes;
+    if let Some(events) = &told.events {
+        settings.delivery = events.unknown_after;
+    }
     let turns = settings.limits.turns;
     let mut orchestrator = Orchestrator::new(settings, models, verifier, lasting.policies.registry());
     if let Some(redis) = &lasting.redis {
         orchestrator = orchestrator.sharing(Used::new(redis.clone()));
     }
-    if let Some(plan::Events { folder, cap, kafka }) = &told.events {
+    if let Some(plan::Events { folder, cap, kafka, .. }) = &told.events {
         let topic = kafka.as_ref().map(|kafka| events::Topic {
             brokers: kafka.brokers.clone(),
             name: kafka.topic.clone(),

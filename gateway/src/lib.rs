@@ -9,6 +9,7 @@ pub mod admin;
 pub mod body;
 pub mod build;
 pub mod cli;
+pub mod delivery;
 pub mod drive;
 pub mod front;
 pub mod keys;

@@ -13,6 +13,7 @@ use http::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
 use crate::{
+    delivery::Courier,
     keys::Signing,
     registry::OurPolicy,
     serve::Drain,
@@ -41,6 +42,8 @@ pub struct Route {
     pub filters: Vec<Built>,
     /// Its metrics.
     pub meters: RouteMeters,
+    /// Who tells its upstream, where that is an orchestrator, what became of a turn.
+    pub courier: Courier,
 }
 
 /// A configuration at work.

@@ -17,7 +17,7 @@ use std::{
 use headgate_contracts::{Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn};
 use tokio::time::{Instant, timeout_at};
 
-use crate::voice::Voice;
+use crate::{delivery::Slip, voice::Voice};
 
 /// The writer's end.
 pub struct Outbox {
@@ -63,6 +63,10 @@ struct State {
     /// When a reader last took something that the writer waited for, or came.
     moved: Instant,
     stopped: Option<Gone>,
+    /// The number after the last event that any reader took, of readers that are gone.
+    taken: u64,
+    /// Once the turn has ended: to be sent when it is known what the client took.
+    slip: Option<Box<Slip>>,
     /// The turn, where it waits for room. Two places for one task: most reads have to wake nobody.
     wants_room: Option<Waker>,
     /// The turn, where it waits for its readers' leaving: always.
@@ -109,6 +113,8 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
         alone: None,
         moved: Instant::now(),
         stopped: None,
+        taken: 0,
+        slip: None,
         wants_room: None,
         wants_gone: None,
     };
@@ -164,6 +170,13 @@ impl State {
         entry.map_or(self.base + self.bytes.len() as u64, |entry| entry.start)
     }
 
+    /// Sends the slip, if there still is one: some reader took all events before `next`, or nobody will take more.
+    fn tell(&mut self, next: u64) {
+        if let Some(slip) = self.slip.take() {
+            slip.take(next.checked_sub(1), next == self.next() && next > 0);
+        }
+    }
+
     /// Bytes from an event on.
     fn bytes_from(&self, seq: u64) -> usize {
         (self.base + self.bytes.len() as u64 - self.start(seq)) as usize
@@ -203,6 +216,13 @@ impl State {
             return;
         }
         self.base += dead as u64;
+    }
+}
+
+/// What nobody took to its end, somebody took so far.
+impl Drop for State {
+    fn drop(&mut self) {
+        self.tell(self.taken);
     }
 }
 
@@ -310,7 +330,8 @@ impl Outbox {
     }
 
     /// The end, in the client's own dialect, after what `last` still holds. Nothing can be sent afterwards: the outbox is used up.
-    pub fn close(self, turn: &Turn, last: &Batch, end: &End) -> Record {
+    /// `slip`: filled in here, and taken by what the client takes.
+    pub fn close(self, turn: &Turn, last: &Batch, end: &End, slip: Option<Slip>) -> Record {
         let mut guard = self.ring.state();
         let state = &mut *guard;
         let opened = state.head.is_some();
@@ -318,10 +339,15 @@ impl Outbox {
             state.add(None, |voice, bytes, add| voice.write(last, bytes, add));
         }
         let record = state.voice.settle(turn, end);
+        let mut verdict = None;
         if opened {
             let seq = state.next();
-            state.add(None, |voice, bytes, add| voice.close(turn, &record, end, seq, bytes, add));
+            state.add(None, |voice, bytes, add| verdict = voice.close(turn, &record, end, seq, bytes, add));
         }
+        state.slip = slip.map(|mut slip| {
+            slip.fill(&record, verdict);
+            Box::new(slip)
+        });
         let told = opened && (!state.voice.is_whole() || matches!(end, Ok(()) | Err(Stop::Refused(_))));
         state.is_answered = opened && matches!(end, Ok(()) | Err(Stop::Refused(_)));
         state.closed = Some(end.clone().err().filter(|_| !told));
@@ -366,6 +392,7 @@ impl Reader {
     pub fn poll_next(&mut self, cx: &mut Context<'_>, max: usize, mut take: impl FnMut(Numbered<'_>)) -> Poll<usize> {
         let mut guard = self.ring.state();
         let state = &mut *guard;
+        let next = state.next();
         let Some(place) = state.readers.iter_mut().find(|place| place.id == self.id) else { return Poll::Ready(0) };
         let mut shown = 0;
         if place.at < state.first && max > 0 {
@@ -383,6 +410,9 @@ impl Reader {
             shown += 1;
         }
         if shown > 0 {
+            if state.slip.is_some() && place.at == next {
+                state.tell(next);
+            }
             state.trim(&self.ring);
             if state.wants_room.is_some() {
                 state.moved = Instant::now();
@@ -452,6 +482,7 @@ impl Drop for Reader {
     fn drop(&mut self) {
         let mut state = self.ring.state();
         let at = state.readers.iter().find(|place| place.id == self.id).map_or(0, |place| place.at);
+        state.taken = state.taken.max(at);
         state.readers.retain(|place| place.id != self.id);
         if state.readers.is_empty() {
             state.alone = Some((Instant::now(), at));
@@ -653,7 +684,7 @@ mod tests {
             outbox.send(&batch(128)).await.unwrap();
             assert!(held(&outbox) <= 2 * (MAX + 128));
         }
-        outbox.close(&turn, &Batch::new(), &Ok(()));
+        outbox.close(&turn, &Batch::new(), &Ok(()), None);
         let mut back = hook.read(None).unwrap();
         let events = take(&mut back, 999);
         let kept = MAX as u64 / 128;
@@ -675,7 +706,7 @@ mod tests {
         }
         outbox.send(&batch(64)).await.unwrap();
         assert!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")).is_pending());
-        outbox.close(&turn, &Batch::new(), &Ok(()));
+        outbox.close(&turn, &Batch::new(), &Ok(()), None);
         assert!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")).is_pending());
         assert_eq!(take(&mut reader, 9), [("gap", 0), ("text", 1), ("done", 2)]);
         assert_eq!(reader.poll_next(&mut cx, 0, |_| panic!("no credit")), Poll::Ready(0));

@@ -142,6 +142,8 @@ impl Process {
         }
         let tls = build::tls(plan)?;
         let app = App::new(build::live(plan, &lasting)?, lasting.meters.clone(), plan.limits.connections);
+        lasting.meters.register(|registry| lasting.courier.register(registry));
+        beside.spawn(lasting.courier.clone().run());
         let limits = Limits {
             handshake: plan.limits.handshake,
             head: plan.limits.head,
@@ -217,6 +219,8 @@ impl Process {
             tracing::warn!(cut, "drain time is over");
             let _ = timeout(LAST_WORD, drain.closed()).await;
         }
+        // Turns have said their last word; what became of them is told before whoever is told it stops.
+        self.lasting.courier.close(LAST_WORD).await;
         // What is behind the gateway stops after it: its turns were ours.
         self.closing.send_replace(true);
         let _ = timeout(LAST_WORD, async { while self.model.join_next().await.is_some() {} }).await;

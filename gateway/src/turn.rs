@@ -19,7 +19,8 @@ pub async fn run(mut turn: Turn, mut prompt: Prompt, mut chain: Chain, upstream:
     };
     let mut last = Batch::new();
     let end = chain.end(end, &mut last, &mut turn.record); // what is still held gets its last verdict
-    let record = outbox.close(&turn, &last, &end); // the ending in the client's own dialect
+    let slip = watch.slip(&turn, &prompt, &end); // for what the orchestrator hears of it, once the client has taken it
+    let record = outbox.close(&turn, &last, &end, slip); // the ending in the client's own dialect
     watch.end(&turn, &prompt, &chain, &record, &end); // one log line, metrics, the span's end
 }
 
@@ -27,6 +28,7 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
     chain.prompt(prompt).await?;
     watch.admitted(prompt);
     let mut answer: Answer = upstream.open(prompt).await?; // retries live in here: before the first byte only
+    watch.answered(answer.endpoint());
     let mut batch = Batch::new();
     let mut more = answer.next(&mut batch).await?; // the first events say whose answer it is
     chain.head(&mut answer.head)?;

@@ -141,7 +141,8 @@ impl Voice {
     }
 
     /// The end: exactly one, and a cut never looks like a success.
-    pub(crate) fn close(&mut self, turn: &Turn, record: &Record, end: &End, seq: u64, bytes: &mut Vec<u8>, add: Add<'_>) {
+    /// Gives the verdict that it carries.
+    pub(crate) fn close(&mut self, turn: &Turn, record: &Record, end: &End, seq: u64, bytes: &mut Vec<u8>, add: Add<'_>) -> Option<String> {
         let digest = std::mem::take(&mut self.digest).finish();
         let verdict = record.seal.as_ref().and_then(|seal| seal(record, *digest.as_bytes()));
         let refusal = match end {
@@ -150,7 +151,7 @@ impl Voice {
             Err(stop @ (Stop::Failed(_) | Stop::Gone(_))) => {
                 match &self.manner {
                     Manner::Chat => {
-                        let error = ErrorEvent { verdict, ..ErrorEvent::of(stop, Some(turn.id), seq.checked_sub(1)) };
+                        let error = ErrorEvent { verdict: verdict.clone(), ..ErrorEvent::of(stop, Some(turn.id), seq.checked_sub(1)) };
                         written(ErrorEvent::NAME, bytes, add, |bytes| error.write(bytes));
                     }
                     Manner::Chunks(_) => {
@@ -159,7 +160,7 @@ impl Voice {
                     // The response's status says it.
                     Manner::Whole { .. } => {}
                 }
-                return;
+                return verdict;
             }
         };
         let tail = Tail { outcome: record.outcome, verdict: verdict.as_deref() };
@@ -170,13 +171,13 @@ impl Voice {
                     outcome: Some(record.outcome),
                     usage: record.usage,
                     refusal: refusal.map(RefusalObject::from),
-                    verdict,
+                    verdict: verdict.clone(),
                 };
                 written(Done::NAME, bytes, add, |bytes| done.write(bytes));
             }
             Manner::Chunks(chunks) => {
                 let finishes = finishes(&self.finishes, &chunks.spoken, refusal);
-                let Some(envelope) = &chunks.envelope else { return };
+                let Some(envelope) = &chunks.envelope else { return verdict };
                 for (index, (choice, finish)) in finishes.iter().enumerate() {
                     let is_last = !chunks.include_usage && index + 1 == finishes.len();
                     written("chunk", bytes, add, |bytes| envelope.finish(bytes, *choice, *finish, is_last.then_some(tail)));
@@ -195,6 +196,7 @@ impl Voice {
             }
             Manner::Whole { envelope: None, .. } => {}
         }
+        verdict
     }
 }
 

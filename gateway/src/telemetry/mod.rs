@@ -21,7 +21,7 @@ pub use histogram::{Histogram, Tally};
 pub use meters::{Meters, RouteMeters};
 pub use spans::Flush;
 
-use crate::live::Route;
+use crate::{delivery::Slip, live::Route};
 
 /// Watches one turn.
 pub struct Watch {
@@ -31,6 +31,7 @@ pub struct Watch {
     trace: Trace,
     begun: Instant,
     admitted: Option<Instant>,
+    endpoint: Option<Box<str>>,
     read: Instant,
     first: Option<Instant>,
     last: Option<Instant>,
@@ -76,6 +77,7 @@ impl Watch {
             trace,
             begun: now,
             admitted: None,
+            endpoint: None,
             read: now,
             first: None,
             last: None,
@@ -94,6 +96,17 @@ impl Watch {
         self.span.record("tenant", tracing::field::display(&prompt.principal.tenant));
         // A turn has one owner: the first to be named.
         let _ = self.owner.set(prompt.principal.clone());
+    }
+
+    /// That endpoint of the upstream answers.
+    pub fn answered(&mut self, endpoint: &str) {
+        self.endpoint = Some(endpoint.into());
+    }
+
+    /// The slip of the turn, where there is somebody to tell what became of it.
+    pub fn slip(&self, turn: &Turn, prompt: &Prompt, end: &End) -> Option<Slip> {
+        let Route { courier, upstream, .. } = &*self.route;
+        courier.slip(upstream, self.admitted.map(|_| self.endpoint.as_deref()), turn, prompt, end)
     }
 
     /// A batch came from the upstream.

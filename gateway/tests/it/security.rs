@@ -448,6 +448,7 @@ async fn with_broken_filter(at: At, upstream: &Upstream) -> Gateway {
             upstream: route.upstream.clone(),
             filters,
             meters: lasting.meters.route(&route.plan.name),
+            courier: lasting.courier.clone(),
         })
     });
     let routes = routes.collect();
