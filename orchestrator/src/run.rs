@@ -156,6 +156,20 @@ impl Run {
         }
     }
 
+    /// Waits for something that is not the model, as long as the turn may go on.
+    ///
+    /// Errors: the turn has ended with this stop.
+    pub(crate) async fn meanwhile(&mut self, work: impl Future<Output = ()>) -> Result<(), Stop> {
+        let waited = within(&mut self.lease, &mut self.deadline, None, &self.orchestrator.metrics, async {
+            work.await;
+            Ok(())
+        });
+        match waited.await {
+            Ok(()) => Ok(()),
+            Err(stop) => Err(self.end(stop)),
+        }
+    }
+
     /// Ends the turn early.
     pub(crate) fn end(&mut self, stop: Stop) -> Stop {
         self.batch.clear();

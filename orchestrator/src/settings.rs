@@ -65,7 +65,7 @@ impl Default for Limits {
         Limits {
             connections: 8192,
             turns: 4096,
-            socket_turns: 8,
+            socket_turns: headgate_contracts::wire::hop::MAX_TURNS,
             session_grace: Duration::from_millis(250),
             body: 1 << 20,
             head: 16 << 10,

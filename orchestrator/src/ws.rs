@@ -1,7 +1,8 @@
-//! Many turns on one WebSocket: each is dispatched as a frame, and its verdict binds the exact bytes of the frame's `payload`.
+//! Many turns on one WebSocket: each is dispatched as a frame, its verdict binds the exact bytes of the frame's `payload`, and it
+//! sends as much as it was given credit for, so that a turn nobody reads stops its own model and no other turn.
 
 use std::{
-    fmt,
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -11,22 +12,19 @@ use futures_util::{
     stream::{self, BoxStream, SelectAll},
 };
 use headgate_contracts::{
-    Code, Fault, Stop, TurnId,
+    Code, Fault, Gone, Stop, TurnId,
     wire::{
         chat::{self, Done, ErrorEvent, Open},
         frames,
+        hop::{self, DispatchFrame, Headers},
     },
 };
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{HeaderMap, Request, Response};
 use hyper::{
     body::Incoming,
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::rt::TokioIo;
-use serde::{
-    Deserialize,
-    de::{Deserializer, MapAccess, Visitor},
-};
 use tokio::{
     sync::{mpsc, watch},
     time::{MissedTickBehavior, interval, timeout},
@@ -88,64 +86,18 @@ pub(crate) fn upgrade(caller: socket::Request, mut request: Request<Incoming>, s
     }
 }
 
-/// What a caller may send.
-#[derive(Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-enum Frame {
-    /// Dispatches a turn: the bytes of `payload` are what the body of a request would be.
-    Turn { turn_id: TurnId, payload: String, headers: Headers },
-    /// Stops one.
-    Stop { turn_id: TurnId },
-}
-
-/// The headers that a request would carry. Kept as they come: the same name twice is for the court to refuse.
-struct Headers(HeaderMap);
-
-/// The headers that mean something here.
-const KNOWN: [&str; 7] =
-    ["policy-verdict", "policy-version", "constitution-hash", "content-digest", "idempotency-key", "traceparent", "tracestate"];
-
-impl<'de> Deserialize<'de> for Headers {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Headers, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = Headers;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of headers by name")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Headers, A::Error> {
-                let unfit = |_| serde::de::Error::custom("not a header");
-                let mut headers = HeaderMap::new();
-                while let Some((name, value)) = map.next_entry::<String, String>()? {
-                    let name = name.parse::<HeaderName>().map_err(|_| unfit(()))?;
-                    if !KNOWN.contains(&name.as_str()) || headers.len() >= 2 * KNOWN.len() {
-                        return Err(unfit(()));
-                    }
-                    headers.append(name, HeaderValue::from_str(&value).map_err(|_| unfit(()))?);
-                }
-                Ok(Headers(headers))
-            }
-        }
-        from.deserialize_map(Fields)
-    }
-}
-
-impl Frame {
-    fn parse(text: &str) -> Result<Frame, Fault> {
-        // serde_json's own words may quote what it read.
-        serde_json::from_str(text).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => Fault::client(Code::InvalidRequest).saying("expected a frame of type turn or stop"),
-            serde_json::error::Category::Syntax | serde_json::error::Category::Eof | serde_json::error::Category::Io => {
-                Fault::client(Code::MalformedJson)
-            }
-        })
-    }
-}
-
-/// What the reading side asks of the writing side.
+/// What the reading side asks of the writing side, in the order in which it came.
 enum Asked {
-    Turn { turn_id: TurnId, payload: String, headers: HeaderMap },
+    Frame(DispatchFrame),
     Complain(Fault),
+}
+
+/// What the caller said of a turn since it dispatched it.
+#[derive(Clone, Copy)]
+struct Wish {
+    /// How many bytes of frames it may have sent, counted from its beginning.
+    granted: u64,
+    is_stopped: bool,
 }
 
 /// Speaks with one caller until either side is done. Leaving stops all turns of the socket.
@@ -166,7 +118,7 @@ pub(crate) async fn serve(orchestrator: Arc<Orchestrator>, upgrade: OnUpgrade, c
     // Both sides in one task: neither can outlive the other.
     let farewell = tokio::select! {
         biased;
-        farewell = read(&orchestrator, inward, ask) => farewell,
+        farewell = read(inward, ask) => farewell,
         farewell = write(&orchestrator, &mut outward, asked, closed) => farewell,
     };
     if let Some(code) = farewell {
@@ -177,11 +129,7 @@ pub(crate) async fn serve(orchestrator: Arc<Orchestrator>, upgrade: OnUpgrade, c
 }
 
 /// Reads frames until the caller is gone. Gives what to say in farewell, where there is somebody to say it to.
-async fn read(
-    orchestrator: &Orchestrator,
-    mut inward: impl Stream<Item = tungstenite::Result<Message>> + Unpin,
-    ask: mpsc::Sender<Asked>,
-) -> Option<CloseCode> {
+async fn read(mut inward: impl Stream<Item = tungstenite::Result<Message>> + Unpin, ask: mpsc::Sender<Asked>) -> Option<CloseCode> {
     loop {
         let message = match timeout(3 * PING, inward.next()).await {
             Ok(Some(Ok(message))) => message,
@@ -191,14 +139,7 @@ async fn read(
             Ok(Some(Err(_)) | None) | Err(_) => return None,
         };
         let asked = match message {
-            Message::Text(text) => match Frame::parse(text.as_str()) {
-                Ok(Frame::Turn { turn_id, payload, headers: Headers(headers) }) => Asked::Turn { turn_id, payload, headers },
-                Ok(Frame::Stop { turn_id }) => {
-                    orchestrator.runs.stop(turn_id);
-                    continue;
-                }
-                Err(fault) => Asked::Complain(fault),
-            },
+            Message::Text(text) => DispatchFrame::parse(text.as_str()).map_or_else(Asked::Complain, Asked::Frame),
             Message::Ping(_) | Message::Pong(_) => continue,
             Message::Binary(_) => return Some(CloseCode::Unsupported),
             // tungstenite has answered it.
@@ -209,6 +150,8 @@ async fn read(
 }
 
 /// Writes the events of all turns of the socket. A turn's next batch is read once the one before it has been taken.
+///
+/// Stops and credit come this way too, behind the turn they are about: one that overtook it would be lost.
 async fn write(
     orchestrator: &Arc<Orchestrator>,
     outward: &mut (impl Sink<Message> + Unpin),
@@ -216,14 +159,14 @@ async fn write(
     mut closed: watch::Receiver<bool>,
 ) -> Option<CloseCode> {
     let mut turns: SelectAll<BoxStream<'static, Written>> = SelectAll::new();
-    // Not their number in the set: a stream that has given its last is taken out only when it is asked again.
-    let mut open = 0;
+    // Not those of the set: a stream that has given its last is taken out only when it is asked again.
+    let mut open: HashMap<TurnId, watch::Sender<Wish>> = HashMap::new();
     let mut ping = interval(PING);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ping.reset();
     let mut draining = false;
     loop {
-        if draining && open == 0 {
+        if draining && open.is_empty() {
             return Some(CloseCode::Restart);
         }
         let messages = tokio::select! {
@@ -232,22 +175,47 @@ async fn write(
                 draining = true;
                 continue;
             }
-            frame = asked.recv() => match frame? {
-                Asked::Turn { turn_id, .. } if open >= orchestrator.settings.limits.socket_turns => {
+            asked = asked.recv() => match asked? {
+                Asked::Frame(DispatchFrame::Turn { turn_id, .. }) if open.len() >= orchestrator.settings.limits.socket_turns => {
                     let full = Fault::client(Code::Overloaded).saying("the socket has as many open turns as it may");
                     orchestrator.metrics.undecided(Route::WebSocket).refused(full.code);
-                    vec![complaint(full.into(), Some(turn_id))]
+                    vec![untaken(full.into(), Some(turn_id))]
                 }
-                Asked::Turn { turn_id, payload, headers } => {
-                    open += 1;
-                    turns.push(turn(orchestrator.clone(), turn_id, payload, headers));
+                Asked::Frame(DispatchFrame::Turn { turn_id, .. }) if open.contains_key(&turn_id) => {
+                    // Said of no turn: as the end of one it would be taken for that of the turn that goes on.
+                    let twice = Fault::client(Code::TurnConflict);
+                    orchestrator.metrics.undecided(Route::WebSocket).refused(twice.code);
+                    vec![complaint(twice.into(), None)]
+                }
+                Asked::Frame(DispatchFrame::Turn { turn_id, payload, headers: Headers(headers), credit }) => {
+                    let (steer, wish) = watch::channel(Wish { granted: credit.map_or(u64::MAX, u64::from), is_stopped: false });
+                    open.insert(turn_id, steer);
+                    turns.push(turn(orchestrator.clone(), Dispatch { turn_id, payload, headers, wish }));
                     continue;
                 }
+                Asked::Frame(DispatchFrame::Stop { turn_id }) => {
+                    // Before it has its place among the open turns nobody else knows of it.
+                    if let Some(steer) = open.get(&turn_id) {
+                        steer.send_modify(|wish| wish.is_stopped = true);
+                    }
+                    orchestrator.runs.stop(turn_id);
+                    continue;
+                }
+                Asked::Frame(DispatchFrame::Credit { turn_id, bytes }) => {
+                    if let Some(steer) = open.get(&turn_id) {
+                        steer.send_modify(|wish| wish.granted = wish.granted.saturating_add(bytes.into()));
+                    }
+                    continue;
+                }
+                // No turn of ours asks anything: an answer is to a question that nobody waits for.
+                Asked::Frame(DispatchFrame::Confirm { .. }) => continue,
                 Asked::Complain(fault) => vec![complaint(fault.into(), None)],
             },
             written = turns.next(), if !turns.is_empty() => match written {
                 Some(Written { messages, last }) => {
-                    open -= usize::from(last);
+                    if let Some(turn) = last {
+                        open.remove(&turn);
+                    }
                     messages
                 }
                 None => continue,
@@ -267,38 +235,48 @@ async fn write(
     }
 }
 
-/// The frames of one batch of a turn.
+/// The frames of one batch of a turn, as many as it has credit for.
 struct Written {
     messages: Vec<Message>,
-    /// Whether the turn has ended with them.
-    last: bool,
+    /// The turn, where it has ended with them.
+    last: Option<TurnId>,
+}
+
+/// What a turn is begun with.
+struct Dispatch {
+    turn_id: TurnId,
+    payload: String,
+    headers: HeaderMap,
+    wish: watch::Receiver<Wish>,
 }
 
 /// The events of one turn, batch by batch.
-fn turn(orchestrator: Arc<Orchestrator>, turn_id: TurnId, payload: String, headers: HeaderMap) -> BoxStream<'static, Written> {
+fn turn(orchestrator: Arc<Orchestrator>, dispatch: Dispatch) -> BoxStream<'static, Written> {
     enum State {
-        Asked { payload: String, headers: HeaderMap },
+        Asked(Dispatch),
         Open(Box<Turn>),
         Over,
     }
-    let events = stream::unfold(State::Asked { payload, headers }, move |state| {
+    let events = stream::unfold(State::Asked(dispatch), move |state| {
         let orchestrator = orchestrator.clone();
         async move {
             match state {
-                State::Asked { payload, headers } => match begin(&orchestrator, turn_id, payload, headers).await {
-                    Ok(run) => {
-                        let mut turn = Box::new(Turn { run, seq: 0, object: Vec::new() });
-                        let open = turn.event(Open::NAME, |run, object| sse::open(run).write(object));
-                        Some((Written { messages: vec![open], last: false }, State::Open(turn)))
+                State::Asked(dispatch) => {
+                    let Dispatch { turn_id, payload, headers, wish } = dispatch;
+                    match begin(&orchestrator, turn_id, payload, headers, &wish).await {
+                        Ok(run) => {
+                            // The first batch has been read, and is given as the next one.
+                            let at = run.batch.events().len();
+                            let mut turn = Box::new(Turn { run, wish, sent: 0, at, seq: 0, object: Vec::new() });
+                            let open = turn.event(Open::NAME, |run, object| sse::open(run).write(object));
+                            Some((Written { messages: vec![open], last: None }, State::Open(turn)))
+                        }
+                        Err(refusal) => Some((Written { messages: vec![refusal], last: Some(turn_id) }, State::Over)),
                     }
-                    Err(Refused(stop, turn)) => {
-                        let messages = vec![complaint(stop, turn.or(Some(turn_id)))];
-                        Some((Written { messages, last: true }, State::Over))
-                    }
-                },
+                }
                 State::Open(mut turn) => {
                     let written = turn.step().await;
-                    let next = if written.last { State::Over } else { State::Open(turn) };
+                    let next = if written.last.is_some() { State::Over } else { State::Open(turn) };
                     Some((written, next))
                 }
                 State::Over => None,
@@ -308,9 +286,16 @@ fn turn(orchestrator: Arc<Orchestrator>, turn_id: TurnId, payload: String, heade
     events.boxed()
 }
 
-async fn begin(orchestrator: &Arc<Orchestrator>, turn_id: TurnId, payload: String, headers: HeaderMap) -> Result<Run, Refused> {
+/// The turn whose model has begun to answer, or the frame that says why there is none.
+async fn begin(
+    orchestrator: &Arc<Orchestrator>,
+    turn_id: TurnId,
+    payload: String,
+    headers: HeaderMap,
+    wish: &watch::Receiver<Wish>,
+) -> Result<Run, Message> {
     let undecided = orchestrator.metrics.undecided(Route::WebSocket);
-    let begun = async {
+    let taken = async {
         if payload.len() > orchestrator.settings.limits.body {
             return Err(Fault::client(Code::PayloadTooLarge).into());
         }
@@ -319,45 +304,80 @@ async fn begin(orchestrator: &Arc<Orchestrator>, turn_id: TurnId, payload: Strin
         if admitted.prompt.turn != turn_id {
             return Err(Fault::client(Code::InvalidRequest).saying("turn_id: the payload names another turn").into());
         }
-        drop(payload);
-        let mut run = Run::begin(orchestrator, Route::WebSocket, admitted).await?;
-        run.open(None).await.map_err(|stop| Refused(stop, Some(turn_id)))?;
-        Ok(run)
+        Ok(Run::begin(orchestrator, Route::WebSocket, admitted).await?)
     };
-    let begun = begun.await;
-    match &begun {
-        Ok(_) => undecided.accepted(),
-        Err(Refused(stop, _)) => undecided.refused(stop.code()),
+    let mut run = match taken.await {
+        Ok(run) => run,
+        Err(Refused(stop, turn)) => {
+            undecided.refused(stop.code());
+            return Err(untaken(stop, turn.or(Some(turn_id))));
+        }
+    };
+    drop(payload);
+    // A stop that came before the turn had its place; a later one finds it there.
+    let opened = if wish.borrow().is_stopped { Err(run.end(Gone::Stopped.into())) } else { run.open(None).await };
+    match opened {
+        Ok(()) => {
+            undecided.accepted();
+            Ok(run)
+        }
+        Err(stop) => {
+            undecided.refused(stop.code());
+            Err(complaint(stop, Some(turn_id)))
+        }
     }
-    begun
 }
 
 /// A turn whose events are written as frames.
 struct Turn {
     run: Run,
+    wish: watch::Receiver<Wish>,
+    /// Bytes of frames written so far: what takes credit.
+    sent: u64,
+    /// The next event of the batch.
+    at: usize,
     seq: u64,
     object: Vec<u8>,
 }
 
 impl Turn {
     async fn step(&mut self) -> Written {
-        match self.run.advance(None).await {
-            Ok(true) => {
-                let mut messages = Vec::with_capacity(self.run.batch.events().len());
-                for at in 0..self.run.batch.events().len() {
-                    messages.extend(self.written(at));
-                }
-                Written { messages, last: false }
-            }
-            Ok(false) => {
+        match self.frames().await {
+            Ok(Some(messages)) => Written { messages, last: None },
+            Ok(None) => {
                 let done = self.event(Done::NAME, |run, object| sse::done(run).write(object));
-                Written { messages: vec![done], last: true }
+                Written { messages: vec![done], last: Some(self.run.turn) }
             }
             Err(stop) => {
                 let error = self.event(ErrorEvent::NAME, |run, object| ErrorEvent::of(&stop, Some(run.turn), None).write(object));
-                Written { messages: vec![error], last: true }
+                Written { messages: vec![error], last: Some(self.run.turn) }
             }
         }
+    }
+
+    /// The next events, as many as there is credit for; without any it is waited for, and the model is not read. `None`: that was all.
+    async fn frames(&mut self) -> Result<Option<Vec<Message>>, Stop> {
+        if self.at >= self.run.batch.events().len() {
+            self.at = 0;
+            if !self.run.advance(None).await? {
+                return Ok(None);
+            }
+        }
+        let (sent, mut granted) = (self.sent, self.wish.borrow().granted);
+        if granted <= sent {
+            let credit = async {
+                // Its other end lives as long as the socket.
+                let _ = self.wish.wait_for(|wish| wish.granted > sent).await;
+            };
+            self.run.meanwhile(credit).await?;
+            granted = self.wish.borrow().granted;
+        }
+        let mut messages = Vec::with_capacity(self.run.batch.events().len().saturating_sub(self.at));
+        while self.at < self.run.batch.events().len() && self.sent < granted {
+            messages.extend(self.written(self.at));
+            self.at += 1;
+        }
+        Ok(Some(messages))
     }
 
     /// The frame of one event of the batch, where it has one.
@@ -378,8 +398,17 @@ impl Turn {
         let mut out = Vec::with_capacity(self.object.len() + 96);
         frames::frame(&mut out, name, &self.run.turn, self.seq, &self.object);
         self.seq += 1;
+        self.sent += out.len() as u64;
         text(out)
     }
+}
+
+/// The `error` frame of a turn that was not taken: nothing was done for it, and it may be tried elsewhere.
+fn untaken(stop: Stop, turn: Option<TurnId>) -> Message {
+    let (mut object, mut out) = (Vec::new(), Vec::new());
+    ErrorEvent::of(&stop, turn, None).write(&mut object);
+    hop::untaken(&mut out, &object);
+    text(out)
 }
 
 /// The `error` frame of what never became a turn.

@@ -50,15 +50,30 @@ impl Socket {
 
     /// The frames of one turn, to its end; those of other turns are dropped. Checks numbers and ids.
     async fn turn(&mut self, id: &str) -> Vec<Value> {
+        let open = loop {
+            let frame = self.frame().await;
+            if frame["turn_id"] == id {
+                break frame;
+            }
+        };
+        assert_eq!((&open["type"], &open["seq"]), (&json!("open"), &json!(0)), "{open}");
+        let mut frames = vec![open];
+        frames.append(&mut self.rest(id, 1).await);
+        frames
+    }
+
+    /// The same from the frame of that number on.
+    async fn rest(&mut self, id: &str, mut seq: u64) -> Vec<Value> {
         let mut frames: Vec<Value> = Vec::new();
         loop {
             let frame = self.frame().await;
             if frame["turn_id"] != id {
                 continue;
             }
-            assert_eq!(frame["seq"], frames.len(), "{frame}");
+            assert_eq!(frame["seq"], seq, "{frame}");
+            seq += 1;
             let end = frame["type"] == "done" || frame["type"] == "error";
-            assert_eq!(frame["type"] == "open", frames.is_empty(), "{frame}");
+            assert_ne!(frame["type"], "open", "{frame}");
             frames.push(frame);
             if end {
                 return frames;
@@ -222,6 +237,80 @@ async fn a_stop_frame_ends_its_turn_alone() {
     assert_eq!((&end["type"], &end["code"], &end["turn_id"]), (&json!("error"), &json!("stopped"), &json!(one.id)));
     within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
     assert_eq!(desk.orchestrator.open_turns(), 1);
+}
+
+#[tokio::test]
+async fn a_turn_sends_as_much_as_it_has_credit_for_and_one_event_more_and_stalls_no_neighbour() {
+    let flood = Answer::openai("demo", &[&"x".repeat(1000)]).cut(Cut::Events);
+    let endless = Script::new().read().sse().send(flood[0].clone()).flood(flood[1].clone());
+    let quick = saying(&["quick"]);
+    let model = Upstream::answering(move |request| {
+        let is_slow = words(request).iter().any(|word| word.ends_with("slow"));
+        if is_slow { endless.clone() } else { quick.clone() }
+    })
+    .await;
+    let desk = Desk::before(&model).await;
+    let mut socket = Socket::open(&desk).await;
+    let slow = desk.turn("s1", "slow");
+    let mut frame = dispatch(&slow);
+    frame["credit"] = json!(3000);
+    socket.send(&frame).await;
+    // Each event is said whole, the one too that takes the last of the credit.
+    let mut sent = 0;
+    let mut seq = 0;
+    while sent < 3000 {
+        let frame = socket.frame().await;
+        assert_eq!((&frame["turn_id"], &frame["seq"]), (&json!(slow.id), &json!(seq)));
+        (sent, seq) = (sent + frame.to_string().len(), seq + 1);
+    }
+    for n in 0..3 {
+        let turn = desk.turn(&format!("q{n}"), "hello");
+        socket.send(&dispatch(&turn)).await;
+        // Every frame until its end is its own: the slow one says nothing.
+        assert_eq!(socket.frame().await["turn_id"], turn.id);
+        assert_eq!(text(&socket.rest(&turn.id, 1).await), "quick");
+    }
+    model.blocked().await;
+    // What was sent beyond the credit is owed.
+    socket.send(&json!({"type": "credit", "turn_id": slow.id, "bytes": sent - 3000 + 1})).await;
+    let frame = socket.frame().await;
+    assert_eq!((&frame["turn_id"], &frame["seq"]), (&json!(slow.id), &json!(seq)));
+    // Without credit it is stopped as well as with it.
+    socket.send(&json!({"type": "stop", "turn_id": slow.id})).await;
+    let end = socket.frame().await;
+    assert_eq!((&end["turn_id"], &end["code"]), (&json!(slow.id), &json!("stopped")));
+    desk.idle().await;
+}
+
+#[tokio::test]
+async fn a_stop_that_comes_with_its_turn_is_not_lost() {
+    let model = Upstream::always(Script::new().read().stall()).await;
+    let desk = Desk::before(&model).await;
+    let mut socket = Socket::open(&desk).await;
+    for n in 0..20 {
+        let turn = desk.turn(&format!("s{n}"), "hello");
+        socket.0.feed(Message::text(dispatch(&turn).to_string())).await.unwrap();
+        socket.0.feed(Message::text(json!({"type": "stop", "turn_id": turn.id}).to_string())).await.unwrap();
+        socket.0.flush().await.unwrap();
+        let end = socket.frame().await;
+        assert_eq!((&end["turn_id"], &end["code"]), (&json!(turn.id), &json!("stopped")));
+    }
+    desk.idle().await;
+}
+
+#[tokio::test]
+async fn a_turn_that_is_not_taken_says_so_and_one_whose_model_fails_does_not() {
+    let model = Upstream::always(Script::new().read().close()).await;
+    let desk = Desk::before(&model).await;
+    let mut socket = Socket::open(&desk).await;
+    let mut unsigned = dispatch(&desk.turn("s1", "one"));
+    unsigned["headers"].as_object_mut().unwrap().remove("policy-verdict");
+    socket.send(&unsigned).await;
+    let refused = socket.frame().await;
+    assert_eq!((&refused["code"], &refused["taken"]), (&json!("verdict_invalid"), &json!(false)));
+    socket.send(&dispatch(&desk.turn("s1", "one"))).await;
+    let failed = socket.frame().await;
+    assert_eq!((&failed["code"], failed.get("taken"), failed.get("seq")), (&json!("upstream_reset"), None, None));
 }
 
 #[tokio::test]
