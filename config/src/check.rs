@@ -23,7 +23,7 @@ use crate::{
     Disk, Environment,
     effect::{Bounds, Effect, Link},
     fault::{Fault, did_you_mean},
-    file::{self, AdminListen, File, Kind, Origin, Protocol, SigningKey},
+    file::{self, AdminListen, File, Hop, Kind, Origin, Protocol, SigningKey},
     plan::{self, Origins, PathPattern, Plan, PolicyKey},
     tree::{Node, Path, Scalar, Source, Step as PathStep, Value},
 };
@@ -248,7 +248,9 @@ impl Check<'_> {
 
     fn limits(&mut self, limits: &file::Limits, at: &Path) {
         self.within(&at.key("connections"), limits.connections.get(), 1..=1_000_000);
-        for (name, value) in [("handshake", limits.handshake), ("head", limits.head), ("body", limits.body), ("stall", limits.stall), ("idle", limits.idle)] {
+        for (name, value) in
+            [("handshake", limits.handshake), ("head", limits.head), ("body", limits.body), ("stall", limits.stall), ("idle", limits.idle)]
+        {
             self.span(&at.key(name), value, seconds(1)..=seconds(600));
         }
         self.within(&at.key("head_bytes"), limits.head_bytes, Bytes(8 << 10)..=Bytes(256 << 10));
@@ -363,6 +365,7 @@ impl Check<'_> {
         self.inert_of_upstream(upstream, at);
         plan::Upstream {
             protocol: upstream.protocol,
+            hop: upstream.hop,
             endpoints: upstream.endpoints.iter().map(|endpoint| endpoint.0.clone()).collect(),
             model: upstream.model.clone(),
             authorization: upstream.authorization.as_ref().and_then(|secret| self.secret(secret, &at.key("authorization"))),
@@ -397,6 +400,10 @@ impl Check<'_> {
                 &at.key("tls").key("ca"),
                 problem("no endpoint is `https`, so nobody is asked for a certificate").remedy("write `https://`, or remove `ca`"),
             );
+        }
+        if self.is_written(&at.key("hop")) && upstream.protocol != Protocol::Orchestrator {
+            let remedy = "remove `hop`, or write `protocol: orchestrator`";
+            self.refuse(&at.key("hop"), problem("`hop` says how turns travel to an orchestrator, and this is none").remedy(remedy));
         }
         if upstream.protocol == Protocol::Http {
             for (name, written) in [("model", upstream.model.is_some()), ("authorization", upstream.authorization.is_some())] {
@@ -653,6 +660,7 @@ impl Check<'_> {
             line_bytes: upstream.line_bytes as u64,
             event_bytes: upstream.event_bytes as u64,
             upstream_head_bytes: upstream.head_bytes as u64,
+            shares_socket: upstream.hop == Hop::WebSocket,
         };
         let effect = match kind {
             Kind::Chat | Kind::OpenAi => Effect::of(&route.filters, &built, &flow, &bounds),
@@ -1038,7 +1046,10 @@ impl Check<'_> {
             let is_broker = broker.parse::<http::uri::Authority>().is_ok_and(|named| named.port_u16().is_some_and(|port| port > 0))
                 && !broker.contains('@');
             if !is_broker {
-                self.refuse(&brokers.index(index), problem(format!("`{broker}` is no broker")).expected("`host:port`, such as `kafka-1:9092`"));
+                self.refuse(
+                    &brokers.index(index),
+                    problem(format!("`{broker}` is no broker")).expected("`host:port`, such as `kafka-1:9092`"),
+                );
             }
         }
         // Kafka's own rule.

@@ -83,6 +83,8 @@ pub(crate) struct Bounds {
     pub(crate) line_bytes: u64,
     pub(crate) event_bytes: u64,
     pub(crate) upstream_head_bytes: u64,
+    /// Its turns travel on a socket with others.
+    pub(crate) shares_socket: bool,
 }
 
 /// What a read of the upstream's socket takes at most.
@@ -113,7 +115,10 @@ impl Effect {
             ("waiting for the client", flow.max_buffered as u64 + batch),
             ("WebSocket buffers", WEBSOCKET_BYTES),
         ];
-        let parts: Vec<Part> = parts.into_iter().map(|(name, bytes)| Part { name, bytes }).collect();
+        // What has come and what has been taken over: the credit, and the event that took the last of it.
+        let frames = 2 * (u64::from(headgate_contracts::wire::hop::WINDOW) + bounds.event_bytes);
+        let of_frames = bounds.shares_socket.then_some(("frames of a shared socket", frames));
+        let parts: Vec<Part> = parts.into_iter().chain(of_frames).map(|(name, bytes)| Part { name, bytes }).collect();
         Effect {
             chain: chain.iter().map(link).collect(),
             delay: delay(chain),

@@ -350,6 +350,10 @@ pub struct Upstream {
     /// What the endpoints speak: `openai` (vLLM, llama.cpp, Ollama, OpenAI itself), `orchestrator` (Headgate's own), or `http`
     /// (anything, for plain reverse-proxy routes).
     pub protocol: Protocol,
+    /// How turns travel to an `orchestrator`: each as a request answered by server-sent `events` on a connection of its own, or many on
+    /// one `websocket`.
+    #[serde(default)]
+    pub hop: Hop,
     /// Where they are: `http://` or `https://`, a host, perhaps a port, perhaps a path that stands before the protocol's own.
     pub endpoints: Vec<Endpoint>,
     /// The model to ask for, whatever the client says.
@@ -393,6 +397,17 @@ pub enum Protocol {
     Orchestrator,
     /// Any HTTP, passed through.
     Http,
+}
+
+/// How turns travel to an orchestrator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Hop {
+    /// Each as a request of its own, answered by server-sent events.
+    #[default]
+    Events,
+    /// As frames, many on one WebSocket.
+    WebSocket,
 }
 
 /// Where an upstream is.

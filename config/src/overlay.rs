@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What an overlay may set. `*` stands for one name that the config has too; what is below a setting goes with it.
-const MAY: [&str; 32] = [
+const MAY: [&str; 33] = [
     "listen",
     "admin",
     "workers",
@@ -24,6 +24,7 @@ const MAY: [&str; 32] = [
     "redis",
     "spool",
     "upstreams.*.endpoints",
+    "upstreams.*.hop",
     "upstreams.*.authorization",
     "upstreams.*.model",
     "upstreams.*.timeouts",

@@ -13,7 +13,7 @@ use headgate_contracts::{Flow, Secret};
 use headgate_filters::Step;
 use headgate_policy::{Constitution, Issuer, Verifier};
 
-pub use crate::file::{Balance, Forwarded, Kind, Logs, Protocol};
+pub use crate::file::{Balance, Forwarded, Hop, Kind, Logs, Protocol};
 use crate::{Environment, Faults, effect::Effect, fault::Fault};
 
 /// A config, checked. A turn keeps the plan it began with.
@@ -155,6 +155,8 @@ pub struct Limits {
 pub struct Upstream {
     /// What they speak.
     pub protocol: Protocol,
+    /// How turns travel there.
+    pub hop: Hop,
     /// Where they are; at least one.
     pub endpoints: Vec<http::Uri>,
     /// The model to ask for, whatever the prompt says.

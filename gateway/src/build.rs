@@ -169,6 +169,10 @@ fn told(upstream: &plan::Upstream) -> Settings {
             // Only proxied: nothing is asked of it in any protocol of ours.
             Protocol::OpenAi | Protocol::Http => headgate_upstream::Protocol::OpenAi,
         },
+        hop: match upstream.hop {
+            plan::Hop::Events => headgate_upstream::Hop::Events,
+            plan::Hop::WebSocket => headgate_upstream::Hop::WebSocket,
+        },
         endpoints: upstream.endpoints.clone(),
         timeouts: settings::Timeouts {
             connect: upstream.connect,
