@@ -15,9 +15,11 @@ use headgate_policy::{Decision, Digest, Facts, Issuer, Ring};
 use headgate_testkit::{
     client::{self, Request},
     dialect::{Answer, Cut},
-    services::{Program, Ready, Service, Signal},
+    kafka::Kafka,
+    services::{OrSkip, Program, Ready, Service, Signal},
     soon,
     upstream::{Script, Upstream},
+    within,
 };
 use serde_json::json;
 use tokio::sync::watch;
@@ -45,14 +47,15 @@ struct House {
 }
 
 impl House {
-    fn before(model: &Upstream) -> House {
+    /// `kafka`: what more the config says of the events.
+    fn before(model: &Upstream, kafka: &str) -> House {
         let folder = tempfile::tempdir().unwrap();
         let ring = Arc::new(Ring::generate(now()).unwrap());
         fs::write(folder.path().join("gateway.jwks.json"), ring.jwks()).unwrap();
         fs::write(folder.path().join("constitution.md"), "# Be kind\n\nBe kind to whoever asks.\n").unwrap();
         let config = format!(
             "admin: {{ listen: \"off\" }}\npolicy: {{ constitution: constitution.md, version: \"7\" }}\nupstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"] }}\n\
-             orchestrator:\n  listen: 127.0.0.1:0\n  upstream: model\n  keys: file:gateway.jwks.json\n  events: {{ folder: events, cap: 16MiB }}\n",
+             orchestrator:\n  listen: 127.0.0.1:0\n  upstream: model\n  keys: file:gateway.jwks.json\n  events: {{ folder: events, cap: 16MiB{kafka} }}\n",
             model.url()
         );
         fs::write(folder.path().join("headgate.yaml"), config).unwrap();
@@ -65,8 +68,12 @@ impl House {
     }
 
     async fn start(&self) -> (Service, SocketAddr) {
-        let program =
-            Program::at(env!("CARGO_BIN_EXE_headgate")).arguments(["orchestrator"]).argument(self.folder.path().join("headgate.yaml"));
+        self.start_as(Program::at(env!("CARGO_BIN_EXE_headgate"))).await
+    }
+
+    /// `program`: what runs the orchestrator, once it is told which.
+    async fn start_as(&self, program: Program) -> (Service, SocketAddr) {
+        let program = program.arguments(["orchestrator"]).argument(self.folder.path().join("headgate.yaml"));
         let service = program.start(Ready::Line("\"running\"".to_owned())).await;
         let line = service.line("\"running\"").await;
         let told: serde_json::Value = serde_json::from_str(&line).unwrap();
@@ -106,8 +113,93 @@ fn good(folder: &Path) -> Judged {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orchestrator_killed_at_any_moment_has_kept_what_it_acknowledged_and_ends_it_once() {
-    let model = Upstream::always(Script::stream(Answer::openai("demo", &["yes", " and", " no"]).cut(Cut::Whole))).await;
-    let house = Arc::new(House::before(&model));
+    let model = answering().await;
+    let house = Arc::new(House::before(&model, ""));
+    let judged = kill(&house).await;
+    let tail = headgate(&["events", "tail", &house.events().display().to_string()]);
+    let lines = String::from_utf8(tail.stdout).unwrap();
+    assert_eq!(lines.lines().count() as u64, judged.records);
+    assert!(lines.contains("turn.completed.v1") && !lines.contains("canary"), "names and numbers, and nothing that was said");
+}
+
+#[cfg(feature = "kafka")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_has_what_an_orchestrator_killed_at_any_moment_acknowledged_in_order_and_ended_once() {
+    use headgate_orchestrator::events::verify_topic;
+    let test = "a_topic_has_what_an_orchestrator_killed_at_any_moment_acknowledged_in_order_and_ended_once";
+    let Some(kafka) = Kafka::start().await.or_skip(test) else { return };
+    let brokers = kafka.addr().to_string();
+    let model = answering().await;
+    let settings = "replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 3";
+    let house = Arc::new(House::before(&model, &format!(", kafka: {{ brokers: [\"{brokers}\"], {settings} }}")));
+    let judged = kill(&house).await;
+    // What the last of them did not live to deliver, the next one does.
+    let (mut service, _) = house.start().await;
+    let all = async {
+        while verify_topic(std::slice::from_ref(&brokers), "conversation.events").unwrap().records < judged.records {
+            // A topic cannot be waited on.
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    };
+    within(std::time::Duration::from_secs(60), all, "the topic to have everything").await;
+    service.signal(Signal::Terminate);
+    assert!(service.exited().await.success());
+    let verdict = headgate(&["events", "verify", "--ended", "--brokers", &brokers]);
+    let told = String::from_utf8(verdict.stdout).unwrap();
+    assert!(verdict.status.success() && told.contains("violations      0"), "{told}");
+    assert!(told.contains(&format!("turns begun     {}\nturns ended     {}", judged.begun, judged.ended)), "{told}");
+    let tail = headgate(&["events", "tail", "--brokers", &brokers]);
+    let lines = String::from_utf8(tail.stdout).unwrap();
+    assert!(lines.lines().count() as u64 >= judged.records && !lines.contains("canary"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_fails_under_a_running_orchestrator_takes_no_more_turns_and_nothing_acknowledged_is_lost() {
+    let test = "a_disk_that_fails_under_a_running_orchestrator_takes_no_more_turns_and_nothing_acknowledged_is_lost";
+    for fault in ["fdatasync:error=EIO", "pwrite64:error=ENOSPC"] {
+        let Some(strace) = Program::find(&["strace"], "HEADGATE_STRACE", "apt-get install strace").or_skip(test) else { return };
+        let model = answering().await;
+        let house = House::before(&model, "");
+        let call = fault.split(':').next().unwrap_or_default();
+        // The first ones succeed: a disk fails while it is used.
+        let faults = [format!("trace={call}"), format!("inject={fault}:when=12+")];
+        let strace = strace.arguments(["-f", "-qq", "-o", "/dev/null", "-e", &faults[0], "-e", &faults[1]]);
+        let (mut service, at) = house.start_as(strace.argument(env!("CARGO_BIN_EXE_headgate"))).await;
+        let mut acknowledged = BTreeSet::new();
+        let refused = loop {
+            let turn = TurnId::fresh();
+            let reply = soon(client::ask(at, &house.turn(turn, "s1")), "an answer").await.unwrap();
+            match reply.status {
+                200 => assert!(acknowledged.insert(turn) && acknowledged.len() < 100, "the fault never comes"),
+                _ => break reply,
+            }
+        };
+        assert_eq!((refused.status, refused.problem().as_deref()), (503, Ok("event_log_unavailable")), "{fault}");
+        let again = client::ask(at, &house.turn(TurnId::fresh(), "s2")).await.unwrap();
+        assert_eq!(again.status, 503, "{fault}: the disk is not asked a second time");
+        assert!(acknowledged.len() > 2, "{fault}: no turn was taken before it");
+        service.line("the event log is sealed").await;
+        service.signal(Signal::Kill);
+        service.exited().await;
+        let (mut service, at) = house.start().await;
+        assert_eq!(client::ask(at, &house.turn(TurnId::fresh(), "s3")).await.unwrap().status, 200, "{fault}");
+        service.signal(Signal::Terminate);
+        assert!(service.exited().await.success());
+        assert_eq!(good(&house.events()).open, []);
+        assert!(acknowledged.is_subset(&begun(&house.events())), "{fault}");
+    }
+}
+
+async fn answering() -> Upstream {
+    Upstream::always(Script::stream(Answer::openai("demo", &["yes", " and", " no"]).cut(Cut::Whole))).await
+}
+
+fn headgate(arguments: &[&str]) -> std::process::Output {
+    std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(arguments).output().unwrap()
+}
+
+/// Kills an orchestrator many times under load, and has its log judged each time; then lets it end in peace.
+async fn kill(house: &Arc<House>) -> Judged {
     let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
     let mut crashed = 0;
     for kill in 0..KILLS {
@@ -149,14 +241,8 @@ async fn an_orchestrator_killed_at_any_moment_has_kept_what_it_acknowledged_and_
     let judged = good(&house.events());
     assert_eq!((judged.begun, judged.open.len()), (judged.ended, 0));
 
-    let headgate = |arguments: [&str; 3]| {
-        std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(arguments).arg(house.events()).output().unwrap()
-    };
-    let verdict = headgate(["events", "verify", "--ended"]);
+    let verdict = headgate(&["events", "verify", "--ended", &house.events().display().to_string()]);
     assert!(verdict.status.success(), "{verdict:?}");
     assert!(String::from_utf8_lossy(&verdict.stdout).contains("violations      0"), "{verdict:?}");
-    let tail = std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(["events", "tail"]).arg(house.events()).output().unwrap();
-    let lines = String::from_utf8(tail.stdout).unwrap();
-    assert_eq!(lines.lines().count() as u64, judged.records);
-    assert!(lines.contains("turn.completed.v1") && !lines.contains("canary"), "names and numbers, and nothing that was said");
+    judged
 }

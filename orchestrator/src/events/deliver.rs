@@ -18,8 +18,7 @@ use tokio::runtime;
 use super::{
     Shared, Topic, Unfit,
     cursor::Cursor,
-    kafka::{Offered, Sender, check},
-    message::Message,
+    kafka::{Message, Offered, Sender, check},
     read::Follow,
 };
 

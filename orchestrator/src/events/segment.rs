@@ -123,14 +123,17 @@ pub(crate) struct Reader {
     /// What was read ahead, from `ahead_from` on.
     ahead: Vec<u8>,
     ahead_from: u64,
+    /// How much is read ahead next time: less at the end of what is written, where most of it is read before there is anything.
+    stride: usize,
 }
 
-const AHEAD_BYTES: usize = 256 << 10;
-const _: () = assert!(AHEAD_BYTES > MAX_RECORD_BYTES);
+/// How much is read ahead at least and at most, in bytes.
+const STRIDES: [usize; 2] = [32 << 10, 256 << 10];
+const _: () = assert!(STRIDES[0] > MAX_RECORD_BYTES);
 
 impl Reader {
     pub(crate) fn new(file: File) -> Reader {
-        Reader { file, at: 0, ahead: Vec::new(), ahead_from: 0 }
+        Reader { file, at: 0, ahead: Vec::new(), ahead_from: 0, stride: STRIDES[0] }
     }
 
     /// Where the next record should begin, in bytes from the segment's beginning.
@@ -161,7 +164,9 @@ impl Reader {
 
     fn refill(&mut self) -> io::Result<usize> {
         let left = self.file.metadata()?.len().saturating_sub(self.at);
-        self.ahead.resize(AHEAD_BYTES.min(usize::try_from(left).unwrap_or(usize::MAX)), 0);
+        let read = usize::try_from(self.at - self.ahead_from).unwrap_or(usize::MAX);
+        self.stride = if read >= self.stride / 2 { (self.stride * 2).min(STRIDES[1]) } else { STRIDES[0] };
+        self.ahead.resize(self.stride.min(usize::try_from(left).unwrap_or(usize::MAX)), 0);
         self.ahead_from = self.at;
         let mut filled = 0;
         while let Some(room) = self.ahead.get_mut(filled..).filter(|room| !room.is_empty()) {

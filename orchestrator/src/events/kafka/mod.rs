@@ -1,6 +1,7 @@
 //! Speaks to Kafka, through librdkafka: checks a topic, writes to it in order, reads it back.
 
 mod check;
+mod message;
 mod read;
 mod write;
 
@@ -16,6 +17,7 @@ pub use read::{Unread, follow_topic, verify_topic};
 pub use write::{Place, Producer, Unacknowledged};
 pub(super) use {
     check::check,
+    message::Message,
     write::{Offered, Sender},
 };
 

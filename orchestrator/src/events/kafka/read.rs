@@ -3,26 +3,25 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     io,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     config::FromClientConfigAndContext,
     consumer::{BaseConsumer, Consumer as _, ConsumerContext},
-    error::KafkaError,
+    error::{KafkaError, RDKafkaErrorCode},
     message::{BorrowedMessage, Headers as _},
     types::RDKafkaRespErr,
 };
 
-use super::{Told, client};
-use crate::events::{
-    message,
-    verify::{Judge, Judged},
-};
+use super::{Told, client, message};
+use crate::events::verify::{Judge, Judged};
 
 /// How long nothing may come from a topic that has more.
 const SILENCE: Duration = Duration::from_secs(30);
+/// How often whoever follows a silent topic is told that there is nothing new.
+const MOMENT: Duration = Duration::from_millis(500);
 /// How long the brokers may take to tell what there is: they may just be starting.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -145,19 +144,27 @@ fn read(
     }
     consumer.assign(&assigned).map_err(kafka)?;
     each(trimmed, None)?;
+    let mut heard = Instant::now();
     while on || !ends.is_empty() {
-        let wait = if ends.is_empty() { Duration::from_millis(500) } else { SILENCE };
-        match consumer.poll(wait) {
-            Some(message) => {
-                let message = message.map_err(kafka)?;
+        match consumer.poll(MOMENT) {
+            Some(Ok(message)) => {
+                heard = Instant::now();
                 if ends.get(&message.partition()).is_some_and(|end| message.offset() + 1 >= *end) {
                     ends.remove(&message.partition());
                 }
                 each(trimmed, Some(&message))?;
             }
-            None if ends.is_empty() => each(trimmed, None)?,
-            None => return Err(unread(&format!("nothing came for {} s", SILENCE.as_secs()))),
+            Some(Err(error)) if !is_passing(&error) => return Err(kafka(error)),
+            Some(Err(_)) | None if ends.is_empty() => each(trimmed, None)?,
+            Some(Err(_)) | None if heard.elapsed() < SILENCE => {}
+            Some(Err(_)) | None => return Err(unread(&format!("nothing came for {} s", SILENCE.as_secs()))),
         }
     }
     Ok(found.partitions().len() as u64)
+}
+
+/// Whether it may be over by itself: the client goes on trying.
+fn is_passing(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure, OperationTimedOut, Resolve};
+    error.rdkafka_error_code().is_some_and(|code| matches!(code, AllBrokersDown | BrokerTransportFailure | OperationTimedOut | Resolve))
 }

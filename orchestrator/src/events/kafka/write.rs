@@ -14,8 +14,8 @@ use rdkafka::{
     util::Timeout,
 };
 
-use super::{Told, Topic, check, writer};
-use crate::events::{Unfit, message::Message};
+use super::{Message, Told, Topic, check, writer};
+use crate::events::Unfit;
 
 /// Sends events, and gives back which of them the topic has.
 pub(in crate::events) struct Sender {

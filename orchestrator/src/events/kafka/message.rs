@@ -8,15 +8,15 @@ use serde_json::value::RawValue;
 
 /// An event on its way into a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Message {
+pub(in crate::events) struct Message {
     /// `{tenant}/{session}`.
-    pub(super) key: String,
+    pub(in crate::events) key: String,
     /// Names and values.
-    pub(super) headers: Vec<(String, String)>,
+    pub(in crate::events) headers: Vec<(String, String)>,
     /// The facts, as JSON.
-    pub(super) value: Vec<u8>,
+    pub(in crate::events) value: Vec<u8>,
     /// When it happened, in milliseconds since 1970; 0 where the event does not say.
-    pub(super) at_ms: i64,
+    pub(in crate::events) at_ms: i64,
 }
 
 /// Attributes that have a header of another name: the value's type has Kafka's own, and traces are read everywhere without a prefix.
@@ -26,7 +26,7 @@ const PREFIX: &str = "ce_";
 impl Message {
     /// The message of an event, as it stands in the log. Attributes that only newer versions know are headers too. What is no event
     /// is a value without headers: it was kept, so it is delivered.
-    pub(super) fn of(event: &[u8]) -> Message {
+    pub(in crate::events) fn of(event: &[u8]) -> Message {
         let Ok(mut members) = serde_json::from_slice::<BTreeMap<String, Box<RawValue>>>(event) else {
             return Message { key: String::new(), headers: Vec::new(), value: event.to_vec(), at_ms: 0 };
         };
@@ -55,7 +55,6 @@ fn header(attribute: &str) -> String {
 }
 
 /// The event of a message, as one line of JSON; `None` where it is none.
-#[cfg(feature = "kafka")]
 pub(super) fn event<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>, value: &[u8]) -> Option<Vec<u8>> {
     let mut event = serde_json::Map::new();
     for (name, value) in headers {
@@ -137,14 +136,11 @@ mod tests {
         assert_eq!(header("ce_sequence").map(str::len), Some(20));
         assert_eq!((message.key.as_str(), message.value.as_slice()), ("acme/s1", &br#"{"finish":"stop"}"#[..]));
         assert_eq!(message.at_ms, 1_795_261_445_007);
-        #[cfg(feature = "kafka")]
-        {
-            let headers = message.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
-            let back: serde_json::Value = serde_json::from_slice(&event(headers, &message.value).unwrap()).unwrap();
-            let mut kept: serde_json::Value = serde_json::from_slice(&written).unwrap();
-            kept["dataschema"] = "urn:headgate:events:turn.completed.v1".into();
-            assert_eq!(back, kept);
-        }
+        let headers = message.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
+        let back: serde_json::Value = serde_json::from_slice(&event(headers, &message.value).unwrap()).unwrap();
+        let mut kept: serde_json::Value = serde_json::from_slice(&written).unwrap();
+        kept["dataschema"] = "urn:headgate:events:turn.completed.v1".into();
+        assert_eq!(back, kept);
     }
 
     #[test]
