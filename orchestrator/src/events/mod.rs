@@ -15,7 +15,6 @@ mod deliver;
 mod facts;
 #[cfg(feature = "kafka")]
 mod kafka;
-mod message;
 mod read;
 mod record;
 mod recover;
