@@ -6,7 +6,7 @@ CARGO ?= cargo
 
 ## The main job on embedded defaults: gateway, orchestrator and a small language model in one process.
 demo:
-	$(CARGO) run --bin headgate -- dev
+	$(CARGO) run --no-default-features --bin headgate -- dev
 
 ## The same with SmolLM2-135M-Instruct, served by llama.cpp's own server.
 demo-smollm2:
@@ -24,7 +24,7 @@ check:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	scripts/deny.sh
 
-## What the tests need besides Rust: a Python environment, npm packages, Chromium, nginx.
+## What the tests need besides Rust: a Python environment, npm packages, Chromium, nginx, Apache Kafka, valgrind.
 tools:
 	scripts/tools.sh
 

@@ -22,6 +22,7 @@ has java || need+=(default-jre-headless)
 has mvn || need+=(maven)
 has git || need+=(git)
 python3 -c 'import ensurepip, venv' 2>/dev/null || need+=(python3-venv)
+has strace || need+=(strace)
 if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && has apt-get; then
     echo "installing ${need[*]}"
     if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null; }; then
@@ -37,6 +38,7 @@ has java && has mvn || say_missing "Java 17 and Maven" "tests with Kafka are ski
 
 # Other people's clients: OpenAI's SDKs and a WebSocket client, in Python and Node. What is installed is what is pinned.
 stamp() { cat "$@" | sha256sum | cut -c1-16; }
+has strace || say_missing strace "tests of failing disks are skipped" "apt-get install strace"
 if python3 -c 'import ensurepip, venv' 2>/dev/null; then
     want=$(stamp tests/clients/requirements.txt)
     if [ "$(cat .tools/python/.stamp 2>/dev/null)" != "$want" ]; then
