@@ -185,7 +185,7 @@ fn told(keys: &Keys, now: u64, out: &mut impl Write, err: &mut impl Write) -> Re
         }
         Keys::Rotate { change, ahead, when_due } => {
             let begin = if *when_due { Begin::WhenDue } else { Begin::Now };
-            match change.open(now, err)?.rotate(begin, ahead.0.as_secs(), now)? {
+            match change.open_there(now, err)?.rotate(begin, ahead.0.as_secs(), now)? {
                 Rotated::NotDue => writeln!(out, "nothing to do: the current key's time is not up")?,
                 Rotated::Prepared(kid, from) => writeln!(
                     out,
@@ -209,7 +209,7 @@ fn told(keys: &Keys, now: u64, out: &mut impl Write, err: &mut impl Write) -> Re
             }
         }
         Keys::Revoke { change, kid } => {
-            let replaced = change.open(now, err)?.revoke(*kid, now)?;
+            let replaced = change.open_there(now, err)?.revoke(*kid, now)?;
             writeln!(out, "revoked: verifiers refuse it as soon as they read the keys again\n  revoked  {kid}")?;
             if let Some(current) = replaced {
                 writeln!(out, "  current  {current}\nUntil they do, they refuse what the new key signs as well.")?;
@@ -223,6 +223,11 @@ fn told(keys: &Keys, now: u64, out: &mut impl Write, err: &mut impl Write) -> Re
 }
 
 impl Change {
+    /// Opens a ring that must be there: a mistyped name leaves no audit behind.
+    fn open_there(&self, now: u64, err: &mut impl Write) -> Result<Custody, Failed> {
+        if self.ring.exists() { self.open(now, err) } else { Err(CustodyFault::Missing(self.ring.clone()).into()) }
+    }
+
     /// Opens the ring for a change, and says loudly where it is not as its audit says.
     fn open(&self, now: u64, err: &mut impl Write) -> Result<Custody, Failed> {
         let path = self.audit.clone().unwrap_or_else(|| audit_beside(&self.ring));
@@ -387,6 +392,15 @@ mod tests {
         Ring::generate(NOW).unwrap().save(&path).unwrap();
         let (_, err) = keys(&["rotate", path.to_str().unwrap()], NOW).unwrap();
         assert!(err.contains("not as its audit says"), "{err}");
+    }
+
+    #[test]
+    fn a_mistyped_name_changes_nothing_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let ring = folder.path().join("polciy.json");
+        let fault = keys(&["rotate", ring.to_str().unwrap()], NOW).unwrap_err();
+        assert!(matches!(fault, Failed::Custody(CustodyFault::Missing(_))));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
