@@ -11,7 +11,7 @@ use headgate_testkit::{
     answer::Kind,
     client::{Http1, Request, ask, stream},
     dialect::{Answer, Cut},
-    services::{self, OrSkip, Program, Service, Signal},
+    services::{self, OrSkip, Program, Ready, Service, Signal},
     soon,
     upstream::{Script, Upstream},
 };
@@ -207,6 +207,40 @@ async fn a_gateway_whose_registry_was_never_reached_takes_no_turn_and_one_that_h
     redis.exited().await;
     assert_eq!(house.turn().await.as_deref(), Ok("Hello"));
     assert_eq!(house.ready().await, (200, json!("active")));
+}
+
+#[tokio::test]
+async fn a_registry_is_reached_over_tls_where_the_system_trusts_its_certificate_and_not_otherwise() {
+    let test = "a_registry_is_reached_over_tls";
+    let names = ["redis-server", "valkey-server"];
+    let Some(server) = Program::find(&names, "HEADGATE_REDIS_SERVER", "apt-get install redis-server").or_skip(test) else { return };
+    let pair = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let (pem, key) = (server.file("a.pem", pair.cert.pem()), server.file("a.key", pair.signing_key.serialize_pem()));
+    let addr = services::free_addr();
+    let port = addr.port().to_string();
+    let server = server
+        .arguments(["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no", "--save", "", "--tls-cert-file"])
+        .argument(&pem)
+        .argument("--tls-key-file")
+        .argument(key)
+        .start(Ready::Connects(addr))
+        .await;
+    let house = House::start(&format!("redis: {{ url: \"rediss://localhost:{port}\" }}"), REGISTRY).await;
+    // As a system that has this certificate among its own.
+    let trusting = |verb: &str| {
+        let program = Program::at(env!("CARGO_BIN_EXE_headgate")).variable("SSL_CERT_FILE", &pem);
+        let program = program.arguments(["policy", verb]).argument(house.path("headgate-7.yaml"));
+        if verb == "show" { program } else { program.argument("--ring").argument(house.path("ring.json")) }
+    };
+    let (status, output) = trusting("publish").run(Duration::from_secs(60)).await;
+    assert!(status.success(), "{output}");
+    let (status, output) = trusting("show").run(Duration::from_secs(60)).await;
+    assert!(status.success() && output.contains("is in force"), "{output}");
+    // This process trusts no such certificate, and nor does one without the variable.
+    assert_eq!(house.ready().await, (503, json!("unavailable")));
+    let (code, said) = house.policy("show", "7", &[]).await;
+    assert_eq!(code, 69, "{said}");
+    drop(server);
 }
 
 #[tokio::test]

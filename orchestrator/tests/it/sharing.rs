@@ -1,4 +1,5 @@
 //! Several orchestrators share a Redis: a verdict counts once among them, a policy is in force for all of them, and none waits.
+#![expect(clippy::print_stdout, reason = "figures, for those who ask with --nocapture")]
 
 use std::{
     path::Path,

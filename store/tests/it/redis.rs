@@ -1,4 +1,5 @@
 //! Nobody waits for Redis longer than the budget, whatever is wrong with it.
+#![expect(clippy::print_stdout, reason = "figures, for those who ask with --nocapture")]
 
 use std::time::{Duration, Instant};
 
