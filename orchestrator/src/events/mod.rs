@@ -541,4 +541,6 @@ impl Drop for Account {
 }
 
 #[cfg(test)]
+mod readers;
+#[cfg(test)]
 mod tests;
