@@ -425,6 +425,11 @@ pub(crate) fn problem(stop: &Stop, turn: Option<TurnId>) -> Response<Reply> {
     response
 }
 
+/// The answer to a client that gives up what it asks for again and again.
+pub(crate) fn too_many() -> Response<Reply> {
+    problem(&Fault::client(Code::RateLimited).saying("too many requests were given up on this connection").into(), None)
+}
+
 /// The answer to a head that did not come in time, for a connection that hyper has given up: head, body, all of it.
 pub(crate) fn late_head() -> Vec<u8> {
     let body = Problem::of(&Fault::client(Code::RequestTimeout).into(), None).body();

@@ -236,7 +236,11 @@ where
         io,
         service_fn(move |request| {
             let (service, peer, stream) = (service.clone(), peer.clone(), begins.begin());
-            async move { Ok::<_, Infallible>(service.call(request, peer).await.map(|reply| stream.carry(reply))) }
+            let is_refused = begins.are_refused();
+            async move {
+                let response = if is_refused { front::too_many() } else { service.call(request, peer).await };
+                Ok::<_, Infallible>(response.map(|reply| stream.carry(reply)))
+            }
         }),
     );
     let mut connection = std::pin::pin!(connection);
@@ -263,6 +267,7 @@ where
                 ended = connection => ended,
                 // Who has no streams and does not even confirm the end has nothing to lose.
                 () = streams.quiet(CLOSE_PATIENCE) => return,
+                () = streams.far_too_much() => return,
             }
         }
     };

@@ -15,15 +15,13 @@ use std::{
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
-use tokio::{
-    sync::{Notify, watch},
-    time::sleep,
-};
+use tokio::{sync::watch, time::sleep};
 
 use crate::body::{BodyError, Reply};
 
 /// By how many the answers that a client gave up may outnumber those that it took to the end. An honest client that gives up
-/// many takes some.
+/// many takes some. Beyond it the connection ends as soon as its streams have, and twice beyond it at once: a client need not
+/// confirm an end, and may go on until it does.
 const MAX_GIVEN_UP: u64 = 100;
 
 /// The streams of one connection.
@@ -36,7 +34,8 @@ struct Shared {
     open: watch::Sender<usize>,
     taken: AtomicU64,
     given_up: AtomicU64,
-    too_many: Notify,
+    /// How many times [`MAX_GIVEN_UP`] were given up too many.
+    excess: watch::Sender<u64>,
 }
 
 impl Default for Streams {
@@ -46,7 +45,7 @@ impl Default for Streams {
             open: watch::channel(0).0,
             taken: AtomicU64::default(),
             given_up: AtomicU64::default(),
-            too_many: Notify::new(),
+            excess: watch::channel(0).0,
         }))
     }
 }
@@ -68,8 +67,23 @@ impl Streams {
     pub(crate) async fn enough(&self, idle: Duration) {
         tokio::select! {
             () = self.quiet(idle) => {}
-            () = self.0.too_many.notified() => {}
+            () = self.excess(1) => {}
         }
+    }
+
+    /// Ready when the client gives up far too much, and does not stop. Cancel safe.
+    pub(crate) async fn far_too_much(&self) {
+        self.excess(2).await;
+    }
+
+    /// Whether the client has given up so much that nothing more is begun for it.
+    pub(crate) fn are_refused(&self) -> bool {
+        *self.0.excess.borrow() > 0
+    }
+
+    async fn excess(&self, times: u64) {
+        // The sender is in self, so waiting cannot fail.
+        let _ = self.0.excess.subscribe().wait_for(|excess| *excess >= times).await;
     }
 
     /// Ready when there has been no stream for so long. Cancel safe.
@@ -106,9 +120,12 @@ impl Drop for Stream {
             shared.taken.fetch_add(1, Ordering::Relaxed);
         } else {
             let given_up = shared.given_up.fetch_add(1, Ordering::Relaxed) + 1;
-            if given_up > shared.taken.load(Ordering::Relaxed) + MAX_GIVEN_UP {
-                shared.too_many.notify_one();
-            }
+            let excess = given_up.saturating_sub(shared.taken.load(Ordering::Relaxed)).saturating_sub(1) / MAX_GIVEN_UP;
+            shared.excess.send_if_modified(|most| {
+                let is_more = excess > *most;
+                *most = excess.max(*most);
+                is_more
+            });
         }
         shared.open.send_modify(|open| *open -= 1);
     }
@@ -179,9 +196,16 @@ mod tests {
         for _ in 0..MAX_GIVEN_UP + 50 {
             drop(streams.begin());
         }
-        assert!(!is_enough(&streams).await);
+        assert!(!is_enough(&streams).await && !streams.are_refused());
         drop(streams.begin().carry(Reply::from("a body that nobody took")));
-        assert!(is_enough(&streams).await);
+        assert!(is_enough(&streams).await && streams.are_refused());
+        let is_far_too_much = async |streams: &Streams| timeout(Duration::from_millis(1), streams.far_too_much()).await.is_ok();
+        for _ in 0..MAX_GIVEN_UP - 1 {
+            drop(streams.begin());
+        }
+        assert!(!is_far_too_much(&streams).await);
+        drop(streams.begin());
+        assert!(is_far_too_much(&streams).await);
         drop(keeping);
     }
 }

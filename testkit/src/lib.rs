@@ -13,6 +13,7 @@ pub mod browser;
 pub mod canary;
 pub mod client;
 pub mod dialect;
+pub mod frames;
 pub mod kafka;
 pub mod proxy;
 pub mod services;
