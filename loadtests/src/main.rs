@@ -5,6 +5,7 @@
 mod engine;
 mod grow;
 mod measure;
+mod other;
 mod peer;
 mod plot;
 mod reply;
@@ -25,7 +26,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     measure::Course,
-    peer::{Cores, Kind, Peer},
+    peer::{Cores, Peer},
     report::{Machine, Report},
     workload::Workload,
 };
@@ -40,9 +41,10 @@ use crate::{
     args_conflicts_with_subcommands = true,
     after_help = "\
 Examples:
+  headgate-load all                                           everything, beside all peers: writes loadtests/RESULTS.md
   headgate-load --peer nginx                                  all workloads; Headgate with its chain on and off, and nginx
   headgate-load --peer nginx --workload W3 --rounds 5 --plot latency.svg
-  headgate-load --peer 'envoy=envoy --config-path {port}.yaml' --workload W2b      {port}: where to listen, {model}: where to pass on to
+  headgate-load --peer 'relay=relay --listen {port} --to {model}' --workload W2b     any command, which is told where to listen and to pass on
   headgate-load grow                                          how cost grows with streams, filters, phrases, size
   headgate-load smoke                                         half a minute, correctness only: for CI"
 )]
@@ -63,14 +65,28 @@ enum Verb {
     },
     /// Measure how the cost of an event grows with streams, filters, phrases and size.
     Grow(Common),
+    /// Measure everything beside all peers, and write results.json, RESULTS.md and latency.svg.
+    All {
+        /// Where to write them.
+        #[arg(long, value_name = "FOLDER", default_value = concat!(env!("CARGO_MANIFEST_DIR")))]
+        out: PathBuf,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Write RESULTS.md and latency.svg anew from results.json.
+    Report {
+        /// Where it is, and they go.
+        #[arg(long, value_name = "FOLDER", default_value = concat!(env!("CARGO_MANIFEST_DIR")))]
+        out: PathBuf,
+    },
 }
 
 #[derive(clap::Args)]
 struct RunArgs {
-    /// A peer beside Headgate: nginx, or any command as 'name=command', with {port} and {model} in it. May be repeated.
+    /// A peer beside Headgate: nginx, haproxy, envoy, litellm, or any command as 'name=command', with {port} and {model} in it. May be repeated.
     #[arg(long = "peer", value_name = "PEER")]
     peers: Vec<Peer>,
-    /// A workload: W1, W1o, W2b, W3, W3h, W3t, W3c, W3w, W4, W5. May be repeated; all if none is named.
+    /// A workload: W1, W1o, W2b, W3, W3h, W3t, W3c, W3w, W3m, W3s, W4, W5, W6. May be repeated; all if none is named.
     #[arg(long = "workload", value_name = "NAME", value_parser = |name: &str| workload::named(name).ok_or("no such workload"))]
     workloads: Vec<Workload>,
     /// Measure only what --peer names.
@@ -89,8 +105,8 @@ struct Common {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=50))]
     rounds: u8,
     /// Seconds that are measured in each run.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=60))]
-    window: u8,
+    #[arg(long, default_value_t = 1.0, value_parser = seconds)]
+    window: f64,
     /// The gateway's binary; built if not named.
     #[arg(long)]
     headgate: Option<PathBuf>,
@@ -103,6 +119,10 @@ struct Common {
     /// Leave it to the system what runs on which core.
     #[arg(long)]
     anywhere: bool,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|seconds| (0.2..=60.0).contains(seconds)).ok_or_else(|| "a window takes 0.2 to 60 seconds".to_owned())
 }
 
 /// Held while this program measures: two at once would measure each other. Waits for its turn, up to ten minutes.
@@ -120,14 +140,17 @@ fn alone() -> io::Result<fs::File> {
 
 impl Common {
     fn cores(&self) -> io::Result<Cores> {
-        let cores = Cores { apart: !self.anywhere && std::thread::available_parallelism()?.get() > 1, realtime: self.realtime };
-        peer::pin(1, cores)?;
+        Ok(Cores { apart: !self.anywhere && std::thread::available_parallelism()?.get() > 1, realtime: self.realtime })
+    }
+
+    /// Brings this process to where it measures from.
+    fn settle(&self, cores: Cores) -> io::Result<()> {
+        peer::pin(&[1], cores)?;
         if self.realtime {
             peer::hurry()?;
         }
         // Timers fire when they should, not when it is convenient.
-        rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1))?;
-        Ok(cores)
+        Ok(rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1))?)
     }
 }
 
@@ -136,7 +159,9 @@ fn main() -> ExitCode {
     let done = peer::open_many().and_then(|()| match cli.command {
         None => run(cli.run),
         Some(Verb::Smoke { headgate }) => smoke(headgate),
-        Some(Verb::Grow(common)) => grow(&common),
+        Some(Verb::Grow(common)) => grow(common),
+        Some(Verb::All { out, common }) => everything(&out, common),
+        Some(Verb::Report { out }) => rewrite(&out),
     });
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -160,53 +185,100 @@ fn run(args: RunArgs) -> io::Result<bool> {
         return Err(io::Error::other("--only without --peer measures nothing"));
     }
     let workloads = if args.workloads.is_empty() { workload::all() } else { args.workloads };
-    let needs_headgate = peers.iter().any(|peer| matches!(peer.kind, Kind::Headgate(_) | Kind::HeadgateProxy));
-    let headgate = if needs_headgate { Some(peer::headgate_binary(args.common.headgate.clone())?) } else { None };
-    let _alone = alone()?;
-    let machine = Machine::here(headgate.as_deref(), args.common.realtime);
-    let cores = args.common.cores()?;
+    let report = measure(&args.common, peers, &workloads, false)?;
+    print!("{}", report.tables());
+    if let Some(path) = &args.plot {
+        fs::write(path, plot::svg(&workloads, &report.cells))?;
+    }
+    finish(&args.common, &report)
+}
+
+fn grow(common: Common) -> io::Result<bool> {
+    let report = measure(&common, vec![], &[], true)?;
+    print!("{}", report.tables());
+    finish(&common, &report)
+}
+
+fn everything(out: &Path, common: Common) -> io::Result<bool> {
+    let names = ["direct", "headgate", "headgate-bare", "headgate-two", "nginx", "haproxy", "envoy", "litellm"];
+    let peers = names.into_iter().filter_map(|name| name.parse().ok()).collect();
+    let report = measure(&common, peers, &workload::all(), true)?;
+    fs::write(out.join("results.json"), serde_json::to_string(&report).map_err(io::Error::other)?)?;
+    write(out, &report)?;
+    println!("{}\nwritten to {}", report.tables(), out.display());
+    finish(&common, &report)
+}
+
+fn rewrite(out: &Path) -> io::Result<bool> {
+    let report: Report = serde_json::from_str(&fs::read_to_string(out.join("results.json"))?).map_err(io::Error::other)?;
+    write(out, &report)?;
+    Ok(true)
+}
+
+/// What people read.
+fn write(out: &Path, report: &Report) -> io::Result<()> {
+    fs::write(out.join("latency.svg"), plot::svg(&workload::all(), &report.cells))?;
+    fs::write(out.join("RESULTS.md"), report.document())
+}
+
+/// Measures these peers under these workloads, and how cost grows if that is wanted.
+fn measure(common: &Common, mut peers: Vec<Peer>, workloads: &[Workload], growth: bool) -> io::Result<Report> {
+    let mut missing = Vec::new();
+    peers.retain(|peer| match peer.missing() {
+        Some(what) => {
+            eprintln!("SKIPPED {what}");
+            missing.push(what);
+            false
+        }
+        None => true,
+    });
+    if !missing.is_empty() && std::env::var_os("HEADGATE_REQUIRE_SERVICES").is_some_and(|value| value == "1") {
+        return Err(io::Error::other("HEADGATE_REQUIRE_SERVICES=1: no peer may be missing"));
+    }
+    let needs_headgate = growth || peers.iter().any(Peer::is_ours);
+    let headgate = if needs_headgate { Some(peer::headgate_binary(common.headgate.clone())?) } else { None };
+    let cores = common.cores()?;
     let course = Course {
         peers: &peers,
-        workloads: &workloads,
-        rounds: usize::from(args.common.rounds),
-        window: Duration::from_secs(u64::from(args.common.window)),
+        workloads,
+        rounds: usize::from(common.rounds),
+        window: Duration::from_secs_f64(common.window),
         headgate: headgate.as_deref().unwrap_or(Path::new("headgate")),
         cores,
     };
-    let cells = measure::all(&course, &mut progress);
-    clear_progress();
-    print!("{}", report::tables(&machine, &workloads, &cells));
-    if let Some(path) = &args.plot {
-        fs::write(path, plot::svg(&workloads, &cells))?;
-    }
-    finish(&args.common, &machine, &cells)
-}
-
-fn grow(common: &Common) -> io::Result<bool> {
-    let headgate = peer::headgate_binary(common.headgate.clone())?;
+    let files = peer::files();
+    let estimate = measure::estimate(&course) + if growth { grow::estimate(&course, files) } else { Duration::ZERO };
+    eprintln!("this takes about {:.1} minutes", estimate.as_secs_f64() / 60.0);
     let _alone = alone()?;
-    let machine = Machine::here(Some(&headgate), common.realtime);
-    let course = Course {
-        peers: &[],
-        workloads: &[],
-        rounds: usize::from(common.rounds),
-        window: Duration::from_secs(u64::from(common.window)),
-        headgate: &headgate,
-        cores: common.cores()?,
-    };
-    let (tables, cells) = grow::tables(&course, &mut progress);
+    let machine = Machine::here(headgate.as_deref(), common.realtime);
+    common.settle(cores)?;
+    let begin = Instant::now();
+    let cells = measure::all(&course, &mut progress);
+    let growth = if growth { grow::run(&course, files, &mut progress) } else { Vec::new() };
     clear_progress();
-    println!("{}\n{tables}", report::tables(&machine, &[], &cells));
-    finish(common, &machine, &cells)
+    Ok(Report {
+        machine,
+        command: command(std::env::args().skip(1)),
+        rounds: course.rounds,
+        window_seconds: common.window,
+        seconds: begin.elapsed().as_secs_f64(),
+        cells,
+        growth,
+        missing,
+    })
 }
 
-/// Writes the JSON; true where nothing went wrong.
-fn finish(common: &Common, machine: &Machine, cells: &[measure::Cell]) -> io::Result<bool> {
+/// What was typed, without the folders of this machine.
+fn command(args: impl Iterator<Item = String>) -> String {
+    args.fold("headgate-load".to_owned(), |line, arg| line + " " + arg.rsplit('/').next().unwrap_or_default())
+}
+
+/// Writes the JSON; true where nothing went wrong with Headgate.
+fn finish(common: &Common, report: &Report) -> io::Result<bool> {
     if let Some(path) = &common.json {
-        let report = Report { machine, window_seconds: f64::from(common.window), cells };
-        fs::write(path, serde_json::to_string_pretty(&report).map_err(io::Error::other)?)?;
+        fs::write(path, serde_json::to_string(report).map_err(io::Error::other)?)?;
     }
-    Ok(cells.iter().all(|cell| cell.faults.is_empty()))
+    Ok(report.is_good())
 }
 
 fn smoke(headgate: Option<PathBuf>) -> io::Result<bool> {

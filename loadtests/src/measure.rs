@@ -3,7 +3,7 @@
 use std::{io, path::Path, time::Duration};
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     engine::{self, Mark, Model, Order},
@@ -22,7 +22,7 @@ pub(crate) struct Course<'a> {
 }
 
 /// Latencies in microseconds.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub(crate) struct Quantiles {
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
@@ -37,7 +37,7 @@ impl Quantiles {
 }
 
 /// What one run, or the median of several, comes to. An event is a request where the workload is about requests.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Figures {
     pub(crate) per_second: f64,
     /// The peer's processor time per event.
@@ -64,23 +64,67 @@ pub(crate) struct Figures {
     pub(crate) left_unseen: f64,
 }
 
+/// Latencies of all runs, as a plot shows them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Shape {
+    /// How many fell into each part of the scale: [`Shape::PER_DECADE`] parts for each decade from 1 us on, equally wide in its
+    /// logarithm; the first and the last have what lies beyond.
+    pub(crate) parts: Vec<u64>,
+    pub(crate) quantiles: Quantiles,
+}
+
+impl Shape {
+    /// 1 us to 1 s.
+    pub(crate) const DECADES: usize = 6;
+    pub(crate) const PER_DECADE: usize = 10;
+
+    fn of(histogram: &Histogram<u64>) -> Option<Shape> {
+        let mut parts = vec![0; Shape::DECADES * Shape::PER_DECADE];
+        for value in histogram.iter_recorded() {
+            let us = value.value_iterated_to() as f64 / 1000.0;
+            let at = (us.max(1.0).log10() * Shape::PER_DECADE as f64) as usize;
+            parts[at.min(Shape::DECADES * Shape::PER_DECADE - 1)] += value.count_at_value();
+        }
+        Some(Shape { parts, quantiles: Quantiles::of(histogram)? })
+    }
+}
+
 /// All runs of one workload against one peer.
-#[derive(Serialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Cell {
-    pub(crate) workload: &'static str,
+    pub(crate) workload: String,
     pub(crate) peer: String,
+    /// Whether it is a Headgate: what goes wrong with others is told, and is no failure.
+    pub(crate) ours: bool,
     /// Each figure's median over the runs.
     pub(crate) median: Figures,
     pub(crate) runs: Vec<Figures>,
     pub(crate) faults: Vec<String>,
-    /// Latencies of all runs.
-    #[serde(skip)]
-    pub(crate) due: Option<Histogram<u64>>,
+    pub(crate) shape: Option<Shape>,
+}
+
+/// Memory does not vary, and what starts for a quarter of a minute differs by more than its noise.
+fn is_once(work: &Workload, peer: &Peer) -> bool {
+    work.is_idle() || peer.start_time() > Duration::from_secs(5)
+}
+
+/// About how long [`all`] takes.
+pub(crate) fn estimate(course: &Course<'_>) -> Duration {
+    let pairs = course.workloads.iter().flat_map(|work| course.peers.iter().filter(|peer| peer.serves(work)).map(move |peer| (work, peer)));
+    pairs
+        .map(|(work, peer)| {
+            // Streams are opened at 2,000 a second, things settle, and at the end all are closed.
+            let around = Duration::from_millis(700) + Duration::from_micros(750) * work.streams as u32;
+            let rounds = if is_once(work, peer) { 1 } else { course.rounds as u32 };
+            (peer.start_time() + around + course.window) * rounds
+        })
+        .sum()
 }
 
 /// Runs everything; `tell` is told what comes next, and of how many.
 pub(crate) fn all(course: &Course<'_>, tell: &mut dyn FnMut(usize, usize, &str)) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
+    let mut latencies: Vec<Option<Histogram<u64>>> = Vec::new();
     let pairs: Vec<(usize, usize)> =
         (0..course.workloads.len()).flat_map(|work| (0..course.peers.len()).map(move |peer| (work, peer))).collect();
     let total = course.rounds * pairs.len();
@@ -88,7 +132,7 @@ pub(crate) fn all(course: &Course<'_>, tell: &mut dyn FnMut(usize, usize, &str))
         for (index, &(work, peer)) in pairs.iter().enumerate() {
             // Peers take turns at being first.
             let (work, peer) = (&course.workloads[work], &course.peers[(peer + round) % course.peers.len()]);
-            if !peer.serves(work) || (work.is_idle() && round > 0) {
+            if !peer.serves(work) || (round > 0 && is_once(work, peer)) {
                 continue;
             }
             tell(round * pairs.len() + index, total, &format!("{} {peer}", work.name));
@@ -96,13 +140,15 @@ pub(crate) fn all(course: &Course<'_>, tell: &mut dyn FnMut(usize, usize, &str))
                 Some(at) => at,
                 None => {
                     cells.push(Cell {
-                        workload: work.name,
+                        workload: work.name.to_owned(),
                         peer: peer.name.clone(),
+                        ours: peer.is_ours(),
                         median: Figures::none(),
                         runs: vec![],
                         faults: vec![],
-                        due: None,
+                        shape: None,
                     });
+                    latencies.push(None);
                     cells.len() - 1
                 }
             };
@@ -111,18 +157,25 @@ pub(crate) fn all(course: &Course<'_>, tell: &mut dyn FnMut(usize, usize, &str))
                 Ok((figures, due, faults)) => {
                     cell.runs.push(figures);
                     cell.faults.extend(faults);
-                    match &mut cell.due {
+                    match &mut latencies[at] {
                         // Of the same bounds, so it fits.
                         Some(all) => drop(all.add(due)),
-                        None => cell.due = Some(due),
+                        none => *none = Some(due),
                     }
                 }
-                Err(error) => cell.faults.push(format!("could not be run: {error}")),
+                Err(error) => {
+                    let error = error.to_string();
+                    // A log that follows is for whoever runs this, not for whoever reads the figures.
+                    let mut lines = error.lines();
+                    cell.faults.push(format!("could not be run: {}", lines.next().unwrap_or_default()));
+                    lines.for_each(|line| eprintln!("{peer}: {line}"));
+                }
             }
         }
     }
-    for cell in &mut cells {
+    for (cell, latencies) in cells.iter_mut().zip(latencies) {
         cell.median = Figures::median(&cell.runs);
+        cell.shape = latencies.as_ref().and_then(Shape::of);
     }
     cells
 }
@@ -144,11 +197,12 @@ pub(crate) fn run(course: &Course<'_>, work: &Workload, peer: &Peer) -> io::Resu
     let [empty, begin, end] = looks;
     let count = if work.is_by_request() { seen.requests } else { seen.events };
     let seconds = seen.window.as_secs_f64();
-    let per = |ns: u64| if count == 0 { f64::NAN } else { ns as f64 / 1000.0 / count as f64 };
+    let per = |ns: u64| ns as f64 / 1000.0 / count.max(1) as f64;
     let figures = Figures {
         per_second: count as f64 / seconds,
-        cpu_us: per(end.cpu_ns - begin.cpu_ns),
-        user_us: per(end.user_ns - begin.user_ns),
+        // A thread that ended takes its time along.
+        cpu_us: per(end.cpu_ns.saturating_sub(begin.cpu_ns)),
+        user_us: per(end.user_ns.saturating_sub(begin.user_ns)),
         due: Quantiles::of(&seen.due).unwrap_or_default(),
         sent: Quantiles::of(&seen.sent_to_heard).unwrap_or_default(),
         leaving: Quantiles::of(&seen.leaving).unwrap_or_default(),
@@ -177,7 +231,7 @@ macro_rules! each {
             let mut values: Vec<f64> = $runs.iter().map(|run| run.$($path).+).collect();
             values.sort_unstable_by(f64::total_cmp);
             median.$($path).+ = match values.len() {
-                0 => f64::NAN,
+                0 => 0.0,
                 n if n % 2 == 1 => values[n / 2],
                 n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
             };
@@ -187,7 +241,7 @@ macro_rules! each {
 }
 
 impl Figures {
-    fn none() -> Figures {
+    pub(crate) fn none() -> Figures {
         let none = Quantiles::default();
         Figures {
             per_second: 0.0,

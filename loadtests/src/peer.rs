@@ -1,7 +1,8 @@
-//! Who is measured: nginx, Headgate, any command; started alone on a core, looked at through `/proc`, and stopped.
+//! Who is measured: Headgate, other proxies, any command; started alone on a core, looked at through `/proc`, and stopped.
 
 use std::{
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Read as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -15,10 +16,13 @@ use rustix::{
 };
 use tempfile::TempDir;
 
-use crate::workload::{Workload, fill};
+use crate::{
+    other::Other,
+    workload::{Whom, Workload, fill},
+};
 
-/// How long a peer may take to listen, and to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a peer may take to listen: what is written in Python reads thousands of files first.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Something that stands between clients and the model, or nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,10 +36,10 @@ pub(crate) struct Peer {
 pub(crate) enum Kind {
     /// Nothing: clients speak to the model. This row is the harness itself.
     Direct,
-    /// The distribution's nginx, passing streams on unread.
-    Nginx,
-    /// Headgate with these filters.
-    Headgate(Chain),
+    /// Another proxy, passing streams on unread, or an AI gateway.
+    Other(Other),
+    /// Headgate with these filters, on so many workers.
+    Headgate { chain: Chain, workers: usize },
     /// Headgate passing on unread, as any reverse proxy.
     HeadgateProxy,
     /// Any command: `{port}` is where it must listen, `{model}` the model's address.
@@ -45,7 +49,8 @@ pub(crate) enum Kind {
 /// The filters of a Headgate under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Chain {
-    /// How many of auth, rate_limit, moderation, policy_headers, budget, in this order; those of every chain stand before.
+    /// How many of auth, rate_limit, moderation, policy_headers, budget, and more budgets, in this order; those of every chain
+    /// stand before.
     pub(crate) filters: usize,
     /// Phrases that moderation denies.
     pub(crate) phrases: usize,
@@ -60,12 +65,41 @@ impl Chain {
 
 impl Peer {
     pub(crate) fn headgate(name: impl Into<String>, chain: Chain) -> Peer {
-        Peer { name: name.into(), kind: Kind::Headgate(chain) }
+        Peer { name: name.into(), kind: Kind::Headgate { chain, workers: 1 } }
     }
 
-    /// Whether it can serve this workload.
+    /// Whether it is a Headgate, however it is set up.
+    pub(crate) fn is_ours(&self) -> bool {
+        matches!(self.kind, Kind::Headgate { .. } | Kind::HeadgateProxy)
+    }
+
+    /// Whether it can serve this workload, and should.
     pub(crate) fn serves(&self, work: &Workload) -> bool {
-        work.is_plain() || matches!(self.kind, Kind::Headgate(_))
+        match &self.kind {
+            // Two workers show how much more they can take.
+            Kind::Headgate { workers, .. } => *workers == 1 || work.is_at_most(),
+            Kind::Other(other) if other.is_ai_gateway() => work.whom == Whom::All && work.is_plain(),
+            Kind::Other(Other::Nginx) | Kind::Direct | Kind::HeadgateProxy => work.is_plain(),
+            Kind::Other(_) | Kind::Command(_) => work.is_plain() && work.whom != Whom::Us,
+        }
+    }
+
+    /// What is missing on this machine to start it, and how to get it.
+    pub(crate) fn missing(&self) -> Option<String> {
+        match &self.kind {
+            Kind::Other(other) => other.missing(),
+            Kind::Direct | Kind::Headgate { .. } | Kind::HeadgateProxy | Kind::Command(_) => None,
+        }
+    }
+
+    /// About how long it takes to start.
+    pub(crate) fn start_time(&self) -> Duration {
+        Duration::from_millis(match &self.kind {
+            Kind::Direct => 0,
+            Kind::Other(other) if other.is_ai_gateway() => 12_000,
+            Kind::Other(_) | Kind::Command(_) => 300,
+            Kind::Headgate { .. } | Kind::HeadgateProxy => 700,
+        })
     }
 }
 
@@ -87,15 +121,13 @@ impl FromStr for Peer {
             }
             None => match text {
                 "direct" => Kind::Direct,
-                "nginx" => Kind::Nginx,
-                "headgate" => Kind::Headgate(Chain::ALL),
-                "headgate-bare" => Kind::Headgate(Chain::NONE),
+                "headgate" => Kind::Headgate { chain: Chain::ALL, workers: 1 },
+                "headgate-two" => Kind::Headgate { chain: Chain::ALL, workers: 2 },
+                "headgate-bare" => Kind::Headgate { chain: Chain::NONE, workers: 1 },
                 "headgate-proxy" => Kind::HeadgateProxy,
-                _ => {
-                    return Err(
-                        "known peers are direct, nginx, headgate, headgate-bare and headgate-proxy; any other is 'name=command'".to_owned()
-                    );
-                }
+                other => Kind::Other(Other::named(other).ok_or(
+                    "known peers are direct, headgate, headgate-two (workers), headgate-bare, headgate-proxy, nginx, haproxy, envoy and litellm; any other is 'name=command'",
+                )?),
             },
         };
         Ok(Peer { name: text.to_owned(), kind })
@@ -135,20 +167,19 @@ pub(crate) fn start(peer: &Peer, model: SocketAddr, headgate: &Path, cores: Core
             running.address = model;
             return Ok(running);
         }
-        Kind::Nginx => {
-            let config = folder.join("nginx.conf");
-            fs::write(&config, nginx_config(&folder, address, model))?;
-            let mut command = urgent("nginx", cores);
-            command.arg("-c").arg(config).arg("-p").arg(&folder);
+        Kind::Other(other) => {
+            let mut command = urgent(other.program(), cores);
+            running.key = random_key()?;
+            other.set_up(&mut command, &etc, address, model, &running.key)?;
             command
         }
-        Kind::Headgate(chain) => {
-            running.key = headgate_config(&etc, headgate, address, model, *chain)?;
+        Kind::Headgate { chain, workers } => {
+            running.key = headgate_config(&etc, headgate, address, model, *chain, *workers)?;
             headgate_command(&etc, headgate, cores)
         }
         Kind::HeadgateProxy => {
             running.prefix = "/plain";
-            running.key = headgate_config(&etc, headgate, address, model, Chain::NONE)?;
+            running.key = headgate_config(&etc, headgate, address, model, Chain::NONE, 1)?;
             headgate_command(&etc, headgate, cores)
         }
         Kind::Command(line) => {
@@ -160,10 +191,11 @@ pub(crate) fn start(peer: &Peer, model: SocketAddr, headgate: &Path, cores: Core
     };
     let log = fs::File::create(folder.join("log"))?;
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).current_dir(&folder);
-    // A child inherits the core of the thread that starts it, with all threads of its own.
-    pin(0, cores)?;
+    // A child inherits the cores of the thread that starts it, with all threads of its own.
+    let two = matches!(peer.kind, Kind::Headgate { workers, .. } if workers > 1);
+    pin(if two { &[0, 1] } else { &[0] }, cores)?;
     let child = command.spawn();
-    pin(1, cores)?;
+    pin(&[1], cores)?;
     running.child = Some(child.map_err(|error| io::Error::new(error.kind(), format!("cannot start {peer}: {error}")))?);
     let until = Instant::now() + PATIENCE;
     loop {
@@ -174,22 +206,19 @@ pub(crate) fn start(peer: &Peer, model: SocketAddr, headgate: &Path, cores: Core
         if ended.is_some() || Instant::now() > until {
             let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
-            return Err(io::Error::other(format!(
-                "{peer} does not listen; its log ends with:\n{}",
-                lines[lines.len().saturating_sub(30)..].join("\n")
-            )));
+            return Err(io::Error::other(format!("{peer} does not listen\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// Puts the calling thread on a core.
-pub(crate) fn pin(core: usize, cores: Cores) -> io::Result<()> {
+/// Keeps the calling thread on these cores.
+pub(crate) fn pin(on: &[usize], cores: Cores) -> io::Result<()> {
     if !cores.apart {
         return Ok(());
     }
     let mut set = CpuSet::new();
-    set.set(core);
+    on.iter().for_each(|core| set.set(*core));
     Ok(sched_setaffinity(None, &set)?)
 }
 
@@ -202,33 +231,16 @@ fn urgent(program: impl AsRef<std::ffi::OsStr>, cores: Cores) -> Command {
     command
 }
 
+/// A key as AI gateways want them: one that cannot be guessed.
+fn random_key() -> io::Result<String> {
+    let mut random = [0; 24];
+    fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
+    Ok(random.iter().fold("sk-".to_owned(), |key, byte| key + &format!("{byte:02x}")))
+}
+
 /// A port that was free a moment ago.
 fn free_port() -> io::Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
-}
-
-/// As one would set it up before a model server: streams are neither buffered nor delayed, connections are kept.
-fn nginx_config(folder: &Path, listen: SocketAddr, model: SocketAddr) -> String {
-    let folder = folder.display();
-    format!(
-        "daemon off; worker_processes 1; worker_rlimit_nofile 20000; pid {folder}/nginx.pid; error_log {folder}/error.log;
-events {{ worker_connections 20000; }}
-http {{
-  access_log {folder}/access.log;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  tcp_nodelay on; keepalive_requests 1000000000; keepalive_timeout 1h;
-  upstream model {{ server {model}; keepalive 1024; keepalive_requests 1000000000; keepalive_timeout 1h; }}
-  server {{
-    listen {listen} backlog=4096;
-    location / {{
-      proxy_pass http://model; proxy_http_version 1.1; proxy_set_header Connection \"\";
-      proxy_buffering off; proxy_read_timeout 1h; proxy_send_timeout 1h;
-    }}
-  }}
-}}
-"
-    )
 }
 
 fn headgate_command(folder: &Path, headgate: &Path, cores: Cores) -> Command {
@@ -238,7 +250,14 @@ fn headgate_command(folder: &Path, headgate: &Path, cores: Cores) -> Command {
 }
 
 /// Writes a config and what it needs; returns the key that it admits.
-fn headgate_config(folder: &Path, headgate: &Path, listen: SocketAddr, model: SocketAddr, chain: Chain) -> io::Result<String> {
+fn headgate_config(
+    folder: &Path,
+    headgate: &Path,
+    listen: SocketAddr,
+    model: SocketAddr,
+    chain: Chain,
+    workers: usize,
+) -> io::Result<String> {
     let (key, entry) = if chain.filters == 0 { ("hg_none".to_owned(), String::new()) } else { token(headgate)? };
     fs::write(folder.join("constitution.md"), "# Constitution\n\n1. Answer what was asked.\n")?;
     fs::write(folder.join("deny.txt"), phrases(chain.phrases))?;
@@ -249,16 +268,16 @@ fn headgate_config(folder: &Path, headgate: &Path, listen: SocketAddr, model: So
         "      - rate_limit: { per: tenant, requests: 100M/min, output_tokens: 1000M/min, streams: 100000 }\n".to_owned(),
         format!("      - moderation: {{ {deny}mask: [{mask}] }}\n"),
         "      - policy_headers\n".to_owned(),
-        "      - budget: { output_tokens: 10000000 }\n".to_owned(),
     ];
-    let filters: String = filters.into_iter().take(chain.filters).collect();
+    let budgets = std::iter::repeat("      - budget: { output_tokens: 10000000 }\n".to_owned());
+    let filters: String = filters.into_iter().chain(budgets).take(chain.filters).collect();
     let filters = if filters.is_empty() { "    filters: []\n".to_owned() } else { format!("    filters:\n{filters}") };
     let patience = "timeouts: { connect: 5s, first_byte: 30s, idle: 2h, total: 2h }";
     let endpoints = format!("endpoints: [\"http://{model}\"], {patience}, idle: {{ max: 1024, timeout: 1h }}, health: {{ interval: 0s }}");
     let config = format!(
         "listen: {listen}
 admin: {{ listen: off }}
-workers: 1
+workers: {workers}
 policy: {{ constitution: constitution.md, version: load }}
 limits: {{ heartbeat: 5min, answer_bytes: 64MiB, connections: 20000 }}
 upstreams:
@@ -382,7 +401,7 @@ impl Look {
     /// Cores that others used since `before`: neither the peer nor the generator.
     pub(crate) fn foreign_cores(&self, before: &Look) -> f64 {
         let (Some(now), Some(then)) = (self.at, before.at) else { return 0.0 };
-        let ours = (self.cpu_ns - before.cpu_ns) + (self.own_ns - before.own_ns);
+        let ours = self.cpu_ns.saturating_sub(before.cpu_ns) + (self.own_ns - before.own_ns);
         let busy = self.machine_ns.saturating_sub(before.machine_ns);
         busy.saturating_sub(ours) as f64 / (now - then).as_nanos().max(1) as f64
     }
@@ -444,6 +463,11 @@ pub(crate) fn open_many() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
+/// How many that is.
+pub(crate) fn files() -> usize {
+    getrlimit(Resource::Nofile).current.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX)
+}
+
 /// Runs the calling process before everything else on its core, as peers do that [`start`] starts so.
 pub(crate) fn hurry() -> io::Result<()> {
     let status = Command::new("chrt").args(["--rr", "--pid", "10", &std::process::id().to_string()]).status()?;
@@ -463,9 +487,9 @@ mod tests {
 
     #[test]
     fn peers_are_read_from_the_command_line() {
-        assert_eq!("nginx".parse::<Peer>().unwrap().kind, Kind::Nginx);
-        let other = "envoy=envoy --listen {port} --to {model}".parse::<Peer>().unwrap();
-        assert_eq!((other.name.as_str(), other.kind), ("envoy", Kind::Command("envoy --listen {port} --to {model}".to_owned())));
+        assert_eq!("nginx".parse::<Peer>().unwrap().kind, Kind::Other(Other::Nginx));
+        let other = "relay=relay --listen {port} --to {model}".parse::<Peer>().unwrap();
+        assert_eq!((other.name.as_str(), other.kind), ("relay", Kind::Command("relay --listen {port} --to {model}".to_owned())));
         for bad in ["apache", "=sleep {port}", "x=sleep 1"] {
             assert!(bad.parse::<Peer>().is_err(), "{bad}");
         }

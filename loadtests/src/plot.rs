@@ -2,16 +2,14 @@
 
 use std::fmt::Write as _;
 
-use hdrhistogram::Histogram;
-
-use crate::{measure::Cell, workload::Workload};
+use crate::{
+    measure::{Cell, Quantiles, Shape},
+    workload::Workload,
+};
 
 const ROW: f64 = 46.0;
 const LEFT: f64 = 120.0;
 const WIDTH: f64 = 640.0;
-/// 1 us to 1 s, ten bars a decade.
-const DECADES: usize = 6;
-const BARS: usize = DECADES * 10;
 
 /// Draws every cell that has latencies; `workloads` gives the order.
 pub(crate) fn svg(workloads: &[Workload], cells: &[Cell]) -> String {
@@ -19,16 +17,15 @@ pub(crate) fn svg(workloads: &[Workload], cells: &[Cell]) -> String {
     let mut y = 20.0;
     for work in workloads {
         let of_work = cells.iter().filter(|cell| cell.workload == work.name);
-        let rows: Vec<_> =
-            of_work.filter_map(|cell| Some((cell.peer.as_str(), cell.due.as_ref().filter(|due| !due.is_empty())?))).collect();
+        let rows: Vec<_> = of_work.filter_map(|cell| Some((cell.peer.as_str(), cell.shape.as_ref()?))).collect();
         if rows.is_empty() {
             continue;
         }
         // Writing into a string cannot fail.
         let _ = writeln!(body, "<text class='title' x='10' y='{y:.0}'>{}: {}</text>", work.name, escaped(work.about));
         y += 12.0;
-        for (peer, due) in &rows {
-            row(&mut body, y, peer, due);
+        for (peer, shape) in &rows {
+            row(&mut body, y, peer, shape);
             y += ROW;
         }
         axis(&mut body, y);
@@ -47,26 +44,21 @@ pub(crate) fn svg(workloads: &[Workload], cells: &[Cell]) -> String {
 }
 
 fn x(us: f64) -> f64 {
-    LEFT + WIDTH * (us.max(1.0).log10() / DECADES as f64).min(1.0)
+    LEFT + WIDTH * (us.max(1.0).log10() / Shape::DECADES as f64).min(1.0)
 }
 
-fn row(body: &mut String, y: f64, peer: &str, due: &Histogram<u64>) {
-    let mut bars = [0_u64; BARS];
-    for value in due.iter_recorded() {
-        let us = value.value_iterated_to() as f64 / 1000.0;
-        let at = (us.max(1.0).log10() * 10.0) as usize;
-        bars[at.min(BARS - 1)] += value.count_at_value();
-    }
+fn row(body: &mut String, y: f64, peer: &str, shape: &Shape) {
+    let bars = &shape.parts;
     let most = bars.iter().copied().max().unwrap_or(1).max(1) as f64;
-    let (floor, width) = (y + ROW - 8.0, WIDTH / BARS as f64);
+    let (floor, width) = (y + ROW - 8.0, WIDTH / bars.len().max(1) as f64);
     let _ = writeln!(body, "<text x='10' y='{:.1}'>{}</text>", floor - 4.0, escaped(peer));
     for (at, &count) in bars.iter().enumerate().filter(|(_, count)| **count > 0) {
         let height = (f64::max(count as f64 / most, 0.02)) * (ROW - 14.0);
         let (left, top) = (LEFT + at as f64 * width, floor - height);
         let _ = writeln!(body, "<rect class='bar' x='{left:.1}' y='{top:.1}' width='{:.1}' height='{height:.1}'/>", width - 0.5);
     }
-    for (quantile, name) in [(0.5, "p50"), (0.99, "p99"), (0.999, "p99.9")] {
-        let us = due.value_at_quantile(quantile) as f64 / 1000.0;
+    let Quantiles { p50_us, p99_us, p999_us } = shape.quantiles;
+    for (us, name) in [(p50_us, "p50"), (p99_us, "p99"), (p999_us, "p99.9")] {
         let at = x(us);
         let _ = writeln!(
             body,
@@ -79,7 +71,7 @@ fn row(body: &mut String, y: f64, peer: &str, due: &Histogram<u64>) {
 
 fn axis(body: &mut String, y: f64) {
     for (at, name) in ["1 us", "10 us", "100 us", "1 ms", "10 ms", "100 ms", "1 s"].iter().enumerate() {
-        let at = LEFT + WIDTH * at as f64 / DECADES as f64;
+        let at = LEFT + WIDTH * at as f64 / Shape::DECADES as f64;
         let _ = writeln!(body, "<text x='{at:.0}' y='{:.0}' text-anchor='middle'>{name}</text>", y + 6.0);
     }
 }

@@ -43,35 +43,58 @@ impl fmt::Display for Wrong {
     }
 }
 
-/// How far an answer has come.
+/// An answer that is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
-    Open,
-    /// It is complete; `ended`: it said so itself.
-    Complete {
-        ended: bool,
-    },
+pub(crate) struct Over {
+    /// Whose it was, where a word of it was heard.
+    pub(crate) stream: Option<u16>,
+    /// Whether it said so itself.
+    pub(crate) ended: bool,
+    pub(crate) text_bytes: u64,
 }
 
-/// Reads one answer after another from one connection.
+/// Reads from one connection: one answer after another, or several at a time as frames.
 pub(crate) struct Reply {
     front: Front,
     body: Body,
     /// What came of a head, a line, a frame or a whole body that is not complete yet.
     part: Vec<u8>,
-    listener: words::Listener,
-    ended: bool,
-    /// Bytes of text so far.
-    pub(crate) text_bytes: u64,
+    /// Answers that have begun: at most one, except as frames.
+    turns: Vec<Turn>,
+    /// Answers that are complete, until somebody takes them.
+    pub(crate) over: Vec<Over>,
     /// Pongs that are owed: payloads of pings.
     pub(crate) pings: Vec<Vec<u8>>,
+}
+
+/// An answer that has begun.
+#[derive(Default)]
+struct Turn {
+    /// Its name, where frames have one.
+    id: Box<[u8]>,
+    stream: Option<u16>,
+    listener: words::Listener,
+    text_bytes: u64,
+    ended: bool,
+}
+
+impl Turn {
+    fn hear(&mut self, text: &[u8], word: &mut dyn FnMut(Word)) -> Result<(), Wrong> {
+        self.text_bytes += text.len() as u64;
+        let Turn { listener, stream, .. } = self;
+        let heard = listener.hear(text, |it| {
+            stream.get_or_insert(it.stream);
+            word(it);
+        });
+        heard.map_err(|words::Broken| Wrong::Word)
+    }
 }
 
 enum Body {
     Head,
     Chunked(Chunk),
     Length(usize),
-    /// A WebSocket whose turn is open or not.
+    /// A WebSocket.
     Frames,
 }
 
@@ -88,26 +111,18 @@ enum Chunk {
 
 impl Reply {
     pub(crate) fn new(front: Front) -> Reply {
-        Reply {
-            front,
-            body: Body::Head,
-            part: Vec::new(),
-            listener: words::Listener::default(),
-            ended: false,
-            text_bytes: 0,
-            pings: Vec::new(),
-        }
+        Reply { front, body: Body::Head, part: Vec::new(), turns: Vec::new(), over: Vec::new(), pings: Vec::new() }
     }
 
-    /// More bytes. `word` is called for each word in the text. After `Complete` the next bytes begin a new answer.
-    pub(crate) fn push(&mut self, mut bytes: &[u8], word: &mut dyn FnMut(Word)) -> Result<State, Wrong> {
+    /// More bytes. `word` is called for each word in the text.
+    pub(crate) fn push(&mut self, mut bytes: &[u8], word: &mut dyn FnMut(Word)) -> Result<(), Wrong> {
         while !bytes.is_empty() {
             match &mut self.body {
                 Body::Head => {
-                    let Some(rest) = self.head(bytes)? else { return Ok(State::Open) };
+                    let Some(rest) = self.head(bytes)? else { return Ok(()) };
                     bytes = rest;
                     if matches!(self.body, Body::Length(0)) {
-                        return self.complete(word);
+                        self.complete(word)?;
                     }
                 }
                 Body::Length(left) => {
@@ -117,7 +132,7 @@ impl Reply {
                     self.content(&bytes[..n], word)?;
                     bytes = &bytes[n..];
                     if done {
-                        return self.complete(word);
+                        self.complete(word)?;
                     }
                 }
                 Body::Chunked(chunk) => match chunk {
@@ -134,7 +149,7 @@ impl Reply {
                         let ended = other.step(bytes[0])?;
                         bytes = &bytes[1..];
                         if ended {
-                            return self.complete(word);
+                            self.complete(word)?;
                         }
                     }
                 },
@@ -142,14 +157,15 @@ impl Reply {
                     self.part.extend_from_slice(bytes);
                     bytes = &[];
                     self.frames(word)?;
-                    if self.ended {
-                        self.ended = false;
-                        return Ok(State::Complete { ended: true });
-                    }
                 }
             }
         }
-        Ok(State::Open)
+        Ok(())
+    }
+
+    /// A WebSocket that takes frames.
+    pub(crate) fn is_upgraded(&self) -> bool {
+        matches!(self.body, Body::Frames)
     }
 
     /// The connection was closed by the peer: fine between two answers only.
@@ -157,15 +173,31 @@ impl Reply {
         matches!(self.body, Body::Head) && self.part.is_empty()
     }
 
-    fn complete(&mut self, word: &mut dyn FnMut(Word)) -> Result<State, Wrong> {
+    fn complete(&mut self, word: &mut dyn FnMut(Word)) -> Result<(), Wrong> {
         if self.front == Front::Whole {
             let whole = std::mem::take(&mut self.part);
             self.object(&whole, word)?;
-            self.ended = true;
+            self.turn(&[]).ended = true;
         }
         self.body = Body::Head;
         self.part.clear();
-        Ok(State::Complete { ended: std::mem::take(&mut self.ended) })
+        self.is_over(&[]);
+        Ok(())
+    }
+
+    /// The answer of that name, which has begun now if it had not.
+    fn turn(&mut self, id: &[u8]) -> &mut Turn {
+        let at = self.turns.iter().position(|turn| &*turn.id == id).unwrap_or_else(|| {
+            self.turns.push(Turn { id: id.into(), ..Turn::default() });
+            self.turns.len() - 1
+        });
+        &mut self.turns[at]
+    }
+
+    fn is_over(&mut self, id: &[u8]) {
+        let at = self.turns.iter().position(|turn| &*turn.id == id);
+        let Turn { stream, ended, text_bytes, .. } = at.map(|at| self.turns.swap_remove(at)).unwrap_or_default();
+        self.over.push(Over { stream, ended, text_bytes });
     }
 
     /// `None` while the head is not complete, else what comes after it.
@@ -225,13 +257,13 @@ impl Reply {
     fn line(&mut self, line: &[u8], word: &mut dyn FnMut(Word)) -> Result<(), Wrong> {
         if let Some(data) = line.strip_prefix(b"data: ") {
             if data == b"[DONE]" {
-                self.ended = true;
+                self.turn(&[]).ended = true;
                 return Ok(());
             }
             return self.object(data, word);
         }
         match line {
-            b"event: done" => self.ended = true,
+            b"event: done" => self.turn(&[]).ended = true,
             b"event: error" => return Err(Wrong::Ended("an error event".to_owned())),
             _ => {}
         }
@@ -242,6 +274,7 @@ impl Reply {
     fn object(&mut self, object: &[u8], word: &mut dyn FnMut(Word)) -> Result<(), Wrong> {
         static CONTENT: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new("\"content\":\""));
         static TEXT: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new("\"text\":\""));
+        let id = if self.front == Front::WebSocket { turn_id(object) } else { &[] };
         let finder = match self.front {
             Front::OpenAi | Front::Whole => &*CONTENT,
             Front::Chat | Front::WebSocket => &*TEXT,
@@ -250,9 +283,7 @@ impl Reply {
             let text = &object[at + finder.needle().len()..];
             // The text is ours and has nothing to escape.
             let text = &text[..memchr(b'"', text).ok_or(Wrong::Frame)?];
-            self.text_bytes += text.len() as u64;
-            self.listener.hear(text, word).map_err(|words::Broken| Wrong::Word)?;
-            return Ok(());
+            return self.turn(id).hear(text, word);
         }
         for sign in ["{\"error\"", "\"content_filter\"", "\"type\":\"error\"", "\"blocked\""] {
             if memmem::find(object, sign.as_bytes()).is_some() {
@@ -278,8 +309,10 @@ impl Reply {
             match first {
                 0x81 => {
                     self.object(payload, word)?;
-                    if memmem::find(payload, b"\"type\":\"done\"").is_some() {
-                        self.ended = true;
+                    if payload.starts_with(b"{\"type\":\"done\"") {
+                        let id = turn_id(payload);
+                        self.turn(id).ended = true;
+                        self.is_over(id);
                     }
                 }
                 0x89 => self.pings.push(payload.to_vec()),
@@ -293,6 +326,13 @@ impl Reply {
         self.part.drain(..used);
         Ok(())
     }
+}
+
+/// The name of the turn that a frame is about; empty where it has none.
+fn turn_id(frame: &[u8]) -> &[u8] {
+    static TURN: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new("\"turn_id\":\""));
+    let rest = TURN.find(frame).map_or(&[][..], |at| &frame[at + TURN.needle().len()..]);
+    &rest[..memchr(b'"', rest).unwrap_or(0)]
 }
 
 impl Chunk {
@@ -324,15 +364,17 @@ impl Chunk {
 mod tests {
     use super::*;
 
-    fn read(front: Front, answer: &[u8], size: usize) -> Result<(Vec<Word>, Vec<State>), Wrong> {
-        let (mut reply, mut words, mut states) = (Reply::new(front), Vec::new(), Vec::new());
+    fn read(front: Front, answer: &[u8], size: usize) -> Result<(Vec<Word>, Vec<Over>), Wrong> {
+        let (mut reply, mut words) = (Reply::new(front), Vec::new());
         for piece in answer.chunks(size) {
-            let state = reply.push(piece, &mut |word| words.push(word))?;
-            if state != State::Open {
-                states.push(state);
-            }
+            reply.push(piece, &mut |word| words.push(word))?;
         }
-        Ok((words, states))
+        Ok((words, reply.over))
+    }
+
+    /// The end of an answer of stream 7 with this many words, each with a blank behind it.
+    fn over(words: u64) -> Over {
+        Over { stream: Some(7), ended: true, text_bytes: words * (words::LEN as u64 + 1) }
     }
 
     fn words(n: u32) -> Vec<Word> {
@@ -352,14 +394,14 @@ mod tests {
         }
         answer.extend_from_slice(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n");
         for size in 1..answer.len() {
-            assert_eq!(read(Front::OpenAi, &answer, size), Ok((words(5), vec![State::Complete { ended: true }])), "cut by {size}");
+            assert_eq!(read(Front::OpenAi, &answer, size), Ok((words(5), vec![over(5)])), "cut by {size}");
         }
     }
 
     #[test]
     fn a_stream_that_stops_without_saying_so_did_not_end() {
         let answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n";
-        assert_eq!(read(Front::OpenAi, answer, answer.len()), Ok((vec![], vec![State::Complete { ended: false }])));
+        assert_eq!(read(Front::OpenAi, answer, answer.len()), Ok((vec![], vec![Over { stream: None, ended: false, text_bytes: 0 }])));
     }
 
     #[test]
@@ -397,8 +439,27 @@ mod tests {
         }
         frame(0x81, b"{\"type\":\"done\",\"finish\":\"stop\"}");
         for size in 1..answer.len() {
-            assert_eq!(read(Front::WebSocket, &answer, size), Ok((words(3), vec![State::Complete { ended: true }])), "cut by {size}");
+            assert_eq!(read(Front::WebSocket, &answer, size), Ok((words(3), vec![over(3)])), "cut by {size}");
         }
+    }
+
+    #[test]
+    fn turns_that_share_a_websocket_are_told_apart() {
+        let mut answer = b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\n\r\n".to_vec();
+        let mut frame = |payload: String| {
+            answer.extend_from_slice(&[0x81, u8::try_from(payload.len()).unwrap()]);
+            answer.extend_from_slice(payload.as_bytes());
+        };
+        let said = |stream: u16, text: &str| format!(r#"{{"type":"text","turn_id":"t{stream}","seq":1,"text":"{text}"}}"#);
+        let [one, two] = [1, 2].map(|stream| Word { stream, index: 0 });
+        // A word of each turn is cut, and the other's piece comes between.
+        for (word, from, to) in [(one, 0, 4), (two, 0, 7), (one, 4, 10), (two, 7, 10)] {
+            frame(said(word.stream, &text(&word)[from..to]));
+        }
+        frame(r#"{"type":"done","turn_id":"t2","finish":"stop"}"#.to_owned());
+        frame(r#"{"type":"done","turn_id":"t1","finish":"stop"}"#.to_owned());
+        let over = [2, 1].map(|stream| Over { stream: Some(stream), ended: true, text_bytes: 10 });
+        assert_eq!(read(Front::WebSocket, &answer, answer.len()), Ok((vec![one, two], over.to_vec())));
     }
 
     #[test]
@@ -406,7 +467,7 @@ mod tests {
         let body = format!("{{\"choices\":[{{\"message\":{{\"role\":\"assistant\",\"content\":\"{} \"}}}}]}}", text(&words(1)[0]));
         let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         for size in [1, 7, answer.len()] {
-            assert_eq!(read(Front::Whole, answer.as_bytes(), size), Ok((words(1), vec![State::Complete { ended: true }])));
+            assert_eq!(read(Front::Whole, answer.as_bytes(), size), Ok((words(1), vec![over(1)])));
         }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    engine::{self, Model, Order},
+    engine::{self, MASK, Model, Order},
     peer::{self, Chain, Cores, Peer},
     workload::{self, Workload},
 };
@@ -38,8 +38,8 @@ pub(crate) fn run(headgate: &Path, tell: &mut dyn FnMut(&str, Result<(), &str>))
     match Scripted::start(headgate) {
         Err(error) => found("a gateway before a scripted model", Err(error.to_string())),
         Ok(scripted) => {
-            for (case, front) in CASES.iter().flat_map(|case| [(case, Voice::OpenAi), (case, Voice::Chat)]) {
-                found(&format!("{} ({})", case.name, front.path()), scripted.check(case, front));
+            for (case, front) in CASES.iter().flat_map(|case| Voice::ALL.map(|voice| (case, voice))) {
+                found(&format!("{} ({})", case.name, front.name()), scripted.check(case, front));
             }
             found("a stranger is not let in, and the model is not asked", scripted.stranger());
         }
@@ -125,19 +125,28 @@ const BREAK: char = '\u{0}';
 enum Voice {
     OpenAi,
     Chat,
+    WebSocket,
 }
 
 impl Voice {
+    const ALL: [Voice; 3] = [Voice::OpenAi, Voice::Chat, Voice::WebSocket];
+
+    fn name(self) -> &'static str {
+        match self {
+            Voice::OpenAi | Voice::Chat => self.path(),
+            Voice::WebSocket => "a WebSocket",
+        }
+    }
     fn path(self) -> &'static str {
         match self {
             Voice::OpenAi => "/v1/chat/completions",
-            Voice::Chat => "/v1/chat/stream",
+            Voice::Chat | Voice::WebSocket => "/v1/chat/stream",
         }
     }
     fn lane(self) -> &'static str {
         match self {
             Voice::OpenAi => "/choices/0/delta/content",
-            Voice::Chat => "/text",
+            Voice::Chat | Voice::WebSocket => "/text",
         }
     }
 }
@@ -171,6 +180,10 @@ impl Scripted {
 
     fn check(&self, case: &Case, voice: Voice) -> Result<(), String> {
         self.says.send(case.says).map_err(|_| "the model is gone".to_owned())?;
+        let ask = match voice {
+            Voice::OpenAi | Voice::Chat => ask,
+            Voice::WebSocket => ask_by_frames,
+        };
         let answer = ask(self.gateway.address, voice, &self.gateway.key).map_err(|error| error.to_string())?;
         self.asked.recv_timeout(Duration::from_secs(20)).map_err(|_| "the model was not asked".to_owned())?;
         judge(case, voice, &answer)
@@ -202,7 +215,7 @@ fn judge(case: &Case, voice: Voice, answer: &str) -> Result<(), String> {
     let end = match voice {
         Voice::OpenAi if answer.contains("data: [DONE]") => whole,
         Voice::OpenAi => End::Cut,
-        Voice::Chat => match (answer.contains("event: done"), answer.contains("event: error")) {
+        Voice::Chat | Voice::WebSocket => match (answer.contains("event: done"), answer.contains("event: error")) {
             (true, false) => whole,
             (false, true) => End::Cut,
             (true, true) | (false, false) => return Err("not exactly one end".to_owned()),
@@ -259,7 +272,7 @@ fn ask(gateway: SocketAddr, voice: Voice, key: &str) -> io::Result<String> {
     gateway.set_read_timeout(Some(Duration::from_secs(20)))?;
     let stream = match voice {
         Voice::OpenAi => r#""model":"demo","stream":true,"#,
-        Voice::Chat => "",
+        Voice::Chat | Voice::WebSocket => "",
     };
     let body = format!(r#"{{{stream}"messages":[{{"role":"user","content":"{}"}}]}}"#, peer::filler(40));
     write!(
@@ -287,6 +300,62 @@ fn ask(gateway: SocketAddr, voice: Voice, key: &str) -> io::Result<String> {
         body = body.get(line + 4 + size..).ok_or_else(broken)?;
     }
     Ok(head + "\n" + &String::from_utf8_lossy(&whole))
+}
+
+/// One turn over a WebSocket of its own, told as the event stream that it would have been.
+fn ask_by_frames(gateway: SocketAddr, voice: Voice, key: &str) -> io::Result<String> {
+    let mut gateway = TcpStream::connect(gateway)?;
+    gateway.set_read_timeout(Some(Duration::from_secs(20)))?;
+    write!(
+        gateway,
+        "GET {} HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {key}\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-protocol: headgate.v1\r\n\r\n",
+        voice.path()
+    )?;
+    let mut reader = BufReader::new(gateway.try_clone()?.take(4 << 20));
+    let mut status = String::new();
+    reader.read_line(&mut status)?;
+    if !status.starts_with("HTTP/1.1 101") {
+        return Ok(status);
+    }
+    let mut line = String::new();
+    while line != "\r\n" {
+        line.clear();
+        if reader.read_line(&mut line)? == 0 {
+            return Err(io::Error::other("no response head"));
+        }
+    }
+    let turn = format!(r#"{{"type":"turn","messages":[{{"role":"user","content":"{}"}}]}}"#, peer::filler(40));
+    gateway.write_all(&engine::frame(0x81, turn.as_bytes(), Some(MASK)))?;
+    let mut answer = "HTTP/1.1 200 OK\n".to_owned();
+    loop {
+        let mut head = [0; 2];
+        reader.read_exact(&mut head)?;
+        let len = match head[1] {
+            126 => {
+                let mut len = [0; 2];
+                reader.read_exact(&mut len)?;
+                usize::from(u16::from_be_bytes(len))
+            }
+            len if len < 126 => usize::from(len),
+            _ => return Err(io::Error::other("a frame that is longer than any here, or masked")),
+        };
+        let mut payload = vec![0; len];
+        reader.read_exact(&mut payload)?;
+        match head[0] {
+            0x81 => {}
+            0x89 => {
+                gateway.write_all(&engine::frame(0x8a, &payload, Some(MASK)))?;
+                continue;
+            }
+            _ => return Err(io::Error::other("a frame that is neither text nor a ping")),
+        }
+        let event: serde_json::Value = serde_json::from_slice(&payload).map_err(io::Error::other)?;
+        let name = event.get("type").and_then(serde_json::Value::as_str).unwrap_or_default();
+        answer += &format!("event: {name}\ndata: {event}\n\n");
+        if matches!(name, "done" | "error") {
+            return Ok(answer);
+        }
+    }
 }
 
 #[cfg(test)]

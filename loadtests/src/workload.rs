@@ -44,8 +44,9 @@ pub(crate) struct Workload {
     pub(crate) about: &'static str,
     pub(crate) front: Front,
     pub(crate) clients: Clients,
-    /// Connections.
     pub(crate) streams: usize,
+    /// Streams that share a connection; more than one only as WebSockets.
+    pub(crate) per_socket: usize,
     /// Events in one write of the model.
     pub(crate) burst: usize,
     /// Between two writes of the model in one stream; zero: all at once, at once.
@@ -57,6 +58,18 @@ pub(crate) struct Workload {
     pub(crate) cut: Cut,
     /// Bytes of text in a prompt.
     pub(crate) prompt: usize,
+    pub(crate) whom: Whom,
+}
+
+/// Who is measured with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Whom {
+    /// All that can serve it.
+    All,
+    /// All but AI gateways, which cannot take so much.
+    Proxies,
+    /// What matters here is Headgate; nginx stands beside it.
+    Us,
 }
 
 const ONE_BY_ONE: Workload = Workload {
@@ -65,12 +78,14 @@ const ONE_BY_ONE: Workload = Workload {
     front: Front::OpenAi,
     clients: Clients::Stay,
     streams: 1000,
+    per_socket: 1,
     burst: 1,
     every: Duration::from_millis(20),
     writes: None,
     text: 16,
     cut: Cut::AfterBlank,
     prompt: 64,
+    whom: Whom::Proxies,
 };
 
 const ONE_REQUEST: Workload = Workload {
@@ -83,6 +98,7 @@ const ONE_REQUEST: Workload = Workload {
     writes: Some(1),
     text: 1024,
     prompt: 1024,
+    whom: Whom::All,
     ..ONE_BY_ONE
 };
 
@@ -95,6 +111,7 @@ pub(crate) fn all() -> Vec<Workload> {
             about: "the same at 1,000 requests a second, open loop: latency counts from when a request was due",
             clients: Clients::Rate(1000),
             streams: 256,
+            whom: Whom::Us,
             ..ONE_REQUEST
         },
         Workload {
@@ -112,10 +129,38 @@ pub(crate) fn all() -> Vec<Workload> {
             streams: 400,
             cut: Cut::BeforeBlank,
             text: 11,
+            whom: Whom::Us,
             ..ONE_BY_ONE
         },
-        Workload { name: "W3c", about: "as W3h on /v1/chat/stream, as server-sent events", streams: 400, front: Front::Chat, ..ONE_BY_ONE },
-        Workload { name: "W3w", about: "as W3h on /v1/chat/stream, as WebSockets", streams: 400, front: Front::WebSocket, ..ONE_BY_ONE },
+        Workload {
+            name: "W3c",
+            about: "as W3h on /v1/chat/stream, as server-sent events",
+            streams: 400,
+            front: Front::Chat,
+            whom: Whom::Us,
+            ..ONE_BY_ONE
+        },
+        Workload {
+            name: "W3w",
+            about: "as W3 on /v1/chat/stream, a WebSocket for each stream; who passes on unread has a model that speaks WebSocket",
+            front: Front::WebSocket,
+            ..ONE_BY_ONE
+        },
+        Workload {
+            name: "W3m",
+            about: "as W3w with 50 WebSockets, 20 turns at a time on each",
+            front: Front::WebSocket,
+            per_socket: 20,
+            ..ONE_BY_ONE
+        },
+        Workload {
+            name: "W3s",
+            about: "25 streams, one event per 50 ms each: what AI gateways can take, too",
+            streams: 25,
+            every: Duration::from_millis(50),
+            whom: Whom::All,
+            ..ONE_BY_ONE
+        },
         Workload {
             name: "W4",
             about: "9,000 streams that have begun and wait for their next event",
@@ -129,6 +174,18 @@ pub(crate) fn all() -> Vec<Workload> {
             clients: Clients::Leave(Duration::from_millis(5)),
             streams: 100,
             every: Duration::from_millis(500),
+            whom: Whom::All,
+            ..ONE_BY_ONE
+        },
+        Workload {
+            name: "W6",
+            about: "64 connections that ask again as soon as they are answered, with 32 streamed events in one write",
+            clients: Clients::Again,
+            streams: 64,
+            burst: 32,
+            every: Duration::ZERO,
+            writes: Some(1),
+            whom: Whom::Us,
             ..ONE_BY_ONE
         },
     ]
@@ -151,12 +208,17 @@ impl Workload {
 
     /// Whether a peer that passes bytes on unread can serve it.
     pub(crate) fn is_plain(&self) -> bool {
-        matches!(self.front, Front::OpenAi | Front::Whole)
+        self.front != Front::Chat
     }
 
     /// Whether its streams are there to be counted, not to carry anything.
     pub(crate) fn is_idle(&self) -> bool {
         self.every > Duration::from_secs(60)
+    }
+
+    /// Whether it asks for as much as a peer can do.
+    pub(crate) fn is_at_most(&self) -> bool {
+        self.clients == Clients::Again
     }
 
     /// Whether what matters is a request, not an event.
