@@ -299,7 +299,7 @@ impl JsonSchema for SecretText {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Connections at once; more wait in the system's queue. It should be below half of the process's file limit, since
+    /// Connections at once; more are closed. Never more than half of the files that the system lets the process open, since
     /// most connections need a second one upstream.
     pub connections: NonZeroUsize,
     /// From the connection to its first byte, or to the end of the TLS handshake.

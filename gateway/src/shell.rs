@@ -14,6 +14,7 @@ use std::{
 use headgate_config::plan::{Plan, PolicyKey, VerdictKeys};
 use headgate_contracts::Gone;
 use headgate_policy::{Ring, Verifier};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
@@ -86,6 +87,8 @@ pub struct Process {
 
 /// Operators' connections at once.
 const ADMIN_CONNECTIONS: usize = 64;
+/// Open files that are no client's and no upstream's: operators' connections, listeners, logs, what the runtime needs.
+const OTHER_FILES: u64 = ADMIN_CONNECTIONS as u64 + 64;
 /// How long turns may take to say their last word once the drain time is over.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
@@ -99,6 +102,26 @@ fn adopt(listener: std::net::TcpListener, setting: &'static str) -> Result<(TcpL
     let address = listener.local_addr().unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)));
     let adopted = TcpListener::from_std(listener).map_err(|source| Unstartable::Listen { address, setting, source })?;
     Ok((adopted, address))
+}
+
+/// So many connections as the system's limit on open files allows, and no more than `wanted`: most have a second one upstream.
+///
+/// A process that runs out of files can accept nobody, operators neither; one that knows its limit closes who is too many.
+fn affordable(wanted: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    // The soft limit is low for the sake of `select`, which nobody calls here.
+    let is_raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).is_ok();
+    let Some(files) = (if is_raised { limit.maximum } else { limit.current }) else { return wanted };
+    let most = usize::try_from(files.saturating_sub(OTHER_FILES) / 2).unwrap_or(usize::MAX).max(1);
+    if most < wanted {
+        tracing::warn!(
+            files,
+            wanted,
+            connections = most,
+            "the system's limit on open files allows fewer connections than limits.connections"
+        );
+    }
+    most.min(wanted)
 }
 
 impl Process {
@@ -141,7 +164,7 @@ impl Process {
             orchestrator_at = Some(address);
         }
         let tls = build::tls(plan)?;
-        let app = App::new(build::live(plan, &lasting)?, lasting.meters.clone(), plan.limits.connections);
+        let app = App::new(build::live(plan, &lasting)?, lasting.meters.clone(), affordable(plan.limits.connections));
         lasting.meters.register(|registry| lasting.courier.register(registry));
         beside.spawn(lasting.courier.clone().run());
         let limits = Limits {

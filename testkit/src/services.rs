@@ -316,6 +316,16 @@ impl Service {
         line.and_then(|line| line.trim().strip_suffix(" kB")).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     }
 
+    /// Time it has computed, of all its threads; nothing once it has ended.
+    pub fn computed(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap_or_default();
+        // proc(5): utime and stime are the 14th and 15th field, counted behind the name, which may have blanks in it.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace().skip(11).take(2);
+        let ticks: u64 = fields.filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+        // A tick is a hundredth of a second wherever Linux runs.
+        Duration::from_millis(ticks * 10)
+    }
+
     /// How many descriptors it has open; 0 once it has ended.
     pub fn open_descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.id())).map_or(0, Iterator::count)

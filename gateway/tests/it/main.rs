@@ -10,6 +10,7 @@ mod desync;
 mod drain;
 mod eyes;
 mod faults;
+mod files;
 mod house;
 mod http2;
 mod keys;
