@@ -1,7 +1,7 @@
 //! Follows a store of signed entries, and answers for it as long as it can be reached.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     fmt,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -31,8 +31,9 @@ pub struct Followed {
     // Replaced as a whole when the policy keys rotate.
     keys: RwLock<Arc<Verifier>>,
     reached: RwLock<Option<Instant>>,
-    /// What was not installed at the last read: complained about once.
-    refused: RwLock<HashSet<Digest>>,
+    /// What was found at the last read, and whether it was installed. What was is not judged again; what was not may be believed
+    /// later, and is complained about once.
+    seen: RwLock<HashMap<Digest, bool>>,
     now: fn() -> u64,
     entries: Gauge,
     rejected: Counter,
@@ -49,7 +50,7 @@ impl Followed {
             memory: Memory::new(MOST_TENANTS),
             keys: RwLock::new(Arc::new(keys)),
             reached: RwLock::default(),
-            refused: RwLock::default(),
+            seen: RwLock::default(),
             now,
             entries: Gauge::default(),
             rejected: Counter::default(),
@@ -113,31 +114,42 @@ impl Followed {
     async fn read(&self) -> Result<(), Unreachable> {
         let found = self.store.entries(MOST_TENANTS).await?;
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let (mut refused, now) = (HashSet::new(), (self.now)());
-        let before = std::mem::take(&mut *self.refused.write().unwrap_or_else(PoisonError::into_inner));
+        let before = std::mem::take(&mut *self.seen.write().unwrap_or_else(PoisonError::into_inner));
+        let (mut seen, now) = (HashMap::with_capacity(found.len()), (self.now)());
         for token in &found {
-            match self.memory.install(token, &keys, now) {
-                Ok(Installed::New) => {
-                    if let Ok(entry) = keys.open_entry(token, now) {
-                        let Entry { tid, seq, active, .. } = entry;
-                        tracing::info!(tenant = tid, seq, version = active.ver, from = active.nbf, "a policy entry was installed");
-                    }
-                }
-                Ok(Installed::Unchanged) => {}
-                Err(error) => {
-                    let digest = Digest::of(token.as_bytes());
-                    if !before.contains(&digest) {
-                        self.rejected.inc();
-                        tracing::warn!(entry = digest.short(), %error, "a policy entry was not installed; what is in force stays");
-                    }
-                    refused.insert(digest);
-                }
-            }
+            let digest = Digest::of(token.as_bytes());
+            let known = before.get(&digest).copied();
+            let is_installed = known == Some(true) || {
+                // A signature takes a tenth of a millisecond, and there may be thousands: others have their turn in between.
+                tokio::task::yield_now().await;
+                self.install(token, &keys, now, known.is_none().then_some(digest))
+            };
+            seen.insert(digest, is_installed);
         }
-        *self.refused.write().unwrap_or_else(PoisonError::into_inner) = refused;
+        *self.seen.write().unwrap_or_else(PoisonError::into_inner) = seen;
         *self.reached.write().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.entries.set(i64::try_from(self.memory.entries().len()).unwrap_or(i64::MAX));
         Ok(())
+    }
+
+    /// Whether an entry is installed now. `new`: its digest, where it was not there at the last read, and so has to be told of.
+    fn install(&self, token: &str, keys: &Verifier, now: u64, new: Option<Digest>) -> bool {
+        match self.memory.install(token, keys, now) {
+            Ok(Installed::New) => {
+                if let Ok(Entry { tid, seq, active, .. }) = keys.open_entry(token, now) {
+                    tracing::info!(tenant = tid, seq, version = active.ver, from = active.nbf, "a policy entry was installed");
+                }
+                true
+            }
+            Ok(Installed::Unchanged) => true,
+            Err(error) => {
+                if let Some(digest) = new {
+                    self.rejected.inc();
+                    tracing::warn!(entry = digest.short(), %error, "a policy entry was not installed; what is in force stays");
+                }
+                false
+            }
+        }
     }
 
     fn is_reached(&self) -> bool {
