@@ -140,12 +140,6 @@ impl Kafka {
         self.client("org.apache.kafka.tools.TopicCommand", &arguments).await;
     }
 
-    /// Takes a topic away.
-    pub async fn forget(&self, name: &str) {
-        self.client("org.apache.kafka.tools.TopicCommand", &["--bootstrap-server", &self.addr.to_string(), "--delete", "--topic", name])
-            .await;
-    }
-
     /// Writes records, each a key and a value.
     pub async fn write(&self, topic: &str, records: &[(&str, &str)]) {
         let lines: String = records.iter().map(|(key, value)| format!("{key}\t{value}\n")).collect();

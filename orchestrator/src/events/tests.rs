@@ -43,9 +43,9 @@ fn of(turn: TurnId) -> Beginning {
     of_session(turn, "s1")
 }
 
-/// A turn of a session of that name.
-pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
-    let accepted = Accepted {
+/// The first facts of a turn of a session of that name.
+pub(super) fn accepted(session: &str) -> Accepted {
+    Accepted {
         tenant: "acme".parse().unwrap(),
         session: session.parse().unwrap(),
         subject: "u1".parse().unwrap(),
@@ -54,7 +54,11 @@ pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
         messages: 1,
         body_bytes: 100,
         body_digest: "sha-256=:x:".into(),
-    };
+    }
+}
+
+/// A turn of that session.
+pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
     let verdict = InputVerdict {
         verdict: "jti".into(),
         issuer: "headgate".into(),
@@ -65,7 +69,7 @@ pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
         constitution: "sha-256=:y:".into(),
         subject: None,
     };
-    let accepted = Event::accepted(turn, SystemTime::now(), "00-a-b-01".into(), accepted);
+    let accepted = Event::accepted(turn, SystemTime::now(), "00-a-b-01".into(), accepted(session));
     Beginning::new(accepted.clone(), accepted.followed_by(Kind::InputVerdict, SystemTime::now(), verdict))
 }
 

@@ -3,10 +3,13 @@
 use std::{
     collections::BTreeMap,
     path::Path,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-use headgate_contracts::{Finish, TurnId, wire::log::Progress};
+use headgate_contracts::{
+    Finish, TurnId,
+    wire::log::{Event, Kind, Progress},
+};
 use headgate_testkit::{
     kafka::{Kafka, Record},
     services::OrSkip,
@@ -18,7 +21,10 @@ use rdkafka::{
 };
 
 use super::{
-    super::{Account, Follow, Log, Refused, Settings, Topic, Unfit, Unopened, tests::of_session},
+    super::{
+        Account, Follow, Log, Refused, Settings, Topic, Unfit, Unopened,
+        tests::{accepted, of_session},
+    },
     Producer, verify_topic,
 };
 
@@ -272,6 +278,46 @@ async fn a_single_record_has_a_place_or_an_error_in_time() {
     let refused = within(MINUTE, producer.write("acme", &[], b"{}"), "the record to be given up").await.unwrap_err();
     assert!(refused.to_string().contains("training.audit"), "{refused}");
     assert!(matches!(Producer::open(&audit, MINUTE).await, Err(Unfit::Away(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_judge_of_a_topic_objects_to_whatever_must_not_be() {
+    let mock = MockCluster::new(1).unwrap();
+    let brokers = mock.bootstrap_servers();
+    let turn = TurnId::fresh();
+    let begun = Event::accepted(turn, SystemTime::UNIX_EPOCH, "00-a-b-01".into(), accepted("s1"));
+    let ended = |kind| serde_json::to_vec(&begun.followed_by(kind, SystemTime::UNIX_EPOCH, serde_json::json!({}))).unwrap();
+    let (accepted, completed, failed) = (serde_json::to_vec(&begun).unwrap(), ended(Kind::Completed), ended(Kind::Failed));
+    /// Events, the key they come with if it is another, and what is objected to.
+    type Case<'a> = (&'a [&'a [u8]], Option<&'a str>, &'a str);
+    let cases: [Case<'_>; 7] = [
+        (&[&accepted, &completed], None, ""),
+        // Delivered again, word for word.
+        (&[&accepted, &accepted, &completed, &accepted, &completed], None, ""),
+        (&[&accepted, &completed, &failed], None, "another event of its id"),
+        (&[&completed, &accepted], None, "has not begun"),
+        (&[&completed], None, "has not begun"),
+        (&[&accepted], Some("acme/s2"), "its key is not"),
+        (&[b"not an event"], None, "not an event"),
+    ];
+    // At once: the mock lets each of them wait for an answer that it does not have.
+    let open = async |number: usize| {
+        let name = format!("judged-{number}");
+        mock.create_topic(&name, 1, 1).unwrap();
+        (Producer::open(&topic(&brokers, &name), MINUTE).await.unwrap(), name)
+    };
+    let opened = futures_util::future::join_all((0..cases.len()).map(open)).await;
+    for ((events, key, objection), (producer, name)) in cases.into_iter().zip(opened) {
+        for event in events {
+            let message = super::Message::of(event);
+            let headers: Vec<(&str, &str)> = message.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+            producer.write(key.unwrap_or(&message.key), &headers, &message.value).await.unwrap();
+        }
+        let judged = verify_topic(std::slice::from_ref(&brokers), &name).unwrap();
+        assert_eq!(judged.is_good(), objection.is_empty(), "{objection}: {judged:?}");
+        assert!(judged.violations.iter().any(|violation| violation.to_string().contains(objection)) || objection.is_empty(), "{judged:?}");
+    }
+    assert!(verify_topic(&[brokers], "no-such-topic").is_err());
 }
 
 /// How fast an outage is drained: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture drained`.
