@@ -2,12 +2,14 @@
 //!
 //! Read [`turn`] first: the whole data path is there, on one screen. Around it: [`serve`] accepts connections, [`front`] finds
 //! the route and answers, [`session`] begins turns and finds them again, [`outbox`] lies between a turn and its client,
-//! [`voice`] writes events, [`sse`] and [`ws`] carry them. [`live`] is the configuration at work, [`telemetry`] what a turn
+//! [`voice`] writes events, [`sse`] and [`ws`] carry them, `chunked` writes what HTTP/1.1 streams. [`live`] is the configuration at work, [`telemetry`] what a turn
 //! leaves behind, [`admin`] the operators' listener.
 
 pub mod admin;
 pub mod body;
+mod buffers;
 pub mod build;
+mod chunked;
 pub mod cli;
 pub mod delivery;
 pub mod drive;

@@ -17,7 +17,10 @@ use std::{
 use headgate_contracts::{Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn};
 use tokio::time::{Instant, timeout_at};
 
-use crate::{delivery::Slip, voice::Voice};
+use crate::{buffers, delivery::Slip, voice::Voice};
+
+/// The most entries that a ring keeps room for while it is empty: as many as a burst has.
+const MAX_IDLE_ENTRIES: usize = 32;
 
 /// The writer's end.
 pub struct Outbox {
@@ -122,6 +125,14 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
     (Outbox { ring: ring.clone(), stall, on_disconnect }, Reader { ring, id: 0 })
 }
 
+/// Keeps the waker, which is nearly always the one that is there.
+fn remember(place: &mut Option<Waker>, cx: &Context<'_>) {
+    match place {
+        Some(waker) => waker.clone_from(cx.waker()),
+        None => *place = Some(cx.waker().clone()),
+    }
+}
+
 impl Ring {
     // Nothing under this lock can panic but the voice's encoder; what it left behind is still a valid ring.
     fn state(&self) -> MutexGuard<'_, State> {
@@ -138,6 +149,9 @@ impl State {
     /// whoever polls a turn polls its reader next: it would be polled twice for every batch.
     fn add(&mut self, running: Option<&Waker>, write: impl FnOnce(&mut Voice, &mut Vec<u8>, &mut dyn FnMut(&'static str, Range<usize>))) {
         let State { voice, bytes, base, entries, .. } = self;
+        if bytes.capacity() == 0 {
+            *bytes = buffers::lend();
+        }
         write(voice, bytes, &mut |name, range| {
             entries.push_back(Entry { name, start: *base + range.start as u64, len: range.len() });
         });
@@ -206,10 +220,8 @@ impl State {
     fn compact(&mut self) {
         let dead = self.bytes.len() - self.bytes_from(self.first);
         if dead == self.bytes.len() {
-            self.bytes.clear();
-            // An idle stream keeps no more than one small buffer.
-            self.bytes.shrink_to(1 << 10);
-            self.entries.shrink_to(8);
+            buffers::give_back(&mut self.bytes);
+            self.entries.shrink_to(MAX_IDLE_ENTRIES);
         } else if dead * 2 >= self.bytes.len() {
             self.bytes.drain(..dead);
         } else {
@@ -285,7 +297,7 @@ impl Outbox {
         if is_alone != was_alone || !state.is_behind(&self.ring) {
             return Poll::Ready(());
         }
-        state.wants_room = Some(cx.waker().clone());
+        remember(&mut state.wants_room, cx);
         Poll::Pending
     }
 
@@ -300,7 +312,7 @@ impl Outbox {
                 if let Some((since, _)) = state.alone {
                     return Poll::Ready(Ok(since));
                 }
-                state.wants_gone = Some(cx.waker().clone());
+                remember(&mut state.wants_gone, cx);
                 Poll::Pending
             })
             .await;
@@ -315,7 +327,7 @@ impl Outbox {
                 if state.stopped.is_some() || state.alone.is_none_or(|(now, _)| now != since) {
                     return Poll::Ready(());
                 }
-                state.wants_gone = Some(cx.waker().clone());
+                remember(&mut state.wants_gone, cx);
                 Poll::Pending
             });
             if timeout_at(since + patience, changed).await.is_err() {
@@ -448,7 +460,7 @@ impl Reader {
 
     fn wait(&self, state: &mut State, cx: &mut Context<'_>) {
         if let Some(place) = state.readers.iter_mut().find(|place| place.id == self.id) {
-            place.waker = Some(cx.waker().clone());
+            remember(&mut place.waker, cx);
         }
     }
 }

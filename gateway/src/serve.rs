@@ -6,25 +6,39 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
-use hyper::{Request, Response, body::Incoming, service::service_fn};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
+use bytes::Bytes;
+use hyper::{
+    Request, Response,
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
 };
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
     select,
     sync::watch,
-    time::{Instant, Sleep, sleep, timeout},
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 
-use crate::{body::Reply, drive::Line, front, streams::Streams, tap::Tap, tls::Tls};
+use crate::{
+    body::Reply,
+    chunked::{Handover, Terms},
+    drive::Line,
+    front,
+    streams::Streams,
+    tap::Tap,
+    tls::Tls,
+};
 
 /// The bounds of a connection; the defaults are the documentation's table of limits.
 #[derive(Debug, Clone)]
@@ -159,24 +173,7 @@ impl Drain {
 
 /// Accepts on `listener` until the drain begins. One of these runs per worker; all may share a listener.
 pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, service: impl Service, drain: Drain) {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.head)
-        .max_buf_size(limits.head_bytes.max(8 << 10))
-        .max_headers(limits.fields);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .enable_connect_protocol()
-        .max_concurrent_streams(100)
-        .initial_stream_window_size(64 << 10)
-        .initial_connection_window_size(1 << 20)
-        .max_header_list_size(limits.head_bytes.min(16 << 10) as u32)
-        .max_send_buf_size(64 << 10)
-        .keep_alive_interval(Duration::from_secs(20));
-    let builder = Arc::new(builder);
+    let speakers = Arc::new(Speakers::new(&limits));
     loop {
         let accepted = select! { biased;
             () = drain.wait() => return,
@@ -196,16 +193,17 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
             drop(socket);
             continue;
         };
-        let (tls, limits, service, drain, builder) = (tls.clone(), limits.clone(), service.clone(), drain.clone(), builder.clone());
+        let (tls, limits, service, drain, speakers) = (tls.clone(), limits.clone(), service.clone(), drain.clone(), speakers.clone());
         tokio::spawn(async move {
             let _permit = permit;
             tune(&socket, limits.stall);
             let peer = |tls| Peer { address, tls, stall: limits.stall, head: limits.head, idle: limits.idle, line: Arc::default() };
             match tls {
-                None => converse(socket, peer(false), &builder, &limits, service, drain).await,
+                None => converse(socket, peer(false), &speakers, &limits, service, drain).await,
                 Some(tls) => {
-                    if let Ok(Ok(socket)) = timeout(limits.handshake, tls.accept(socket)).await {
-                        converse(socket, peer(true), &builder, &limits, service, drain).await;
+                    // In a box, or connections without TLS had room for it too.
+                    if let Ok(Ok(socket)) = Box::pin(timeout(limits.handshake, tls.accept(socket))).await {
+                        Box::pin(converse(socket, peer(true), &speakers, &limits, service, drain)).await;
                     }
                 }
             }
@@ -223,56 +221,142 @@ fn tune(socket: &TcpStream, stall: Duration) {
     let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, millis);
 }
 
+/// What reads the requests of either version.
+struct Speakers {
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+}
+
+impl Speakers {
+    fn new(limits: &Limits) -> Speakers {
+        let (mut http1, mut http2) = (http1::Builder::new(), http2::Builder::new(TokioExecutor::new()));
+        http1
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.head)
+            .max_buf_size(limits.head_bytes.max(8 << 10))
+            .max_headers(limits.fields);
+        http2
+            .timer(TokioTimer::new())
+            .enable_connect_protocol()
+            .max_concurrent_streams(100)
+            .initial_stream_window_size(64 << 10)
+            .initial_connection_window_size(1 << 20)
+            .max_header_list_size(limits.head_bytes.min(16 << 10) as u32)
+            .max_send_buf_size(64 << 10)
+            .keep_alive_interval(Duration::from_secs(20));
+        Speakers { http1, http2 }
+    }
+}
+
 /// One connection, to its end.
-async fn converse<S>(socket: S, peer: Peer, builder: &auto::Builder<TokioExecutor>, limits: &Limits, service: impl Service, drain: Drain)
+async fn converse<S>(socket: S, peer: Peer, speakers: &Speakers, limits: &Limits, service: impl Service, drain: Drain)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    // hyper-util's version sniffing has no deadline of its own (hyperium/hyper#3756), hence this one for the first head.
-    let streams = Streams::default();
-    let (line, idle, begins) = (peer.line.clone(), peer.idle, streams.clone());
-    let io = TokioIo::new(Patient::of_requests(socket, limits.stall, line.clone()));
-    let connection = builder.serve_connection_with_upgrades(
-        io,
-        service_fn(move |request| {
-            let (service, peer, stream) = (service.clone(), peer.clone(), begins.begin());
-            let is_refused = begins.are_refused();
-            async move {
-                let response = if is_refused { front::too_many() } else { service.call(request, peer).await };
-                Ok::<_, Infallible>(response.map(|reply| stream.carry(reply)))
-            }
-        }),
-    );
-    let mut connection = std::pin::pin!(connection);
-    let mut first = std::pin::pin!(sleep(limits.handshake + limits.head));
-    let mut is_first = true;
-    let ended = loop {
-        select! { biased;
-            ended = connection.as_mut() => break Some(ended),
-            () = first.as_mut(), if is_first => {
-                if !streams.have_begun() {
-                    return line.be_late();
-                }
-                is_first = false;
-            }
-            () = streams.enough(idle) => break None,
-            () = drain.wait() => break None,
-        }
+    let mut io = Patient::of_requests(socket, limits.stall, peer.line.clone());
+    let first = Instant::now() + limits.handshake + limits.head;
+    let is_http2 = select! { biased;
+        sniffed = io.sniff() => match sniffed {
+            Ok(is_http2) => is_http2,
+            Err(_) => return,
+        },
+        () = sleep_until(first) => return peer.line.be_late(),
+        () = drain.wait() => return,
     };
-    let ended = match ended {
-        Some(ended) => ended,
-        None => {
-            connection.as_mut().graceful_shutdown();
+    if is_http2 {
+        Box::pin(converse_http2(io, peer, first, speakers, service, drain)).await;
+    } else {
+        converse_http1(io, peer, first, speakers, service, drain).await;
+    }
+}
+
+/// Requests are read by hyper; answers that stream are written by [`crate::chunked`].
+async fn converse_http1<S>(mut io: Patient<S>, peer: Peer, first: Instant, speakers: &Speakers, service: impl Service, drain: Drain)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (line, handover) = (peer.line.clone(), io.handover.clone());
+    let heard = Arc::new(AtomicBool::new(false));
+    loop {
+        let (service, peer, hears, hands) = (service.clone(), peer.clone(), heard.clone(), handover.clone());
+        let serving = service_fn(move |request: Request<Incoming>| {
+            hears.store(true, Ordering::Relaxed);
+            let (service, peer, hands, terms) = (service.clone(), peer.clone(), hands.clone(), Terms::of(&request));
+            // In a box: hyper keeps room for what answers a request as long as it has the connection.
+            let call = Box::pin(async move { service.call(request, peer).await });
+            async move { Ok::<_, Infallible>(hands.answer(terms, call).await) }
+        });
+        // In a box, which goes with its buffers when the connection is handed over.
+        let mut connection = Box::new(speakers.http1.serve_connection(TokioIo::new(io), serving).with_upgrades());
+        let mut is_draining = false;
+        loop {
             select! { biased;
-                ended = connection => ended,
-                // Who has no streams and does not even confirm the end has nothing to lose.
-                () = streams.quiet(CLOSE_PATIENCE) => return,
-                () = streams.far_too_much() => return,
+                ended = std::future::poll_fn(|cx| handover.poll(cx, &line, &mut *connection)) => match ended {
+                    None => break,
+                    Some(Ok(())) => return,
+                    Some(Err(error)) => {
+                        if error.is_timeout() {
+                            line.be_late();
+                        }
+                        return;
+                    }
+                },
+                () = sleep_until(first), if !heard.load(Ordering::Relaxed) => if !heard.load(Ordering::Relaxed) {
+                    return line.be_late();
+                },
+                () = drain.wait(), if !is_draining => {
+                    is_draining = true;
+                    Pin::new(&mut *connection).graceful_shutdown();
+                }
             }
         }
-    };
-    if ended.is_err_and(|error| error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)) {
-        line.be_late();
+        let (Some(parts), Some(answer)) = (connection.into_parts(), handover.take()) else { return };
+        io = parts.io.into_inner();
+        // Copied: else a byte, or none, would keep hyper's buffer.
+        io.ahead = Bytes::copy_from_slice(&parts.read_buf);
+        match answer.write(&mut io, !drain.has_begun()).await {
+            Ok(true) if !drain.has_begun() => {}
+            Ok(_) => {
+                let _ = io.shutdown().await;
+                return;
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+async fn converse_http2<S>(io: Patient<S>, peer: Peer, first: Instant, speakers: &Speakers, service: impl Service, drain: Drain)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let streams = Streams::default();
+    let (idle, begins) = (peer.idle, streams.clone());
+    let serving = service_fn(move |request| {
+        let (service, peer, stream) = (service.clone(), peer.clone(), begins.begin());
+        let is_refused = begins.are_refused();
+        async move {
+            let response = if is_refused { front::too_many() } else { service.call(request, peer).await };
+            Ok::<_, Infallible>(response.map(|reply| stream.carry(reply)))
+        }
+    });
+    let mut connection = std::pin::pin!(speakers.http2.serve_connection(TokioIo::new(io), serving));
+    select! { biased;
+        _ = connection.as_mut() => return,
+        () = sleep_until(first) => if !streams.have_begun() { return },
+        () = streams.enough(idle) => {}
+        () = drain.wait() => {}
+    }
+    select! { biased;
+        _ = connection.as_mut() => return,
+        () = streams.enough(idle) => {}
+        () = drain.wait() => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    select! { biased;
+        _ = connection => {}
+        // Who has no streams and does not even confirm the end has nothing to lose.
+        () = streams.quiet(CLOSE_PATIENCE) => {}
+        () = streams.far_too_much() => {}
     }
 }
 
@@ -287,16 +371,20 @@ pub(crate) struct Patient<S: AsyncWrite + Unpin> {
     alarm: Option<Pin<Box<Sleep>>>,
     line: Arc<Line>,
     tap: Option<Tap>,
+    /// Bytes that were read and given back.
+    ahead: Bytes,
+    handover: Arc<Handover>,
 }
 
 impl<S: AsyncWrite + Unpin> Patient<S> {
     pub(crate) fn new(socket: S, stall: Duration) -> Patient<S> {
-        Patient { socket, stall, alarm: None, line: Arc::default(), tap: None }
+        Patient { socket, stall, alarm: None, line: Arc::default(), tap: None, ahead: Bytes::new(), handover: Arc::default() }
     }
 
     /// One that requests come over.
     fn of_requests(socket: S, stall: Duration, line: Arc<Line>) -> Patient<S> {
-        Patient { socket, stall, alarm: None, line, tap: Some(Tap::default()) }
+        let (tap, ahead, handover) = (Some(Tap::default()), Bytes::new(), Arc::default());
+        Patient { socket, stall, alarm: None, line, tap, ahead, handover }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -331,6 +419,25 @@ impl<S: AsyncWrite + Unpin> Drop for Patient<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Patient<S> {
+    /// Whether the peer begins to speak HTTP/2. What was read to see that is read again.
+    async fn sniff(&mut self) -> io::Result<bool> {
+        const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        let (mut begun, mut len) = ([0; PREFACE.len()], 0);
+        while len < begun.len() && begun[..len] == PREFACE[..len] {
+            match self.read(&mut begun[len..]).await? {
+                0 => break,
+                read => len += read,
+            }
+        }
+        self.ahead = Bytes::copy_from_slice(&begun[..len]);
+        Ok(begun == *PREFACE)
+    }
+
+    /// While an answer is under way, whatever comes is the peer's leaving.
+    pub(crate) fn listen_if_busy(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.line.is_busy() { self.listen(cx) } else { Ok(()) }
+    }
+
     fn listen(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let mut byte = [0];
         match Pin::new(&mut self.socket).poll_read(cx, &mut ReadBuf::new(&mut byte)) {
@@ -342,8 +449,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Patient<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Patient<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let start = buf.filled().len();
+        if !self.ahead.is_empty() {
+            let len = self.ahead.len().min(buf.remaining());
+            buf.put_slice(&self.ahead.split_to(len));
+            // What was given back is but the beginning: with the rest of it hyper's buffer need not grow.
+            if buf.remaining() == 0 || self.line.is_busy() {
+                return Poll::Ready(Ok(()));
+            }
+        }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        match Pin::new(&mut self.socket).poll_read(cx, buf) {
+            Poll::Pending if before == start => return Poll::Pending,
+            Poll::Pending => {}
+            Poll::Ready(read) => read?,
+        }
         if self.line.is_busy() && buf.filled().len() > before {
             return Poll::Ready(Err(left()));
         }
@@ -371,10 +491,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.line.is_busy() {
-            self.listen(cx)?;
-        }
+        self.listen_if_busy(cx)?;
         let flushed = Pin::new(&mut self.socket).poll_flush(cx);
+        if flushed.is_ready() {
+            self.handover.flushed();
+        }
         self.watch(cx, flushed)
     }
 

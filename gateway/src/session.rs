@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt;
 use headgate_contracts::{
     Code, Credential, Fault, Gone, OnDisconnect, Principal, Prompt, Record, SessionId, Stop, Subject, TenantId, Turn, TurnId,
 };
@@ -158,13 +159,11 @@ impl Turns {
         let entry = self.enter(id, hook.clone(), owner.clone(), kept);
         let watch = Watch::begin(route.clone(), &prompt, owner);
         let upstream = route.upstream.clone();
-        let drive = Drive::new(async move {
+        let drive = match chain {
+            Ok(chain) => Drive::new(turn::run(turn, prompt, chain, upstream, outbox, watch).map(|()| drop((entry, place)))),
             // Without a chain there is no turn: its outbox and its watch, dropped, say so.
-            if let Ok(chain) = chain {
-                turn::run(turn, prompt, chain, upstream, outbox, watch).await;
-            }
-            drop((entry, place));
-        });
+            Err(_) => Drive::elsewhere(),
+        };
         Ok((Begun { turn: id, session, drive, reader }, hook))
     }
 

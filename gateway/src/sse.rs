@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -77,6 +77,41 @@ pub async fn begin(call: &Call, reader: &mut Reader, patience: Duration) -> Resu
 }
 
 impl Stream {
+    /// Moves the turn on and appends what is to be sent now. `false`: it is over, and all was sent.
+    pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> Poll<bool> {
+        if self.over {
+            return Poll::Ready(false);
+        }
+        self.call.poll(cx);
+        let (turn, framing) = (self.turn, self.framing);
+        if self.early
+            && let Poll::Ready(head) = self.reader.poll_head(cx)
+        {
+            self.early = false;
+            if let Err(stop) = head {
+                self.over = true;
+                crate::voice::write_stop(out, turn, framing, &stop);
+                return Poll::Ready(true);
+            }
+        }
+        let shown = self.reader.poll_next(cx, MAX_EVENTS_PER_WRITE, |event| match framing {
+            Framing::Chat => sse::encode(out, Some((&turn, event.seq)), Some(event.name), event.payload),
+            Framing::OpenAi => sse::encode(out, None, None, event.payload),
+        });
+        match shown {
+            Poll::Ready(0) => {
+                self.over = true;
+                return Poll::Ready(false);
+            }
+            Poll::Ready(_) => self.silence.last = Instant::now(),
+            Poll::Pending => {
+                ready!(self.silence.poll(cx));
+                sse::comment(out);
+            }
+        }
+        Poll::Ready(true)
+    }
+
     /// The body of `turn`'s answer. `early`: the response is begun without the answer's head.
     pub fn new(call: Call, reader: Reader, turn: TurnId, framing: Framing, heartbeat: Duration, early: bool) -> Stream {
         let silence = Silence { after: heartbeat, last: Instant::now(), alarm: Box::pin(tokio::time::sleep(heartbeat)) };
@@ -97,40 +132,7 @@ impl Body for Stream {
     type Error = std::convert::Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let this = &mut *self;
-        if this.over {
-            return Poll::Ready(None);
-        }
-        this.call.poll(cx);
-        let (turn, framing) = (this.turn, this.framing);
         let mut out = Vec::new();
-        if this.early
-            && let Poll::Ready(head) = this.reader.poll_head(cx)
-        {
-            this.early = false;
-            if let Err(stop) = head {
-                this.over = true;
-                crate::voice::write_stop(&mut out, turn, framing, &stop);
-                return Poll::Ready(Some(Ok(Frame::data(out.into()))));
-            }
-        }
-        let shown = this.reader.poll_next(cx, MAX_EVENTS_PER_WRITE, |event| match framing {
-            Framing::Chat => sse::encode(&mut out, Some((&turn, event.seq)), Some(event.name), event.payload),
-            Framing::OpenAi => sse::encode(&mut out, None, None, event.payload),
-        });
-        match shown {
-            Poll::Ready(0) => {
-                this.over = true;
-                return Poll::Ready(None);
-            }
-            Poll::Ready(_) => this.silence.last = Instant::now(),
-            Poll::Pending => {
-                if this.silence.poll(cx).is_pending() {
-                    return Poll::Pending;
-                }
-                sse::comment(&mut out);
-            }
-        }
-        Poll::Ready(Some(Ok(Frame::data(out.into()))))
+        self.poll_write(cx, &mut out).map(|more| more.then(|| Ok(Frame::data(out.into()))))
     }
 }

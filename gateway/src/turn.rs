@@ -1,5 +1,7 @@
 //! One turn, from prompt to end: the whole data path. No other function knows all the parts.
 
+use std::future::Future;
+
 use headgate_contracts::{Batch, Code, End, Finish, Prompt, Refusal, Stop, Turn};
 use headgate_filters::Chain;
 use headgate_upstream::{Answer, Upstream};
@@ -11,24 +13,36 @@ use crate::{outbox::Outbox, telemetry::Watch};
 ///
 /// What is waited for, all at once: the client is gone; the deadline came; a filter made up its mind or its hold ran out;
 /// the next batch came.
-pub async fn run(mut turn: Turn, mut prompt: Prompt, mut chain: Chain, upstream: Upstream, outbox: Outbox, mut watch: Watch) {
-    let end = select! { biased;
-        gone = outbox.gone() => Err(gone.into()),
-        () = sleep(turn.flow.deadline) => Err(over("route.deadline")),
-        end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch) => end,
-    };
-    let mut last = Batch::new();
-    let end = chain.end(end, &mut last, &mut turn.record); // what is still held gets its last verdict
-    let slip = watch.slip(&turn, &prompt, &end); // for what the orchestrator hears of it, once the client has taken it
-    let record = outbox.close(&turn, &last, &end, slip); // the ending in the client's own dialect
-    watch.end(&turn, &prompt, &chain, &record, &end); // one log line, metrics, the span's end
+#[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, for as long as the turn lasts")]
+pub fn run(
+    mut turn: Turn,
+    mut prompt: Prompt,
+    mut chain: Chain,
+    upstream: Upstream,
+    outbox: Outbox,
+    mut watch: Watch,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        let end = select! { biased;
+            gone = outbox.gone() => Err(gone.into()),
+            () = sleep(turn.flow.deadline) => Err(over("route.deadline")),
+            end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch) => end,
+        };
+        let mut last = Batch::new();
+        let end = chain.end(end, &mut last, &mut turn.record); // what is still held gets its last verdict
+        let slip = watch.slip(&turn, &prompt, &end); // for what the orchestrator hears of it, once the client has taken it
+        let record = outbox.close(&turn, &last, &end, slip); // the ending in the client's own dialect
+        watch.end(&turn, &prompt, &chain, &record, &end); // one log line, metrics, the span's end
+    }
 }
 
 async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Upstream, outbox: &Outbox, watch: &mut Watch) -> End {
-    chain.prompt(prompt).await?;
+    // What happens once is boxed: a future is as large as the largest it waits for, and an answer lasts.
+    Box::pin(chain.prompt(prompt)).await?;
     watch.admitted(prompt);
-    let mut answer: Answer = upstream.open(prompt).await?; // retries live in here: before the first byte only
+    let mut answer: Answer = Box::pin(upstream.open(prompt)).await?; // retries live in here: before the first byte only
     watch.answered(answer.endpoint());
+    prompt.messages = Vec::new(); // sent, and of no more use
     let mut batch = Batch::new();
     let mut more = answer.next(&mut batch).await?; // the first events say whose answer it is
     chain.head(&mut answer.head)?;

@@ -33,6 +33,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("http-body", &["upstream", "orchestrator", "slm", "gateway"]),
     ("http-body-util", &["upstream", "orchestrator", "slm", "gateway"]),
     ("httparse", &["upstream"]),
+    ("httpdate", &["gateway"]),
     ("tower", &["upstream", "gateway"]),
     ("tokio-tungstenite", &["orchestrator", "gateway", "upstream"]),
     ("pingora-load-balancing", &["upstream"]),
