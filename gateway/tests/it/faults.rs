@@ -1,13 +1,18 @@
 //! Models that misbehave in every way, seen from the client: the same text for every cut, one error for every fault, and
 //! never an end that is none.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use headgate_testkit::{
     Broken,
     answer::{Kind, Transcript},
     client::{Request, ask, stream},
-    dialect::{Answer, Cut, Dialect, Escapes, Lane, Mark, Writing},
+    dialect::{self, Answer, Cut, Dialect, Escapes, Lane, Mark, Writing},
+    hop::{self, Orchestrator, Said, Speaking, Then},
     upstream::{Framing, Script, Upstream},
     within,
     ws::Ws,
@@ -23,10 +28,84 @@ fn whole_chain() -> Setup {
         .file("deny.txt", "bluebird\n")
 }
 
-fn setup(dialect: Dialect) -> Setup {
-    match dialect {
-        Dialect::OpenAi => whole_chain(),
-        Dialect::Conversation => whole_chain().orchestrated(),
+/// How an answer comes to the gateway: the same is true whichever way it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// As server-sent events, in this dialect.
+    Events(Dialect),
+    /// As frames of an orchestrator's WebSocket.
+    Frames,
+}
+
+const WAYS: [Way; 3] = [Way::Events(Dialect::OpenAi), Way::Events(Dialect::Conversation), Way::Frames];
+
+impl Way {
+    fn dialect(self) -> Dialect {
+        match self {
+            Way::Events(dialect) => dialect,
+            Way::Frames => Dialect::Conversation,
+        }
+    }
+
+    fn setup(self) -> Setup {
+        match self {
+            Way::Events(Dialect::OpenAi) => whole_chain(),
+            Way::Events(Dialect::Conversation) => whole_chain().orchestrated(),
+            Way::Frames => whole_chain().orchestrated().upstream("hop: websocket"),
+        }
+    }
+
+    /// How long an answer is on this way, in bytes.
+    fn bytes(self, answer: &Answer) -> usize {
+        match self {
+            Way::Events(_) => answer.bytes().len(),
+            // The ids of turns are all of one length.
+            Way::Frames => hop::wire(answer.frames("00000000-0000-0000-0000-000000000000")).len(),
+        }
+    }
+
+    /// A model that answers the first turn with the first of these, so much of it and so cut, and so on.
+    async fn serve(self, answers: impl IntoIterator<Item = (Answer, usize, Cut, Then)>) -> Model {
+        match self {
+            Way::Events(_) => {
+                let scripts = answers.into_iter().map(|(answer, bytes, cut, then)| {
+                    let whole = answer.bytes();
+                    let said = dialect::pieces(whole[..bytes.min(whole.len())].to_vec(), &cut);
+                    let sent = Script::new().sse().send_all(said);
+                    let sent = if bytes >= whole.len() { sent.end() } else { sent };
+                    if then == Then::Reset { sent.reset() } else { sent.close() }
+                });
+                let scripts = Mutex::new(scripts.collect::<VecDeque<_>>());
+                // What an orchestrator is told of turns that have ended is no turn.
+                let told = Script::new().head(202, Framing::Length(0), &[]);
+                let answering = Upstream::answering(move |request| match request.target.contains("/turns/") {
+                    true => told.clone(),
+                    false => scripts.lock().unwrap().pop_front().expect("something to say to every turn"),
+                });
+                Model::Http(answering.await)
+            }
+            Way::Frames => Model::Socket(Orchestrator::start().await.saying(answers.into_iter().map(|(answer, bytes, cut, then)| {
+                let said = move |turn: &str| {
+                    let whole = hop::wire(answer.frames(turn));
+                    dialect::pieces(whole.slice(..bytes.min(whole.len())), &cut)
+                };
+                Said::pieces(said, then)
+            }))),
+        }
+    }
+}
+
+enum Model {
+    Http(Upstream),
+    Socket(Speaking),
+}
+
+impl Model {
+    fn url(&self) -> String {
+        match self {
+            Model::Http(upstream) => upstream.url(),
+            Model::Socket(speaking) => speaking.url(),
+        }
     }
 }
 
@@ -70,24 +149,24 @@ fn lanes(answer: &Transcript) -> [String; 3] {
 #[tokio::test]
 async fn the_same_text_comes_out_for_every_cut_and_every_spelling() {
     let expected = ["Grüße, bluebin \u{1F600} 世界 write to •••, card ••• ok\r\n\"q\" \\ end", "think: mail •••? ", "{\"to\":\"•••\"}"];
-    for dialect in [Dialect::OpenAi, Dialect::Conversation] {
-        let plain = rich(dialect);
+    for way in WAYS {
+        let plain = rich(way.dialect());
         let crlf =
             plain.clone().written(Writing { newline: "\r\n", escapes: Escapes::NotAscii, mark: Mark::Present, ..Writing::default() });
         let tight = plain.clone().written(Writing { newline: "\r", after_colon: "", escapes: Escapes::All, ..Writing::default() });
         let cuts = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(3), Cut::Inside]
             .into_iter()
             .chain((0..8).map(|seed| Cut::Random { seed, most: 40 }));
-        let mut pieces = Vec::new();
+        let mut answers = Vec::new();
         for cut in cuts {
             for answer in [&plain, &crlf, &tight] {
-                pieces.push((format!("{dialect:?} {cut:?}"), answer.cut(cut.clone())));
+                answers.push((answer.clone(), usize::MAX, cut.clone(), Then::Stay));
             }
         }
-        let scripts = pieces.iter().map(|(_, pieces)| Script::new().read().sse().send_all(pieces.clone()).end().close());
-        let upstream = Upstream::each(scripts.collect::<Vec<_>>()).await;
-        let gateway = setup(dialect).start(&upstream.url()).await;
-        for (what, _) in &pieces {
+        let whats: Vec<String> = answers.iter().map(|(_, _, cut, _)| format!("{way:?} {cut:?}")).collect();
+        let model = way.serve(answers).await;
+        let gateway = way.setup().start(&model.url()).await;
+        for what in whats {
             let answer = answered(&gateway).await;
             assert_eq!(lanes(&answer), expected, "{what}");
             assert_eq!((answer.outcome(), answer.finish()), ("masked", "tool_calls"), "{what}");
@@ -97,44 +176,39 @@ async fn the_same_text_comes_out_for_every_cut_and_every_spelling() {
 
 #[tokio::test]
 async fn a_refusal_cuts_at_the_same_byte_for_every_cut() {
-    let said = Answer::openai("demo", &["The name is b", "l", "ue\u{200b}bi", "RD, and more"]);
-    let cuts: Vec<Cut> = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(2), Cut::Inside]
-        .into_iter()
-        .chain((0..20).map(|seed| Cut::Random { seed, most: 60 }))
-        .collect();
-    let scripts: Vec<Script> = cuts.iter().map(|cut| Script::new().read().sse().send_all(said.cut(cut.clone())).end().close()).collect();
-    let upstream = Upstream::each(scripts).await;
-    let gateway = whole_chain().start(&upstream.url()).await;
-    for cut in cuts {
-        let answer = answered(&gateway).await;
-        assert_eq!((answer.text().as_str(), answer.outcome(), answer.finish()), ("The name is ", "blocked", "content_filter"), "{cut:?}");
+    for way in WAYS {
+        let said = Answer::complete(way.dialect(), "demo", &["The name is b", "l", "ue\u{200b}bi", "RD, and more"]);
+        let cuts: Vec<Cut> = [Cut::Whole, Cut::Events, Cut::Bytes(1), Cut::Bytes(2), Cut::Inside]
+            .into_iter()
+            .chain((0..20).map(|seed| Cut::Random { seed, most: 60 }))
+            .collect();
+        let model = way.serve(cuts.iter().map(|cut| (said.clone(), usize::MAX, cut.clone(), Then::Stay)).collect::<Vec<_>>()).await;
+        let gateway = way.setup().start(&model.url()).await;
+        for cut in cuts {
+            let answer = answered(&gateway).await;
+            let said = (answer.text(), answer.outcome().to_owned(), answer.finish().to_owned());
+            assert_eq!(said, ("The name is ".to_owned(), "blocked".to_owned(), "content_filter".to_owned()), "{way:?} {cut:?}");
+        }
     }
 }
 
 #[tokio::test]
 async fn a_stream_reset_or_closed_at_every_byte_is_one_error_and_never_an_end() {
-    for dialect in [Dialect::OpenAi, Dialect::Conversation] {
-        let bytes = Answer::complete(dialect, "demo", &["Hel", "lo é"]).bytes();
-        // The terminal's blank line may be missing: the end was said all the same, and is not believed.
-        let cuts: Vec<(usize, bool)> = (0..bytes.len()).flat_map(|at| [(at, true), (at, false)]).collect();
-        let scripts: Vec<Script> = cuts
-            .iter()
-            .map(|&(at, reset)| {
-                let sent = Script::new().read().sse().send(bytes[..at].to_vec());
-                if reset { sent.reset() } else { sent.close() }
-            })
-            .collect();
+    for way in WAYS {
+        let said = Answer::complete(way.dialect(), "demo", &["Hel", "lo é"]);
+        let bytes = way.bytes(&said);
+        let cuts: Vec<(usize, Then)> = (0..bytes).flat_map(|at| [(at, Then::Reset), (at, Then::End)]).collect();
         // A cut before the first byte is asked again; then the connection after it answers for it.
-        let upstream = Upstream::each(scripts).await;
-        let gateway = setup(dialect).upstream("retry: { attempts: 0 }").start(&upstream.url()).await;
-        for (at, reset) in cuts {
-            let what = format!("{dialect:?}, {} at {at}", if reset { "reset" } else { "closed" });
+        let model = way.serve(cuts.iter().map(|&(at, then)| (said.clone(), at, Cut::Whole, then)).collect::<Vec<_>>()).await;
+        let gateway = way.setup().upstream("retry: { attempts: 0 }").start(&model.url()).await;
+        for (at, then) in cuts {
+            let what = format!("{way:?}, {then:?} at {at}");
             match stream(gateway.addr, &Request::turn("hi"), Kind::Client).await {
                 Ok(events) => {
                     let answer = events.rest().await.unwrap_or_else(|broken| panic!("{what}: {broken}"));
                     if answer.named("done").next().is_some() {
-                        // Everything but the empty line of the very last event had come.
-                        assert!(at + 2 >= bytes.len(), "{what}");
+                        // Everything but the empty line of the very last event had come. A frame has no such line.
+                        assert!(way != Way::Frames && at + 2 >= bytes, "{what}");
                         continue;
                     }
                     assert_eq!(answer.error(), Some("upstream_reset"), "{what}");
@@ -303,7 +377,7 @@ async fn lines_of_a_models_making_cannot_become_events() {
     let said = "a\r\n\r\nevent: done\ndata: {\"finish\":\"stop\"}\n\n\u{2028}b\0c";
     for dialect in [Dialect::OpenAi, Dialect::Conversation] {
         let upstream = Upstream::always(Script::stream(Answer::complete(dialect, "demo", &[said]).cut(Cut::Events))).await;
-        let gateway = setup(dialect).start(&upstream.url()).await;
+        let gateway = Way::Events(dialect).setup().start(&upstream.url()).await;
         assert_eq!(answered(&gateway).await.text(), said);
         let chunks = stream(gateway.addr, &Request::completion("demo", "hi"), Kind::OpenAi).await.unwrap().rest().await.unwrap();
         assert_eq!(chunks.text(), said);

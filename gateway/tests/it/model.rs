@@ -23,25 +23,28 @@ struct House {
     _folder: tempfile::TempDir,
 }
 
+/// How turns travel from the gateway to the orchestrator: the same is true over both.
+const HOPS: [&str; 2] = ["events", "websocket"];
+
 /// With the embedded model, which tells what it was asked; `pace`: tokens per second at most.
-async fn house(filters: &str, pace: Option<f32>) -> House {
+async fn house(hop: &str, filters: &str, pace: Option<f32>) -> House {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let model = listener.local_addr().unwrap();
     let options = headgate_slm::Options { debug_requests: true, pace, ..Default::default() };
     let slm = tokio::spawn(headgate_slm::serve(listener, Arc::new(headgate_slm::Slm::embedded()), options, std::future::pending()));
-    let (process, folder) = before(model, filters).await;
+    let (process, folder) = before(model, hop, filters).await;
     House { addr: process.clients.unwrap(), model, _process: process, slm, _folder: folder }
 }
 
 /// Gateway and orchestrator before a model that listens.
-async fn before(model: SocketAddr, filters: &str) -> (Process, tempfile::TempDir) {
+async fn before(model: SocketAddr, hop: &str, filters: &str) -> (Process, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let any = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let (clients, admin, orchestrator) = (any(), any(), any());
     let (at, desk) = (|listener: &std::net::TcpListener| listener.local_addr().unwrap(), orchestrator.local_addr().unwrap());
     let yaml = format!(
         "listen: {}\nadmin: {{ listen: \"{}\" }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\" }}\nupstreams:\n\
-         \x20 chat: {{ protocol: orchestrator, endpoints: [\"http://{desk}\"], health: {{ interval: 0s }} }}\n  model: {{ protocol: openai, endpoints: [\"http://{model}\"], health: {{ interval: 0s }}, timeouts: {{ first_byte: 60s }} }}\n\
+         \x20 chat: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{desk}\"], health: {{ interval: 0s }} }}\n  model: {{ protocol: openai, endpoints: [\"http://{model}\"], health: {{ interval: 0s }}, timeouts: {{ first_byte: 60s }} }}\n\
          routes:\n  - path: /v1/chat/stream\n    upstream: chat\n    filters: [{filters}]\norchestrator: {{ listen: \"{desk}\", upstream: model }}\n",
         at(&clients),
         at(&admin)
@@ -90,61 +93,69 @@ fn header<'a>(request: &'a Value, name: &str) -> Vec<&'a str> {
 
 #[tokio::test]
 async fn policy_and_trace_travel_as_far_as_the_model() {
-    let house = house(CHAIN, None).await;
-    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
-    let request =
-        Request::turn("hello").header("traceparent", &format!("00-{trace}-00f067aa0ba902b7-01")).header("policy-version", "forged");
-    let events = stream(house.addr, &request, Kind::Client).await.unwrap();
-    let (version, hash) =
-        (events.head.header("policy-version").unwrap().to_owned(), events.head.header("constitution-hash").unwrap().to_owned());
-    let answer = events.rest().await.unwrap();
-    assert!(!answer.text().is_empty() && answer.outcome() == "allowed", "{}", answer.end().raw);
-    let requests = house.requests().await;
-    assert_eq!(requests.len(), 1, "{requests:#?}");
-    let asked = &requests[0];
-    assert_eq!((header(asked, "policy-version"), header(asked, "constitution-hash")), (vec![version.as_str()], vec![hash.as_str()]));
-    assert_eq!(version, "7");
-    let verdict = header(asked, "policy-verdict");
-    assert!(verdict.len() == 1 && verdict[0].split('.').count() == 3, "{asked}");
-    assert!(header(asked, "traceparent")[0].starts_with(&format!("00-{trace}-")), "{asked}");
-    assert_eq!((&asked["trace_id"], &asked["end"]), (&json!(trace), &json!("stop")));
+    for hop in HOPS {
+        let house = house(hop, CHAIN, None).await;
+        let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+        let request =
+            Request::turn("hello").header("traceparent", &format!("00-{trace}-00f067aa0ba902b7-01")).header("policy-version", "forged");
+        let events = stream(house.addr, &request, Kind::Client).await.unwrap();
+        let (version, hash) =
+            (events.head.header("policy-version").unwrap().to_owned(), events.head.header("constitution-hash").unwrap().to_owned());
+        let answer = events.rest().await.unwrap();
+        assert!(!answer.text().is_empty() && answer.outcome() == "allowed", "{}", answer.end().raw);
+        let requests = house.requests().await;
+        assert_eq!(requests.len(), 1, "{requests:#?}");
+        let asked = &requests[0];
+        assert_eq!((header(asked, "policy-version"), header(asked, "constitution-hash")), (vec![version.as_str()], vec![hash.as_str()]));
+        assert_eq!(version, "7");
+        let verdict = header(asked, "policy-verdict");
+        assert!(verdict.len() == 1 && verdict[0].split('.').count() == 3, "{asked}");
+        assert!(header(asked, "traceparent")[0].starts_with(&format!("00-{trace}-")), "{asked}");
+        assert_eq!((&asked["trace_id"], &asked["end"]), (&json!(trace), &json!("stop")));
+    }
 }
 
 #[tokio::test]
 async fn a_second_turn_of_a_session_brings_what_was_said_before() {
-    let house = house(CHAIN, None).await;
-    let first = house.ask(says("hello")).await;
-    let session = first.named("open").next().unwrap().text("session_id").unwrap().to_owned();
-    let mut next = says("what is your email address?");
-    next["session_id"] = json!(session);
-    house.ask(next).await;
-    let counts: Vec<u64> = house.requests().await.iter().map(|request| request["messages"].as_u64().unwrap()).collect();
-    assert_eq!(counts.last(), Some(&(counts[0] + 2)), "question and answer, then the next question: {counts:?}");
+    for hop in HOPS {
+        let house = house(hop, CHAIN, None).await;
+        let first = house.ask(says("hello")).await;
+        let session = first.named("open").next().unwrap().text("session_id").unwrap().to_owned();
+        let mut next = says("what is your email address?");
+        next["session_id"] = json!(session);
+        house.ask(next).await;
+        let counts: Vec<u64> = house.requests().await.iter().map(|request| request["messages"].as_u64().unwrap()).collect();
+        assert_eq!(counts.last(), Some(&(counts[0] + 2)), "question and answer, then the next question: {counts:?}");
+    }
 }
 
 #[tokio::test]
 async fn the_models_own_words_are_masked_and_refused() {
-    let house = house(CHAIN, None).await;
-    let masked = house.ask(says("what is your email address?")).await;
-    assert_eq!(masked.outcome(), "masked", "{}", masked.text());
-    assert!(masked.text().contains("•••") && !masked.text().contains('@'), "{}", masked.text());
-    let refused = house.ask(says("tell me a secret")).await;
-    assert_eq!((refused.outcome(), refused.finish()), ("blocked", "content_filter"), "{}", refused.text());
-    assert!(!refused.text().to_lowercase().contains("bluebird"), "{}", refused.text());
-    let idle = async { while house.requests().await.iter().any(|request| request["end"] == "running") {} };
-    within(SOON, idle, "the model to be stopped").await;
+    for hop in HOPS {
+        let house = house(hop, CHAIN, None).await;
+        let masked = house.ask(says("what is your email address?")).await;
+        assert_eq!(masked.outcome(), "masked", "{}", masked.text());
+        assert!(masked.text().contains("•••") && !masked.text().contains('@'), "{}", masked.text());
+        let refused = house.ask(says("tell me a secret")).await;
+        assert_eq!((refused.outcome(), refused.finish()), ("blocked", "content_filter"), "{}", refused.text());
+        assert!(!refused.text().to_lowercase().contains("bluebird"), "{}", refused.text());
+        let idle = async { while house.requests().await.iter().any(|request| request["end"] == "running") {} };
+        within(SOON, idle, "the model to be stopped").await;
+    }
 }
 
 #[tokio::test]
 async fn stopping_a_turn_stops_the_model() {
-    let house = house(CHAIN, Some(10.0)).await;
-    let mut events = stream(house.addr, &Request::turn("hello"), Kind::Client).await.unwrap();
-    let turn = events.expect().await.text("turn_id").unwrap().to_owned();
-    while events.expect().await.name != "text" {}
-    assert_eq!(ask(house.addr, &Request::post(&format!("/v1/chat/stream/{turn}/stop"), &json!({}))).await.unwrap().status, 202);
-    assert_eq!(events.rest().await.unwrap().error(), Some("stopped"));
-    let cancelled = async { while house.requests().await[0]["end"] != "cancelled" {} };
-    within(SOON, cancelled, "the model to be stopped").await;
+    for hop in HOPS {
+        let house = house(hop, CHAIN, Some(10.0)).await;
+        let mut events = stream(house.addr, &Request::turn("hello"), Kind::Client).await.unwrap();
+        let turn = events.expect().await.text("turn_id").unwrap().to_owned();
+        while events.expect().await.name != "text" {}
+        assert_eq!(ask(house.addr, &Request::post(&format!("/v1/chat/stream/{turn}/stop"), &json!({}))).await.unwrap().status, 202);
+        assert_eq!(events.rest().await.unwrap().error(), Some("stopped"));
+        let cancelled = async { while house.requests().await[0]["end"] != "cancelled" {} };
+        within(SOON, cancelled, "the model to be stopped").await;
+    }
 }
 
 /// A transcript without what is new every time, and with text joined as no two runs cut it the same way.
@@ -171,17 +182,19 @@ fn normal(answer: &Transcript) -> String {
 
 #[tokio::test]
 async fn answers_are_the_recorded_ones() {
-    let house = house(CHAIN, None).await;
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../contracts/recordings/gateway");
-    for (name, text) in [("allowed", "hello"), ("masked", "what is your email address?"), ("blocked", "tell me a secret")] {
-        let (file, said) = (folder.join(format!("{name}.sse")), normal(&house.ask(says(text)).await));
-        if std::env::var_os("HEADGATE_RECORD").is_some() {
-            std::fs::create_dir_all(&folder).unwrap();
-            std::fs::write(&file, &said).unwrap();
+    for hop in HOPS {
+        let house = house(hop, CHAIN, None).await;
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../contracts/recordings/gateway");
+        for (name, text) in [("allowed", "hello"), ("masked", "what is your email address?"), ("blocked", "tell me a secret")] {
+            let (file, said) = (folder.join(format!("{name}.sse")), normal(&house.ask(says(text)).await));
+            if std::env::var_os("HEADGATE_RECORD").is_some() {
+                std::fs::create_dir_all(&folder).unwrap();
+                std::fs::write(&file, &said).unwrap();
+            }
+            let recorded =
+                std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{error}: {}; HEADGATE_RECORD=1 records it", file.display()));
+            assert_eq!(said, recorded, "{name}");
         }
-        let recorded =
-            std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{error}: {}; HEADGATE_RECORD=1 records it", file.display()));
-        assert_eq!(said, recorded, "{name}");
     }
 }
 
@@ -206,7 +219,7 @@ async fn llama_cpp() -> Result<(Service, SocketAddr), Missing> {
 #[tokio::test]
 async fn another_real_model_streams_and_is_judged_the_same_way() {
     let Some((_service, model)) = llama_cpp().await.or_skip("another_real_model_streams_and_is_judged_the_same_way") else { return };
-    let (process, _folder) = before(model, CHAIN).await;
+    let (process, _folder) = before(model, HOPS[0], CHAIN).await;
     let mut turn = says("Repeat exactly: my address is bob@example.com");
     turn["max_output_tokens"] = json!(40);
     turn["temperature"] = json!(0);
