@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn a_chunk_has_its_size_before_it_without_zeros_and_an_empty_one_is_none() {
         for (before, body, expected) in [
-            ("", "x".repeat(1), "1\r\nx\r\n".to_owned()),
+            ("", "x".to_owned(), "1\r\nx\r\n".to_owned()),
             ("", "x".repeat(0x1f0), format!("1f0\r\n{}\r\n", "x".repeat(0x1f0))),
             ("head\r\n\r\n", "x".repeat(16), format!("head\r\n\r\n10\r\n{}\r\n", "x".repeat(16))),
             ("head\r\n\r\n", String::new(), "head\r\n\r\n".to_owned()),

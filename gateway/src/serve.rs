@@ -310,10 +310,13 @@ where
                 }
             }
         }
-        let (Some(parts), Some(answer)) = (connection.into_parts(), handover.take()) else { return };
-        io = parts.io.into_inner();
-        // Copied: else a byte, or none, would keep hyper's buffer.
-        io.ahead = Bytes::copy_from_slice(&parts.read_buf);
+        let answer = {
+            let (Some(parts), Some(answer)) = (connection.into_parts(), handover.take()) else { return };
+            io = parts.io.into_inner();
+            // Copied: else a byte, or none, would keep hyper's buffer.
+            io.ahead = Bytes::copy_from_slice(&parts.read_buf);
+            answer
+        };
         match answer.write(&mut io, !drain.has_begun()).await {
             Ok(true) if !drain.has_begun() => {}
             Ok(_) => {

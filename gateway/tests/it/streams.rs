@@ -121,3 +121,51 @@ async fn openai_clients_get_chunks_or_one_whole_answer() {
     assert_eq!(reply.status, 200);
     assert_eq!(reply.json()["choices"][0]["message"]["content"], "Hello there");
 }
+
+#[tokio::test]
+async fn a_connection_carries_answers_of_every_kind_one_after_the_other_until_it_is_told_to_close() {
+    let upstream = Upstream::always(model(&["Hello"])).await;
+    let gateway = Setup::new().start(&upstream.url()).await;
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let whole = Request::post("/v1/chat/completions", &json!({"model": "demo", "messages": messages}));
+    let wrong = Request::post("/v1/chat/stream", &json!({"messages": []}));
+    let mut client = Http1::connect(gateway.addr).await;
+    for _ in 0..2 {
+        for (request, status, kind) in [
+            (Request::turn("hi"), 200, "text/event-stream"),
+            (whole.clone(), 200, "application/json"),
+            (wrong.clone(), 400, "application/problem+json"),
+            (Request::completion("demo", "hi"), 200, "text/event-stream"),
+            (Request::get("/nowhere"), 404, "application/problem+json"),
+        ] {
+            client.send(&request).await;
+            let reply = client.reply().await.unwrap();
+            assert_eq!((reply.status, reply.header("content-type"), reply.header("connection")), (status, Some(kind), None));
+            assert_eq!(reply.head.all("date").count(), 1);
+        }
+    }
+    client.send(&Request::turn("hi").header("connection", "close")).await;
+    let last = client.reply().await.unwrap();
+    assert!(last.text().contains("event: done"));
+    assert_eq!(last.header("connection"), Some("close"));
+    client.closed().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_of_http_1_0_reads_its_answer_until_the_connection_ends() {
+    let upstream = Upstream::always(model(&["Hello"])).await;
+    let gateway = Setup::new().start(&upstream.url()).await;
+    let mut client = Http1::connect(gateway.addr).await;
+    let request = String::from_utf8(Request::turn("hi").bytes("h").to_vec()).unwrap().replacen("HTTP/1.1", "HTTP/1.0", 1);
+    client.send_bytes(request.as_bytes()).await;
+    let mut answer = Vec::new();
+    loop {
+        match client.read_bytes(1 << 16).await.unwrap() {
+            bytes if bytes.is_empty() => break,
+            bytes => answer.extend_from_slice(&bytes),
+        }
+    }
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(!answer.to_lowercase().contains("chunked"), "{answer}");
+    assert!(answer.ends_with("\n\n") && answer.contains("event: done"), "{answer}");
+}
