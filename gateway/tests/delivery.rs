@@ -98,6 +98,12 @@ impl House {
     }
 
     /// A gateway before these orchestrators. The verdicts' filter stands below the one that refuses.
+    /// Its upstream has the settings `upstream` too.
+    async fn gateway_with(&self, upstream: &str, desk: &Running) -> Running {
+        let protocol = format!("orchestrator, {upstream}");
+        self.gateway(&protocol, &[format!("http://{}", desk.orchestrator.unwrap())], "").await
+    }
+
     async fn gateway(&self, protocol: &str, desks: &[String], spool: &str) -> Running {
         let config = format!(
             "listen: 127.0.0.1:0\nadmin: {{ listen: 127.0.0.1:0 }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\", key: \"file:ring.json\" }}\n{spool}\
@@ -294,15 +300,19 @@ async fn what_an_orchestrator_cannot_take_waits_for_it_even_across_a_start_of_th
     for _ in 0..3 {
         ids.push(asked(&gateway, "hello").await.rest().await.unwrap().turn_id().to_owned());
     }
-    told(&desk, &format!("{}/delivery", ids[0])).await;
+    // Between two tries, all of them wait: on disk, by then.
+    gateway.counts("headgate_reports_waiting", 3).await;
     gateway.killed().await;
     let before = desk.requests().len();
     away.store(0, Ordering::SeqCst);
     let gateway = house.gateway("orchestrator", &[desk.url()], "spool: spool\n").await;
-    gateway.counts("headgate_reports_total{call=\"delivery\",result=\"told\"}", 1).await;
-    let mut again: Vec<String> = desk.requests()[before..].iter().map(|request| request.target.clone()).collect();
-    again.sort();
-    assert!(again.contains(&format!("/v1/conversation/turns/{}/delivery", ids[0])), "{again:?}");
+    gateway.counts("headgate_reports_total{call=\"delivery\",result=\"told\"}", 3).await;
+    let again: Vec<String> = desk.requests()[before..].iter().map(|request| request.target.clone()).collect();
+    let mut expected: Vec<String> = ids.iter().map(|id| format!("/v1/conversation/turns/{id}/delivery")).collect();
+    expected.sort();
+    let mut told = again.clone();
+    told.sort();
+    assert_eq!(told, expected);
     gateway.stopped().await;
     let spool = fs::read_dir(house.folder.path().join("spool")).unwrap();
     let left: Vec<String> = spool.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -328,6 +338,28 @@ async fn whoever_took_the_turn_is_told_and_where_nobody_knows_everybody_is_asked
     gateway.counts("headgate_reports_total{call=\"delivery\",result=\"told\"}", 4).await;
     gateway.stopped().await;
     assert!(!unknowing.requests().iter().any(|request| request.target.ends_with("/delivery")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_policy_cuts_midway_is_a_denied_turn_over_either_hop() {
+    let said = Answer::openai("demo", &["a blue", "bird ", "sings"]).events();
+    for hop in ["events", "websocket"] {
+        let (house, said) = (House::new(), said.clone());
+        // The model would go on for ever: the turn has no end of its own.
+        let model = Upstream::answering(move |_: &Asked| Script::new().sse().send_all(said[..4].to_vec()).stall()).await;
+        let orchestrator = house.orchestrator(&model, "127.0.0.1:0", "1min").await;
+        let gateway = house.gateway_with(&format!("hop: {hop}"), &orchestrator).await;
+        let answer = asked(&gateway, "sing").await.rest().await.unwrap();
+        assert_eq!(answer.outcome(), "blocked");
+        let events = house.settled(answer.turn_id()).await;
+        let kinds: Vec<&str> = events.iter().map(|(kind, _)| kind.as_str()).collect();
+        assert_eq!(kinds, ["turn.accepted.v1", "verdict.input.v1", "turn.denied.v1", "verdict.output.v1", "delivery.v1"], "{hop}");
+        assert_eq!((events[2].1["code"].as_str(), events[3].1["decision"].as_str()), (Some("policy_denied"), Some("deny")));
+        assert_eq!(events[4].1["outcome"], "denied");
+        gateway.stopped().await;
+        orchestrator.stopped().await;
+        house.good();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

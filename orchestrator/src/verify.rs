@@ -150,7 +150,7 @@ impl Court {
     pub(crate) fn hear(&self, headers: &HeaderMap, told: &Dispatched<'_>, dir: Direction, whose: &Whose<'_>) -> Result<Claims, Fault> {
         let token = only(headers, &VERDICT)?.ok_or_else(|| invalid("missing"))?;
         let token = token.to_str().map_err(|_| invalid("shape"))?;
-        let turn = whose.turn.to_string();
+        let (turn, digest) = (whose.turn.to_string(), Digest::of(told.body));
         let expect = Expect {
             iss: &self.issuer,
             aud: ORCHESTRATOR,
@@ -160,11 +160,22 @@ impl Court {
             turn: &turn,
             htm: Some(told.method),
             htu: Some(told.path),
-            body: Digest::of(told.body),
+            body: digest,
             now: now(),
             leeway: LEEWAY,
         };
-        self.keys().hear(token, &expect, &*self.registry).map_err(refused)
+        let claims = self.keys().hear(token, &expect, &*self.registry).map_err(refused)?;
+        // The copies may be left out; what is sent must be one.
+        for (name, claim, word) in [
+            (CONTENT_DIGEST, digest.to_string(), "digest_header"),
+            (VERSION, claims.pol.ver.clone(), "version_header"),
+            (CONSTITUTION, claims.con.to_string(), "constitution_header"),
+        ] {
+            if let Some(sent) = only(headers, &name)? {
+                agrees(Some(sent), &claim, word)?;
+            }
+        }
+        Ok(claims)
     }
 
     /// The claims of the verdict that a client got with its answer, if it is about that turn. It may be old: its key is still known

@@ -169,6 +169,8 @@ async fn a_report_that_is_forged_foreign_or_about_nothing_is_refused_and_changes
     let unproven = Request::new("POST", &format!("/v1/conversation/turns/{id}/delivery")).header("content-type", "application/json");
     let unproven = ask(desk.addr, &unproven.body(report.body.to_string())).await.unwrap();
     assert_eq!(said(&unproven), (401, "verdict_invalid".into()));
+    let miscopied = ask(desk.addr, &report.request(&desk.ring).header("policy-version", "8")).await.unwrap();
+    assert_eq!(said(&miscopied), (401, "verdict_invalid".into()), "a copy that says something else");
     assert_eq!(said(&Report::delivery(&desk, &other, "delivered", None).tell().await), (404, "session_not_found".into()));
     assert_eq!(said(&Report::delivery(&desk, &id, "unknown", None).tell().await), (400, "invalid_request".into()));
     assert_eq!(verify(folder.path()).unwrap().owed.len(), 1, "it is still to be said");
