@@ -518,6 +518,23 @@ async fn each_worker_has_its_own_socket() {
 }
 
 #[tokio::test]
+async fn a_socket_that_falls_silent_is_asked_for_a_sign_of_life_and_given_up() {
+    let mut desk = Orchestrator::start().await;
+    let upstream = over(&[desk.url()], |settings| (settings.timeouts.first_byte, settings.timeouts.idle) = (300 * SECOND, 300 * SECOND));
+    let (mut socket, mut answer, _) = begun(&mut desk, &upstream).await;
+    // Everything is connected: from here on only the clock moves, and whoever does not read does not answer.
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    let fault = read(&mut answer).await.1.unwrap_err();
+    let waited = begun.elapsed();
+    assert_eq!(fault.code, Code::UpstreamReset, "{}", fault.chain());
+    assert!(fault.chain().contains("silent") && (30 * SECOND..40 * SECOND).contains(&waited), "{waited:?}: {}", fault.chain());
+    tokio::time::resume();
+    while socket.hear().await != Heard::Closed(Some(1001)) {}
+    assert_eq!(socket.pings(), 1);
+}
+
+#[tokio::test]
 async fn a_turn_that_is_not_answered_is_left_at_the_limit_and_stopped() {
     let mut desk = Orchestrator::start().await;
     let upstream = over(&[desk.url()], |settings| settings.timeouts.first_byte = Duration::from_millis(150));

@@ -3,6 +3,7 @@
 mod answers;
 mod cancel;
 mod faults;
+mod figures;
 mod forward;
 mod hop;
 mod kept;
