@@ -288,6 +288,12 @@ impl Answer {
         objects.iter().map(|object| self.json(object)).collect()
     }
 
+    /// The answer as the frames of a turn on an orchestrator's WebSocket.
+    pub fn frames(&self, turn: &str) -> Vec<String> {
+        let events = self.items.iter().filter_map(|item| self.step(item));
+        events.zip(0..).map(|((name, object), seq)| crate::hop::frame(turn, seq, name, &self.json(&object))).collect()
+    }
+
     /// Name and object of an item in the orchestrator's dialect.
     fn step(&self, item: &Item) -> Option<(&'static str, Value)> {
         let usage = |(input, output): (u64, u64)| json!({"input_tokens": input, "output_tokens": output});

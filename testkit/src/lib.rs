@@ -14,6 +14,7 @@ pub mod canary;
 pub mod client;
 pub mod dialect;
 pub mod frames;
+pub mod hop;
 pub mod kafka;
 pub mod proxy;
 pub mod services;
