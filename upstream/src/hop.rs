@@ -116,7 +116,8 @@ impl Sockets {
 
     /// How many are open without a turn.
     pub(crate) fn idle(&self) -> usize {
-        self.table().open.iter().filter(|(_, held)| held.0.state().turns.is_empty()).count()
+        let is_idle = |state: &State| state.takes_turns() && state.turns.is_empty();
+        self.table().open.iter().filter(|(_, held)| is_idle(&held.0.state())).count()
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -252,7 +253,7 @@ struct Socket {
 #[derive(Default)]
 struct State {
     turns: HashMap<TurnId, Slot>,
-    /// It has had a turn.
+    /// It was given a turn since the clock was last looked at.
     has_served: bool,
     /// What is to be sent, at most three of each turn.
     out: VecDeque<Out>,
@@ -754,16 +755,16 @@ impl Carrier {
                 (self.is_asked, self.is_flushed) = (true, false);
                 self.write(cx)?;
             }
-            let served = self.served;
             let mut state = self.socket.state();
-            if !state.turns.is_empty() {
+            if std::mem::take(&mut state.has_served) || !state.turns.is_empty() {
                 self.served = now;
             }
             // Who does not stop what it is told to stop is not asked for more.
             let is_deaf = state.turns.values().any(|slot| slot.left.is_some_and(|left| now - left >= STOP_PATIENCE));
             state.is_retired |= is_deaf;
             drop(state);
-            self.close_where(|state| state.is_retired || now - served >= idle)?;
+            let rest = now - self.served;
+            self.close_where(|state| state.is_retired || rest >= idle)?;
         }
         Ok(())
     }

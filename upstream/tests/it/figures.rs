@@ -205,7 +205,7 @@ fn a_figure_of_what_an_event_costs_over_each_hop() {
     for pace in [Pace::Apart, Pace::Together] {
         for _ in 0..3 {
             let (events, socket, alone) = (measured(Hop::Events, pace), measured(Hop::WebSocket, pace), alone(pace));
-            println!("{pace:?}: events {events:.1} µs, socket with its task {socket:.1} µs, a socket each without a task {alone:.1} µs");
+            eprintln!("{pace:?}: events {events:.1} µs, socket with its task {socket:.1} µs, a socket each without a task {alone:.1} µs");
         }
     }
 }
