@@ -559,7 +559,7 @@ struct PrivateJwk<'a> {
 }
 
 /// 32 bytes in their one spelling of base64url.
-fn bytes_32(text: &str) -> Option<[u8; 32]> {
+pub(crate) fn bytes_32(text: &str) -> Option<[u8; 32]> {
     if text.len() != 43 {
         return None;
     }
@@ -571,7 +571,7 @@ fn bytes_32(text: &str) -> Option<[u8; 32]> {
     }
 }
 
-fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut options = File::options();
     options.write(true).create_new(true);
     #[cfg(unix)]
@@ -582,14 +582,14 @@ fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(unix)]
-fn refuse_exposed(metadata: &fs::Metadata, path: &Path) -> Result<(), KeyFault> {
+pub(crate) fn refuse_exposed(metadata: &fs::Metadata, path: &Path) -> Result<(), KeyFault> {
     use std::os::unix::fs::PermissionsExt;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o037 == 0 { Ok(()) } else { Err(KeyFault::Exposed { path: path.to_owned(), mode }) }
 }
 
 #[cfg(not(unix))]
-fn refuse_exposed(_: &fs::Metadata, _: &Path) -> Result<(), KeyFault> {
+pub(crate) fn refuse_exposed(_: &fs::Metadata, _: &Path) -> Result<(), KeyFault> {
     Ok(())
 }
 

@@ -11,6 +11,7 @@
 //! | **registry**: which constitution is in force for a tenant | [`Registry`], [`Entry`] |
 //! | **replays**: the verdicts already used | [`Replays`] |
 //! | **audit**: who changed what, as a chain of records | [`audit::Audit`] |
+//! | **vault**: a key for each subject, which can be destroyed | [`vault::Vault`] |
 //!
 //! The gateway signs:
 //!
@@ -41,7 +42,7 @@
 //! ```
 //!
 //! Times are whole Unix seconds and come in as arguments: nothing here reads a clock. Nothing here opens a socket; the only
-//! files touched are those of [`Ring::load`], [`Ring::save`], [`audit`] and [`custody`].
+//! files touched are those of [`Ring::load`], [`Ring::save`], [`audit`], [`custody`] and [`vault`].
 
 pub mod audit;
 mod claims;
@@ -52,6 +53,7 @@ mod jws;
 mod keys;
 mod registry;
 mod replays;
+pub mod vault;
 mod verify;
 
 pub use claims::{AUDIT, Claims, Decision, Direction, Facts, Issuer, Jti, LIFETIME, Mode, ORCHESTRATOR, Policy, Unsigned};
