@@ -272,39 +272,41 @@ fn collector() -> Result<(Program, SocketAddr), Missing> {
 
 #[tokio::test]
 async fn one_turn_is_one_trace_over_gateway_orchestrator_and_model() {
-    let Some((program, addr)) = collector().or_skip("one_turn_is_one_trace_over_gateway_orchestrator_and_model") else { return };
-    let collector = program.start(Ready::Connects(addr)).await;
-    let (orchestrator, slm) = (free_addr(), free_addr());
-    let yaml = format!(
-        "policy: {{ constitution: constitution.md, version: \"7\" }}\nobservability: {{ otlp: \"http://{addr}\" }}\nupstreams:\n  chat: {{ protocol: orchestrator, endpoints: [\"http://{orchestrator}\"], health: {{ interval: 0s }} }}\n\
+    for hop in ["events", "websocket"] {
+        let Some((program, addr)) = collector().or_skip("one_turn_is_one_trace_over_gateway_orchestrator_and_model") else { return };
+        let collector = program.start(Ready::Connects(addr)).await;
+        let (orchestrator, slm) = (free_addr(), free_addr());
+        let yaml = format!(
+            "policy: {{ constitution: constitution.md, version: \"7\" }}\nobservability: {{ otlp: \"http://{addr}\" }}\nupstreams:\n  chat: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{orchestrator}\"], health: {{ interval: 0s }} }}\n\
          \x20 model: {{ protocol: openai, endpoints: [\"http://{slm}\"], health: {{ interval: 0s }} }}\nroutes:\n  - path: /v1/chat/stream\n    upstream: chat\n    filters: [policy_headers]\n\
          orchestrator: {{ listen: \"{orchestrator}\", upstream: model }}\nslm: {{ listen: \"{slm}\" }}\n"
-    );
-    let mut running = run(&yaml, &[("constitution.md", "# Ours\n\n## 1 Be kind\n\nBe kind.\n")], &[]).await;
-    let (trace, caller) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
-    let request = Request::turn("hello").header("traceparent", &format!("00-{trace}-{caller}-01"));
-    let answer = stream(running.addr, &request, Kind::Client).await.unwrap().rest().await.unwrap();
-    assert_eq!(answer.error(), None);
-    // What is queued is sent before the process ends.
-    running.service.signal(Signal::Terminate);
-    running.service.exited().await;
-    let all = async {
-        while collector.output().matches("Trace ID").count() < 3 {
-            tokio::task::yield_now().await
+        );
+        let mut running = run(&yaml, &[("constitution.md", "# Ours\n\n## 1 Be kind\n\nBe kind.\n")], &[]).await;
+        let (trace, caller) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        let request = Request::turn("hello").header("traceparent", &format!("00-{trace}-{caller}-01"));
+        let answer = stream(running.addr, &request, Kind::Client).await.unwrap().rest().await.unwrap();
+        assert_eq!(answer.error(), None);
+        // What is queued is sent before the process ends.
+        running.service.signal(Signal::Terminate);
+        running.service.exited().await;
+        let all = async {
+            while collector.output().matches("Trace ID").count() < 3 {
+                tokio::task::yield_now().await
+            }
+        };
+        within(SOON, all, "three spans at the collector").await;
+        let output = collector.output();
+        let spans = spans(&output);
+        let span = |service: &str| {
+            spans.iter().find(|span| span.service.contains(service)).unwrap_or_else(|| panic!("no span of {service} in {output}"))
+        };
+        let (gateway, orchestrator, model) = (span("headgate-gateway"), span("headgate-orchestrator"), span("headgate-slm"));
+        assert_eq!(spans.len(), 3, "{output}");
+        assert!(spans.iter().all(|span| span.trace == trace), "{spans:?}");
+        assert_eq!((gateway.parent.as_str(), &orchestrator.parent, &model.parent), (caller, &gateway.id, &orchestrator.id), "{spans:?}");
+        for name in ["gen_ai.operation.name", "gen_ai.usage.output_tokens", "gen_ai.response.finish_reasons"] {
+            assert!(output.contains(name), "{name}: {output}");
         }
-    };
-    within(SOON, all, "three spans at the collector").await;
-    let output = collector.output();
-    let spans = spans(&output);
-    let span = |service: &str| {
-        spans.iter().find(|span| span.service.contains(service)).unwrap_or_else(|| panic!("no span of {service} in {output}"))
-    };
-    let (gateway, orchestrator, model) = (span("headgate-gateway"), span("headgate-orchestrator"), span("headgate-slm"));
-    assert_eq!(spans.len(), 3, "{output}");
-    assert!(spans.iter().all(|span| span.trace == trace), "{spans:?}");
-    assert_eq!((gateway.parent.as_str(), &orchestrator.parent, &model.parent), (caller, &gateway.id, &orchestrator.id), "{spans:?}");
-    for name in ["gen_ai.operation.name", "gen_ai.usage.output_tokens", "gen_ai.response.finish_reasons"] {
-        assert!(output.contains(name), "{name}: {output}");
     }
 }
 
