@@ -432,7 +432,7 @@ impl Slot {
         if !is_next {
             return Some(protocol_error(Broken::Number { expected: self.seq, found: frame.seq }));
         }
-        let has_credit = self.credit > 0 || is_last || frame.name == "open";
+        let has_credit = self.credit > 0 || is_last || self.seq == 0;
         self.seq += 1;
         self.credit -= bytes as i64;
         if !has_credit {
@@ -794,5 +794,59 @@ fn broken(error: tungstenite::Error) -> Fault {
             protocol_error(Broken::Socket(error))
         }
         other => reset(Broken::Socket(other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const EVENT_BYTES: usize = 8 << 10;
+    /// What stands around an event's object in its frame, at most.
+    const ENVELOPE_BYTES: usize = 128;
+
+    proptest! {
+        #[test]
+        fn a_turn_that_nobody_reads_holds_its_credit_and_two_events_whatever_comes(
+            frames in prop::collection::vec((0usize..8, 0u64..3, 0usize..EVENT_BYTES + 100, any::<bool>()), 1..60),
+        ) {
+            let (turn, mut state) = (TurnId::fresh(), State::default());
+            state.turns.insert(turn, Slot::new());
+            let mut seq = 0;
+            for (name, step, bytes, numbered) in frames {
+                let name = ["open", "text", "text", "text", "usage", "sung", "done", "error"][name];
+                let numbered = if numbered || name != "error" { format!(",\"seq\":{seq}") } else { String::new() };
+                let frame = format!("{{\"type\":\"{name}\",\"turn_id\":\"{turn}\"{numbered},\"text\":\"{}\"}}", "x".repeat(bytes));
+                prop_assert!(state.take(&frame, EVENT_BYTES).is_ok(), "it says whose it is");
+                // Mostly the next number; now and then the same again, or one left out.
+                seq += if step == 2 { 1 } else { u64::from(bytes % 7 != 0) };
+                let slot = &state.turns[&turn];
+                // The one that took the last of the credit, and the one that ends it all.
+                prop_assert!(slot.frames.text.len() <= hop::WINDOW as usize + 2 * (EVENT_BYTES + ENVELOPE_BYTES));
+                prop_assert!(state.out.len() <= 2, "a stop and a credit");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_never_sent_is_surely_not_taken() {
+        let (waiting, sent, heard) = (TurnId::fresh(), TurnId::fresh(), TurnId::fresh());
+        for is_said in [false, true] {
+            let mut state = State::default();
+            for turn in [waiting, sent, heard] {
+                state.turns.insert(turn, Slot::new());
+            }
+            for turn in [sent, heard] {
+                state.out.push_back(Out::Turn(turn, Vec::new()));
+                assert!(state.next().is_some());
+            }
+            let frame = format!("{{\"type\":\"open\",\"turn_id\":\"{heard}\",\"seq\":0}}");
+            assert!(state.take(&frame, EVENT_BYTES).is_ok());
+            state.end(&reset(Broken::Ended), is_said);
+            let untaken = |turn| state.turns[turn].broken.as_ref().map(|end| end.is_untaken);
+            assert_eq!([&waiting, &sent, &heard].map(untaken), [Some(true), Some(is_said), Some(false)]);
+        }
     }
 }
