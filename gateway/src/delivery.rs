@@ -612,3 +612,135 @@ impl Store {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use headgate_contracts::{Message, Principal, Role};
+
+    use super::*;
+
+    fn report() -> Report {
+        let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), vec![Message::new(Role::User, "canary")]);
+        prompt.principal = Principal { tenant: "acme".parse().unwrap(), subject: "u1".parse().unwrap(), ..Principal::anonymous() };
+        Report { body: "{}".into(), ..Report::of("desk", &prompt, Call::Delivery, Some("10.0.0.1:8090".into())) }
+    }
+
+    fn round(spool: Option<&Path>) -> Round {
+        Round::new(Courier::new(None).unwrap(), Store::open(spool).unwrap())
+    }
+
+    fn counted(courier: &Courier, result: &'static str) -> u64 {
+        courier.0.told.get_or_create(&Told { call: "delivery", result }).get()
+    }
+
+    fn which(round: &Round) -> Vec<Which> {
+        round.under_way.keys().copied().collect()
+    }
+
+    #[tokio::test]
+    async fn of_too_many_reports_that_wait_the_oldest_go_and_are_counted() {
+        let mut round = round(None);
+        for _ in 0..MOST_WAITING + 3 {
+            round.put(report());
+        }
+        let lane = round.lanes.values().next().unwrap();
+        assert_eq!((round.count(), lane.waiting.front().unwrap().number, counted(&round.courier, "overrun")), (MOST_WAITING, 3, 3));
+    }
+
+    #[tokio::test]
+    async fn a_queue_that_nobody_empties_costs_turns_nothing_and_reports_are_counted() {
+        let courier = Courier::new(None).unwrap();
+        for _ in 0..QUEUE + 2 {
+            courier.send(report());
+        }
+        assert_eq!((counted(&courier, "overrun"), *courier.0.left.borrow()), (2, QUEUE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_orchestrator_that_is_away_is_left_alone_for_longer_and_longer_and_then_told_in_order() {
+        let mut round = round(None);
+        for _ in 0..3 {
+            round.put(report());
+        }
+        let calls = Calls::new();
+        assert_eq!(round.start(&calls), None);
+        for which in which(&round) {
+            round.settle(which, Heard::Away);
+        }
+        let order: Vec<u64> = round.lanes.values().flat_map(|lane| &lane.waiting).map(|waiting| waiting.number).collect();
+        assert_eq!(order, [0, 1, 2]);
+        for pause in [250, 500, 1000, 2000, 4000, 8000, 8000_u64] {
+            let until = round.start(&calls).unwrap();
+            assert_eq!((until - Instant::now(), which(&round).len()), (Duration::from_millis(pause), 0));
+            sleep_until(until).await;
+            assert_eq!(round.start(&calls), None);
+            let [one] = which(&round)[..] else { panic!("one at a time") };
+            round.settle(one, Heard::Away);
+        }
+        sleep_until(round.start(&calls).unwrap()).await;
+        round.start(&calls);
+        let [first] = which(&round)[..] else { panic!("one at a time") };
+        assert_eq!(round.under_way[&first].number, 0);
+        round.settle(first, Heard::Kept);
+        round.start(&calls);
+        assert_eq!((which(&round).len(), counted(&round.courier, "told")), (2, 1), "and the rest at once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_is_not_believed_at_once_and_not_for_ever() {
+        let (mut round, calls) = (round(None), Calls::new());
+        round.put(report());
+        for told in 1..=REFUSALS {
+            let next = round.start(&calls);
+            assert_eq!(next, None);
+            let [one] = which(&round)[..] else { panic!("told {told} times") };
+            round.settle(one, Heard::Refused("late"));
+            tokio::time::advance(AGAIN).await;
+        }
+        assert_eq!((round.count(), counted(&round.courier, "late")), (0, 1));
+        round.put(report());
+        for _ in 0..2 {
+            round.start(&calls);
+            let [one] = which(&round)[..] else { panic!("one") };
+            round.settle(one, Heard::Refused(UNKNOWN));
+            tokio::time::advance(AGAIN).await;
+        }
+        assert_eq!((round.count(), counted(&round.courier, "unknown")), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn what_waits_in_the_spool_is_there_for_the_next_process_without_text_and_what_was_told_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut first, calls) = (round(Some(folder.path())), Calls::new());
+        for _ in 0..3 {
+            first.put(report());
+        }
+        first.start(&calls);
+        let mut all = which(&first);
+        all.sort_by_key(|which| first.under_way[which].number);
+        first.settle(all[0], Heard::Away);
+        first.settle(all[1], Heard::Away);
+        first.keep();
+        drop(first);
+        let bytes = std::fs::read(folder.path().join("0000000001.events")).unwrap();
+        assert!(!String::from_utf8_lossy(&bytes).contains("canary"));
+        let mut second = round(Some(folder.path()));
+        assert_eq!((second.count(), *second.courier.0.left.borrow()), (3, 3));
+        second.start(&calls);
+        for which in which(&second) {
+            second.settle(which, Heard::Kept);
+        }
+        drop(second);
+        assert_eq!(round(Some(folder.path())).count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_report_that_is_a_day_old_is_given_up() {
+        let (mut round, calls) = (round(None), Calls::new());
+        round.put(Report { since: unix_now() - OLDEST.as_secs() - 1, ..report() });
+        round.start(&calls);
+        let one = which(&round)[0];
+        round.settle(one, Heard::Away);
+        assert_eq!((round.count(), counted(&round.courier, "expired")), (0, 1));
+    }
+}

@@ -94,11 +94,20 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
                     let registry = |plan: &Plan| plan.policy.as_ref().and_then(|policy| Some(policy.registry.as_ref()?.folder.clone()));
                     let redis = |plan: &Plan| plan.redis.as_ref().map(|redis| (redis.url.expose().to_owned(), redis.budget));
                     let stays = |plan: &Plan| {
-                        (plan.listen, plan.admin, plan.workers, plan.tls.clone(), plan.limits.clone(), redis(plan), registry(plan))
+                        (
+                            plan.listen,
+                            plan.admin,
+                            plan.workers,
+                            plan.tls.clone(),
+                            plan.limits.clone(),
+                            redis(plan),
+                            registry(plan),
+                            plan.spool.clone(),
+                        )
                     };
                     if stays(&plan) != stays(&running) {
                         tracing::warn!(
-                            "listen, admin, workers, connection limits, redis, where the policy registry is and the names of certificate files change only with a restart"
+                            "listen, admin, workers, connection limits, redis, where the policy registry and the spool are and the names of certificate files change only with a restart"
                         );
                     }
                     app.exchange(live);

@@ -40,6 +40,8 @@ impl Part {
         if self == Part::Orchestrator {
             plan.routes.clear();
             (plan.listen, plan.admin, plan.slm) = (None, None, None);
+            // The gateway's own: a spool has one process that writes to it.
+            plan.spool = None;
         }
         plan
     }

@@ -58,7 +58,7 @@ pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_to
 pub use read::{Entry, Follow};
 pub use record::Part;
 pub use recover::{Unfit, Unopened};
-pub use spool::Spool;
+pub use spool::{Spool, ToTell};
 pub use verify::{Judged, Violation, verify};
 
 use cursor::Cursor;
@@ -285,7 +285,7 @@ impl Log {
         let (tell, told) = oneshot::channel();
         let (events, begun) = beginning.events();
         let account = Account { place: Some((for_end, begun.clone())) };
-        for_begin.send(writer::Command::Begin { turn, events, begun, tell });
+        for_begin.send(writer::Command::Begin { turn, events, begun: Box::new(begun), tell });
         match told.await.unwrap_or(Err(Refused::Sealed)) {
             Ok(()) => Ok(account),
             Err(refused) => {

@@ -87,8 +87,8 @@ fn a_log_of_a_later_version_is_judged_as_far_as_it_is_known_and_passed_on_whole(
         event
     };
     let mut events = TURN.map(|(kind, part)| (later(kind), part)).to_vec();
-    events.insert(2, (unknown("output.segment.v1", 40), Part::Within));
-    events.insert(4, (unknown("turn.priced.v1", 3), Part::After));
+    events.insert(2, (unknown("output.tomorrow.v1", 40), Part::Within));
+    events.insert(4, (unknown("turn.tomorrow.v1", 3), Part::After));
     let folder = tempfile::tempdir().unwrap();
     let written = log_of(folder.path(), &events);
     let judged = verify(folder.path()).unwrap();

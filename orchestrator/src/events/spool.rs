@@ -17,6 +17,9 @@ use super::{
     segment::{self, Folder, MIN_SEGMENT_BYTES, Reader},
 };
 
+/// What is to be told, and of which turn each.
+pub type ToTell = Vec<(TurnId, Vec<u8>)>;
+
 /// A folder of what is still to be told.
 #[derive(Debug)]
 pub struct Spool {
@@ -33,7 +36,7 @@ impl Spool {
     /// Opens the folder, or makes it; gives what is in it, the oldest first. What was torn is passed over.
     ///
     /// Errors: it cannot be used, or another process writes to it.
-    pub fn open(path: &Path) -> io::Result<(Spool, Vec<(TurnId, Vec<u8>)>)> {
+    pub fn open(path: &Path) -> io::Result<(Spool, ToTell)> {
         let folder = Folder::open(path)?;
         let numbers = segment::list(path)?;
         let mut waiting = Vec::new();

@@ -50,7 +50,7 @@ const MARKS: [u64; 3] = [70, WATERMARK, 95];
 /// What the writer is asked to do.
 pub(super) enum Command {
     /// To write the first events of a turn and say when they are durable.
-    Begin { turn: TurnId, events: [Vec<u8>; 2], begun: Begun, tell: oneshot::Sender<Result<(), Refused>> },
+    Begin { turn: TurnId, events: [Vec<u8>; 2], begun: Box<Begun>, tell: oneshot::Sender<Result<(), Refused>> },
     /// To write the last event of a turn, if it was begun.
     End { turn: TurnId, event: Vec<u8> },
     /// To write what the gateway of `key` says of a turn that has ended, and say when it is durable.
@@ -192,7 +192,7 @@ impl Writer {
         while asked.blocking_recv_many(&mut commands, GROUP) > 0 {
             for command in commands.drain(..) {
                 match command {
-                    Command::Begin { turn, events, begun, tell } => match self.begin(turn, &events, begun) {
+                    Command::Begin { turn, events, begun, tell } => match self.begin(turn, &events, *begun) {
                         Ok(()) => waiting.push(tell),
                         Err(refused) => {
                             self.shared.refused.inc();
