@@ -147,16 +147,13 @@ impl Answer {
         let (head, body) = response.into_parts();
         let stays = stays && terms.stays && !closes(&head.headers);
         let mut out = buffers::lend();
+        let whole = if let Reply::Whole(body) = &body { Some(body.as_deref().unwrap_or_default()) } else { None };
+        write_head(&mut out, &head, stays, whole.map(<[u8]>::len));
+        out.extend_from_slice(whole.unwrap_or_default());
+        drop(head);
         match body {
-            Reply::Turn(stream) => {
-                write_head(&mut out, &head, stays, None);
-                drop(head);
-                write_stream(io, stream, out).await?;
-            }
-            Reply::Whole(body) => {
-                let body = body.unwrap_or_default();
-                write_head(&mut out, &head, stays, Some(body.len()));
-                out.extend_from_slice(&body);
+            Reply::Turn(stream) => write_stream(io, stream, out).await?,
+            Reply::Whole(_) => {
                 io.write_all(&out).await?;
                 io.flush().await?;
                 buffers::give_back(&mut out);

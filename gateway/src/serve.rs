@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     future::Future,
     io,
+    mem::MaybeUninit,
     net::SocketAddr,
     pin::Pin,
     sync::{
@@ -23,7 +24,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
     select,
     sync::watch,
@@ -72,6 +73,9 @@ impl Default for Limits {
 
 /// How long an HTTP/2 client without streams may take to confirm that its connection ends.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The most that is read of a request before hyper reads it: all of most requests, so that this costs no read of its own.
+const SNIFFED_BYTES: usize = 4 << 10;
 
 /// What answers requests.
 pub trait Service: Clone + Send + Sync + 'static {
@@ -271,59 +275,81 @@ where
 }
 
 /// Requests are read by hyper; answers that stream are written by [`crate::chunked`].
-async fn converse_http1<S>(mut io: Patient<S>, peer: Peer, first: Instant, speakers: &Speakers, service: impl Service, drain: Drain)
+#[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, for as long as the connection lasts")]
+fn converse_http1<S>(
+    mut io: Patient<S>,
+    peer: Peer,
+    first: Instant,
+    speakers: &Speakers,
+    service: impl Service,
+    drain: Drain,
+) -> impl Future<Output = ()> + Send
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (line, handover) = (peer.line.clone(), io.handover.clone());
-    let heard = Arc::new(AtomicBool::new(false));
-    loop {
-        let (service, peer, hears, hands) = (service.clone(), peer.clone(), heard.clone(), handover.clone());
-        let serving = service_fn(move |request: Request<Incoming>| {
-            hears.store(true, Ordering::Relaxed);
-            let (service, peer, hands, terms) = (service.clone(), peer.clone(), hands.clone(), Terms::of(&request));
-            // In a box: hyper keeps room for what answers a request as long as it has the connection.
-            let call = Box::pin(async move { service.call(request, peer).await });
-            async move { Ok::<_, Infallible>(hands.answer(terms, call).await) }
-        });
-        // In a box, which goes with its buffers when the connection is handed over.
-        let mut connection = Box::new(speakers.http1.serve_connection(TokioIo::new(io), serving).with_upgrades());
-        let mut is_draining = false;
+    async move {
+        let (line, handover, patience) = (peer.line.clone(), io.handover.clone(), peer.head);
+        let heard = Arc::new(AtomicBool::new(false));
         loop {
-            select! { biased;
-                ended = std::future::poll_fn(|cx| handover.poll(cx, &line, &mut *connection)) => match ended {
-                    None => break,
-                    Some(Ok(())) => return,
-                    Some(Err(error)) => {
-                        if error.is_timeout() {
-                            line.be_late();
+            let (service, peer, hears, hands) = (service.clone(), peer.clone(), heard.clone(), handover.clone());
+            let serving = service_fn(move |request: Request<Incoming>| {
+                hears.store(true, Ordering::Relaxed);
+                let (service, peer, hands, terms) = (service.clone(), peer.clone(), hands.clone(), Terms::of(&request));
+                // In a box: hyper keeps room for what answers a request as long as it has the connection.
+                let call = Box::pin(async move { service.call(request, peer).await });
+                async move { Ok::<_, Infallible>(hands.answer(terms, call).await) }
+            });
+            // In a box, which goes with its buffers when the connection is handed over.
+            let mut connection = Box::new(speakers.http1.serve_connection(TokioIo::new(io), serving).with_upgrades());
+            let mut is_draining = false;
+            loop {
+                select! { biased;
+                    ended = std::future::poll_fn(|cx| handover.poll(cx, &line, &mut *connection)) => match ended {
+                        None => break,
+                        Some(Ok(())) => return,
+                        Some(Err(error)) => {
+                            if error.is_timeout() {
+                                line.be_late();
+                            }
+                            return;
                         }
-                        return;
+                    },
+                    () = sleep_until(first), if !heard.load(Ordering::Relaxed) => if !heard.load(Ordering::Relaxed) {
+                        return line.be_late();
+                    },
+                    () = drain.wait(), if !is_draining => {
+                        is_draining = true;
+                        Pin::new(&mut *connection).graceful_shutdown();
                     }
-                },
-                () = sleep_until(first), if !heard.load(Ordering::Relaxed) => if !heard.load(Ordering::Relaxed) {
-                    return line.be_late();
-                },
-                () = drain.wait(), if !is_draining => {
-                    is_draining = true;
-                    Pin::new(&mut *connection).graceful_shutdown();
                 }
             }
-        }
-        let answer = {
-            let (Some(parts), Some(answer)) = (connection.into_parts(), handover.take()) else { return };
-            io = parts.io.into_inner();
-            // Copied: else a byte, or none, would keep hyper's buffer.
-            io.ahead = Bytes::copy_from_slice(&parts.read_buf);
-            answer
-        };
-        match answer.write(&mut io, !drain.has_begun()).await {
-            Ok(true) if !drain.has_begun() => {}
-            Ok(_) => {
+            let answer = {
+                // Moved here, so that its box goes here.
+                let connection = connection;
+                let (Some(parts), Some(answer)) = (connection.into_parts(), handover.take()) else { return };
+                io = parts.io.into_inner();
+                // Copied: else a byte, or none, would keep hyper's buffer.
+                io.ahead = Bytes::copy_from_slice(&parts.read_buf);
+                answer
+            };
+            match answer.write(&mut io, !drain.has_begun()).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    let _ = io.shutdown().await;
+                    return;
+                }
+                Err(_) => return,
+            }
+            // hyper and its buffers come when there is a request to read.
+            let is_next = select! { biased;
+                sniffed = io.sniff() => sniffed.is_ok() && !io.ahead.is_empty(),
+                () = sleep(patience) => false,
+                () = drain.wait() => false,
+            };
+            if !is_next {
                 let _ = io.shutdown().await;
                 return;
             }
-            Err(_) => return,
         }
     }
 }
@@ -422,18 +448,26 @@ impl<S: AsyncWrite + Unpin> Drop for Patient<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Patient<S> {
-    /// Whether the peer begins to speak HTTP/2. What was read to see that is read again.
+    /// Waits until a request begins, and says whether it does so in HTTP/2. What was read to see that is read again: until then
+    /// a connection has no buffer.
     async fn sniff(&mut self) -> io::Result<bool> {
-        const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-        let (mut begun, mut len) = ([0; PREFACE.len()], 0);
-        while len < begun.len() && begun[..len] == PREFACE[..len] {
-            match self.read(&mut begun[len..]).await? {
-                0 => break,
-                read => len += read,
+        const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        while self.ahead.len() < PREFACE.len() && PREFACE.starts_with(&self.ahead) {
+            let begun = std::mem::take(&mut self.ahead);
+            let more = std::future::poll_fn(|cx| {
+                let mut space = [const { MaybeUninit::uninit() }; SNIFFED_BYTES];
+                let mut buffer = ReadBuf::uninit(&mut space);
+                ready!(Pin::new(&mut *self).poll_read(cx, &mut buffer))?;
+                Poll::Ready(io::Result::Ok([&begun, buffer.filled()].concat()))
+            })
+            .await?;
+            let is_over = more.len() == begun.len();
+            self.ahead = more.into();
+            if is_over {
+                break;
             }
         }
-        self.ahead = Bytes::copy_from_slice(&begun[..len]);
-        Ok(begun == *PREFACE)
+        Ok(self.ahead.starts_with(PREFACE))
     }
 
     /// While an answer is under way, whatever comes is the peer's leaving.

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use headgate_contracts::{Batch, Code, End, Finish, Prompt, Refusal, Stop, Turn};
+use headgate_contracts::{Batch, Code, End, Finish, Head, Prompt, Refusal, Stop, Turn};
 use headgate_filters::Chain;
 use headgate_upstream::{Answer, Upstream};
 use tokio::{select, time::sleep};
@@ -46,7 +46,8 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
     let mut batch = Batch::new();
     let mut more = answer.next(&mut batch).await?; // the first events say whose answer it is
     chain.head(&mut answer.head)?;
-    outbox.open(turn, answer.head.clone());
+    let headers = std::mem::take(&mut answer.head.headers);
+    outbox.open(turn, Head { headers, ..answer.head.clone() });
     while more {
         watch.read();
         let passed = chain.pass(&mut batch); // in: what came; out: what may go
