@@ -44,6 +44,8 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("events/turn.failed.v1.json", event::<log::Failed>(log::Kind::Failed)),
         ("events/verdict.output.v1.json", event::<log::OutputVerdict>(log::Kind::OutputVerdict)),
         ("events/delivery.v1.json", event::<log::Delivery>(log::Kind::Delivery)),
+        ("events/input.segment.v1.json", event::<log::Segment>(log::Kind::InputSegment)),
+        ("events/output.segment.v1.json", event::<log::Segment>(log::Kind::OutputSegment)),
         ("openapi.json", pretty(&openapi())),
         ("asyncapi.json", pretty(&asyncapi())),
         ("errors.md", errors()),
@@ -61,7 +63,9 @@ fn event<D: JsonSchema>(kind: log::Kind) -> String {
     schema["title"] = kind.as_str().into();
     schema["properties"]["specversion"] = json!({"const": log::SPEC_VERSION, "description": "The version of CloudEvents."});
     schema["properties"]["type"] = json!({"const": kind.as_str(), "description": "What it says."});
-    schema["properties"]["sequence"]["const"] = format!("{:020}", kind.place()).into();
+    if !kind.is_segment() {
+        schema["properties"]["sequence"]["const"] = format!("{:020}", kind.place()).into();
+    }
     pretty(&schema)
 }
 

@@ -11,7 +11,7 @@ use headgate_contracts::{
     Category, Code, Finish, Gone, TurnId, Usage,
     wire::log::{
         Accepted, Cancelled, Completed, Delivered, Delivery, Denied, Event, Failed, FailedReason, InputVerdict, Kind, Name, OutputVerdict,
-        Progress,
+        Progress, Segment,
     },
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -70,6 +70,8 @@ fn written() -> Vec<(Kind, Value)> {
     let cancelled = Cancelled { reason: Cancelled::reason(Gone::Left).into(), progress: progress.clone() };
     let completed = Completed { finish: Finish::Stop, progress: progress.clone() };
     let denied = Denied { code: Code::PolicyDenied, categories: vec![Category::Hate], progress };
+    let segment =
+        Segment { subject: "kE3xW1V0eC2mQbG5uX9fTA".parse().unwrap(), last: true, sealed: "AAECAwQFBgcICQoLDA0ODwAAAAE".into() };
     fn value<D: Serialize>(event: Event<D>) -> Value {
         serde_json::to_value(event).unwrap()
     }
@@ -83,6 +85,7 @@ fn written() -> Vec<(Kind, Value)> {
             Kind::Failed => value(begun.followed_by(*kind, at, failed.clone())),
             Kind::OutputVerdict => value(begun.followed_by(*kind, at, output.clone())),
             Kind::Delivery => value(begun.followed_by(*kind, at, delivery.clone())),
+            Kind::InputSegment | Kind::OutputSegment => value(begun.segment(*kind, 3, at, segment.clone())),
         };
         (*kind, event)
     });
@@ -104,6 +107,7 @@ fn understood(kind: Kind, event: &Value) -> Value {
         Kind::Failed => read::<Failed>(event),
         Kind::OutputVerdict => read::<OutputVerdict>(event),
         Kind::Delivery => read::<Delivery>(event),
+        Kind::InputSegment | Kind::OutputSegment => read::<Segment>(event),
     }
 }
 

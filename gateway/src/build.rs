@@ -247,7 +247,7 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
             in_sync: kafka.min_insync_replicas,
             partitions: kafka.create_with_partitions,
         });
-        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns, topic })?;
+        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns, topic, keys: None })?;
         tracing::info!(
             folder = %folder.display(),
             records = recovered.records,

@@ -85,7 +85,7 @@ async fn denial(orchestrator: &Orchestrator, turn: TurnId, headers: &HeaderMap, 
     }
     let Some(log) = &orchestrator.events else { return Ok(Reported::Unkept) };
     let denial = Denial::of(turn, &report, &claims, &Trace::from_headers(headers));
-    log.deny(&denial).await.map(kept).map_err(not_kept)
+    log.deny(denial).await.map(kept).map_err(not_kept)
 }
 
 /// How a turn ended for the gateway.
@@ -121,7 +121,7 @@ fn not_kept(untold: Untold) -> Fault {
         Untold::Late => Fault::client(Code::TurnConflict).saying("something else was written of the turn"),
         Untold::Open => Fault::us(Code::Overloaded).after(Duration::from_secs(1)),
         Untold::Refused(Refused::TooLong) => Fault::client(Code::InvalidRequest).caused_by(untold),
-        Untold::Refused(Refused::Full | Refused::Behind | Refused::Sealed | Refused::Known) => {
+        Untold::Refused(Refused::Full | Refused::Behind | Refused::Sealed | Refused::Known | Refused::Keyless) => {
             Fault::us(Code::EventLogUnavailable).after(Duration::from_secs(1)).caused_by(untold)
         }
     }

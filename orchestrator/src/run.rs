@@ -70,7 +70,13 @@ impl Run {
         })?;
         // Before anything is done for the turn: what nobody could account for afterwards does not happen.
         let account = match &orchestrator.events {
-            Some(log) => Some(log.begin(Beginning::of(&prompt, &claims, body_bytes, route)).await.map_err(not_taken)?),
+            Some(log) => {
+                let mut beginning = Beginning::of(&prompt, &claims, body_bytes, route);
+                if log.keeps_text() {
+                    beginning = beginning.saying(&prompt.messages);
+                }
+                Some(log.begin(beginning).await.map_err(not_taken)?)
+            }
             None => None,
         };
         let brought = std::mem::take(&mut prompt.messages);
@@ -191,6 +197,9 @@ impl Run {
             }
             self.said.add_event(&self.batch, event);
         }
+        if let Some(account) = &mut self.account {
+            account.add(&self.batch);
+        }
         if text_came && self.first_text.is_none() {
             let waited = self.begun.elapsed();
             self.first_text = Some(waited);
@@ -300,7 +309,7 @@ fn milliseconds(time: Duration) -> u64 {
 fn not_taken(refused: events::Refused) -> Fault {
     match refused {
         events::Refused::Known => Fault::client(Code::TurnConflict).saying("a turn of that id has been taken before"),
-        events::Refused::Full | events::Refused::Behind | events::Refused::Sealed | events::Refused::TooLong => {
+        events::Refused::Full | events::Refused::Behind | events::Refused::Sealed | events::Refused::TooLong | events::Refused::Keyless => {
             Fault::us(Code::EventLogUnavailable).after(Duration::from_secs(1)).caused_by(refused)
         }
     }

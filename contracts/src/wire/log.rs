@@ -1,4 +1,5 @@
-//! The conversation's events as they are kept: what became of each turn, as CloudEvents 1.0; never what was said in it.
+//! The conversation's events as they are kept: what became of each turn, as CloudEvents 1.0. What was said in it is there only where
+//! somebody asked for it, and then sealed: see [`Segment`].
 //!
 //! A turn that is taken has `turn.accepted.v1`, then `verdict.input.v1`, and then exactly one of the four that end it: what was
 //! generated. Those four share one id, so that two of them can never both count. After it comes what the gateway says:
@@ -25,6 +26,10 @@ pub enum Kind {
     Accepted,
     /// What the gateway had decided about its prompt.
     InputVerdict,
+    /// A piece of its prompt, sealed.
+    InputSegment,
+    /// A piece of what the model wrote, sealed.
+    OutputSegment,
     /// It came to its proper end.
     Completed,
     /// Nobody wanted it any more.
@@ -44,6 +49,8 @@ impl Kind {
     pub const ALL: &'static [Kind] = &[
         Kind::Accepted,
         Kind::InputVerdict,
+        Kind::InputSegment,
+        Kind::OutputSegment,
         Kind::Completed,
         Kind::Cancelled,
         Kind::Denied,
@@ -57,6 +64,8 @@ impl Kind {
         match self {
             Kind::Accepted => "turn.accepted.v1",
             Kind::InputVerdict => "verdict.input.v1",
+            Kind::InputSegment => "input.segment.v1",
+            Kind::OutputSegment => "output.segment.v1",
             Kind::Completed => "turn.completed.v1",
             Kind::Cancelled => "turn.cancelled.v1",
             Kind::Denied => "turn.denied.v1",
@@ -75,11 +84,18 @@ impl Kind {
     pub fn is_terminal(self) -> bool {
         match self {
             Kind::Accepted | Kind::InputVerdict | Kind::OutputVerdict | Kind::Delivery => false,
+            Kind::InputSegment | Kind::OutputSegment => false,
             Kind::Completed | Kind::Cancelled | Kind::Denied | Kind::Failed => true,
         }
     }
 
-    /// The event's place within its turn, from 1.
+    /// Whether a turn may have any number of it: pieces of text, which are counted from 0.
+    pub fn is_segment(self) -> bool {
+        matches!(self, Kind::InputSegment | Kind::OutputSegment)
+    }
+
+    /// The event's place within its turn, from 1; of segments, that of the first. Text has places of its own behind those of the
+    /// facts, so that a turn's facts have the same places with it and without.
     pub fn place(self) -> u64 {
         match self {
             Kind::Accepted => 1,
@@ -87,12 +103,19 @@ impl Kind {
             Kind::Completed | Kind::Cancelled | Kind::Denied | Kind::Failed => 3,
             Kind::OutputVerdict => 4,
             Kind::Delivery => 5,
+            Kind::InputSegment => 1_000_000,
+            Kind::OutputSegment => 2_000_000,
         }
     }
 
     /// The `id` of that event of `turn`: a UUID version 5 in the turn's own namespace, the same however often it is written.
     pub fn id(self, turn: TurnId) -> String {
         turn.named(if self.is_terminal() { "terminal" } else { self.as_str() })
+    }
+
+    /// The `id` of the segment of `turn` at `place`.
+    pub fn id_at(self, turn: TurnId, place: u64) -> String {
+        turn.named(&format!("{}/{place}", self.as_str()))
     }
 }
 
@@ -148,6 +171,15 @@ impl<D> Event<D> {
     }
 }
 
+impl<D> Event<D> {
+    /// The segment number `nth`, from 0, which belongs beside this event. It is sealed afterwards: see [`Event::binding`].
+    pub fn segment(&self, kind: Kind, nth: u32, at: SystemTime, data: Segment) -> Event<Segment> {
+        let place = kind.place() + u64::from(nth);
+        let event = self.followed_by(kind, at, data);
+        Event { id: kind.id_at(self.subject, place), sequence: format!("{place:020}"), ..event }
+    }
+}
+
 impl Event<()> {
     /// What there is to follow where the first event of `turn` cannot be read.
     pub fn unknown(turn: TurnId) -> Event<()> {
@@ -197,7 +229,7 @@ pub struct Accepted {
     pub tenant: TenantId,
     /// Of which session.
     pub session: SessionId,
-    /// Who asks.
+    /// Who asks; where text is kept, the name of a key stands for them.
     pub subject: Subject,
     /// By which call: `stream`, `step` or `websocket`.
     pub route: String,
@@ -289,6 +321,31 @@ impl Delivered {
             Delivered::Cut => "cut",
             Delivered::Unknown => "unknown",
         }
+    }
+}
+
+/// A piece of text, sealed: of the prompt, as the orchestrator took it, or of the answer, as the model wrote it. Opened and put
+/// together in order, the pieces are lines of JSON: each a message, or a run of text as clients are sent it.
+///
+/// A piece that is missing, by its `sequence`, was not kept: there was no room. So was the end, where a turn has ended and its last
+/// piece is not there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Segment {
+    /// Whose text it is, as in `turn.accepted.v1`: the name of the key that it is sealed under.
+    pub subject: Subject,
+    /// It is the last piece.
+    pub last: bool,
+    /// The piece, as base64url: 16 random bytes that with the subject's key make the key of the turn, the number of what that sealed,
+    /// and AES-256-GCM of the text, bound to the event's place: see [`Event::binding`].
+    pub sealed: String,
+}
+
+impl Event<Segment> {
+    /// What a sealed piece is bound to: which turn, whose, which piece of it, and whether there are more.
+    pub fn binding(&self) -> Vec<u8> {
+        let Event { id, kind, subject, partitionkey, sequence, data, .. } = self;
+        // None of these holds a line's end.
+        format!("{id}\n{kind}\n{subject}\n{partitionkey}\n{sequence}\n{}\n{}", data.subject, data.last).into_bytes()
     }
 }
 
@@ -431,7 +488,7 @@ mod tests {
     fn the_four_ends_of_a_turn_share_one_id_and_nothing_else_does() {
         let turn = TurnId::fresh();
         let ids: std::collections::BTreeSet<String> = Kind::ALL.iter().map(|kind| kind.id(turn)).collect();
-        assert_eq!(ids.len(), 5);
+        assert_eq!(ids.len(), 7);
         assert_eq!(Kind::Completed.id(turn), Kind::Failed.id(turn));
         assert_ne!(Kind::Completed.id(turn), Kind::Completed.id(TurnId::fresh()));
         for kind in Kind::ALL {

@@ -1,9 +1,9 @@
-//! What is written of a turn: who, how much, how it went. Never what was said.
+//! What is written of a turn: who, how much, how it went. What was said is for `sealed` alone.
 
 use std::time::SystemTime;
 
 use headgate_contracts::{
-    Category, Code, End, Finish, Prompt, Stop, Trace, TurnId,
+    Category, Code, End, Finish, Message, Prompt, Stop, Subject, TenantId, Trace, TurnId,
     wire::{
         conversation::{DeliveryReport, DenialReport},
         log::{
@@ -16,12 +16,15 @@ use headgate_policy::{Claims, Decision};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::sealed;
 use crate::metrics::Route;
 
 /// A turn that is about to begin.
 pub(crate) struct Beginning {
     accepted: Event<Accepted>,
     verdict: Event<InputVerdict>,
+    /// The messages of its prompt, a line of JSON each; empty where no text is kept.
+    lines: String,
 }
 
 impl Beginning {
@@ -40,12 +43,28 @@ impl Beginning {
         };
         let accepted = Event::accepted(prompt.turn, now, prompt.trace.traceparent(), accepted);
         let verdict = accepted.followed_by(Kind::InputVerdict, now, verdict(claims));
-        Beginning { accepted, verdict }
+        Beginning { accepted, verdict, lines: String::new() }
+    }
+
+    /// The same, with what was said: for a log that keeps text.
+    pub(crate) fn saying(self, messages: &[Message]) -> Beginning {
+        Beginning { lines: sealed::lines(messages), ..self }
     }
 
     #[cfg(test)]
     pub(super) fn new(accepted: Event<Accepted>, verdict: Event<InputVerdict>) -> Beginning {
-        Beginning { accepted, verdict }
+        Beginning { accepted, verdict, lines: String::new() }
+    }
+
+    /// Who asks, of which tenant.
+    pub(super) fn subject(&self) -> (TenantId, Subject) {
+        (self.accepted.data.tenant.clone(), self.accepted.data.subject.clone())
+    }
+
+    /// Says `name` in place of who asks, and gives what there is to be sealed.
+    pub(super) fn rename(&mut self, name: Subject) -> String {
+        self.accepted.data.subject = name;
+        std::mem::take(&mut self.lines)
     }
 
     pub(super) fn turn(&self) -> TurnId {
@@ -75,6 +94,7 @@ fn verdict(claims: &Claims) -> InputVerdict {
 
 /// A prompt that policy refused, so that it became no turn.
 pub(crate) struct Denial {
+    tenant: TenantId,
     verdict: Event<InputVerdict>,
     denied: Event<Denied>,
 }
@@ -88,11 +108,21 @@ impl Denial {
         let verdict = Event::refused(turn, now, trace.traceparent(), (&report.tenant, &report.session_id), facts);
         let code = Code::from_name(&report.code).unwrap_or(Code::PolicyDenied);
         let denied = verdict.followed_by(Kind::Denied, now, Denied { code, categories, progress: Progress::default() });
-        Denial { verdict, denied }
+        Denial { tenant: report.tenant.clone(), verdict, denied }
     }
 
     pub(super) fn turn(&self) -> TurnId {
         self.verdict.subject
+    }
+
+    /// Who asked, of which tenant.
+    pub(super) fn subject(&self) -> (&TenantId, Option<&Subject>) {
+        (&self.tenant, self.verdict.data.subject.as_ref())
+    }
+
+    /// Says `name` in place of who asked.
+    pub(super) fn rename(&mut self, name: Subject) {
+        self.verdict.data.subject = Some(name);
     }
 
     pub(super) fn events(&self) -> [Vec<u8>; 2] {
@@ -146,6 +176,11 @@ impl Begun {
     /// From the first event, as it is in the log. A newer version may have written what this one cannot read; its turn goes on.
     pub(super) fn read(turn: TurnId, first: &[u8]) -> Begun {
         serde_json::from_slice::<Event<Value>>(first).map_or_else(|_| Begun(Event::unknown(turn)), |first| Begun::of(&first))
+    }
+
+    /// The first event, without its facts.
+    pub(super) fn first(&self) -> &Event<()> {
+        &self.0
     }
 
     /// Whose turn it is: `{tenant}/{session}`.

@@ -7,7 +7,8 @@
 //! gateway ── tell ─▶ (so was its room on disk) ──▶ "it is kept"; after a time without a word: "unknown"
 //! ```
 //!
-//! What is kept are names, numbers and digests, never what was said; `headgate_contracts::wire::log` has the events.
+//! What is kept are names, numbers and digests; what was said only where somebody asked for it, and sealed. The events are those of
+//! `headgate_contracts::wire::log`.
 
 mod cursor;
 #[cfg(feature = "kafka")]
@@ -18,6 +19,7 @@ mod kafka;
 mod read;
 mod record;
 mod recover;
+mod sealed;
 mod segment;
 mod spool;
 mod verify;
@@ -37,9 +39,10 @@ use std::{
 };
 
 use headgate_contracts::{
-    End, Finish, Gone, TurnId,
+    Batch, End, Finish, Gone, InvalidId, Subject, TenantId, TurnId,
     wire::log::{Delivered, Progress},
 };
+use headgate_policy::vault::{Sealer, Vault};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
@@ -58,12 +61,14 @@ pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_to
 pub use read::{Entry, Follow};
 pub use record::Part;
 pub use recover::{Unfit, Unopened};
+pub use sealed::{Keys, unseal};
 pub use spool::{Spool, ToTell};
 pub use verify::{Judged, Violation, verify};
 
 use cursor::Cursor;
 use facts::Begun;
 pub(crate) use facts::{Beginning, Denial, Told};
+use sealed::Text;
 
 /// The latest turns that have ended and are remembered, so that none of them begins again.
 const MOST_ENDED: usize = 1 << 16;
@@ -79,6 +84,8 @@ pub struct Settings {
     pub turns: usize,
     /// The topic that events go on to. Nothing is let go before the topic has it.
     pub topic: Option<Topic>,
+    /// Where the keys are that text is sealed under; `None`: no text is kept.
+    pub keys: Option<Keys>,
 }
 
 /// A Kafka topic, and what it must be like.
@@ -127,6 +134,9 @@ pub enum Refused {
     /// An event is longer than any may be.
     #[error("an event is too long for the log")]
     TooLong,
+    /// The key of the subject cannot be read, or not be made.
+    #[error("the event log cannot seal text")]
+    Keyless,
 }
 
 /// What a gateway told is durable.
@@ -174,6 +184,8 @@ pub struct Log {
     /// Says nothing, and is closed when the deliverer has ended.
     delivery: Option<Mutex<std::sync::mpsc::Receiver<()>>>,
     cap: u64,
+    /// The keys that text is sealed under, where it is kept.
+    vault: Option<Arc<Vault>>,
 }
 
 /// What the writer tells the others.
@@ -195,6 +207,9 @@ struct Shared {
     taken_bytes: AtomicU64,
     open_turns: AtomicU64,
     refused: Counter,
+    /// Text on its way to the writer, in bytes.
+    text_waiting: AtomicU64,
+    text_dropped: Counter,
     written_bytes: Counter,
     sync_seconds: Histogram,
     deliveries: [Counter; Delivered::ALL.len()],
@@ -228,6 +243,7 @@ impl Log {
     #[doc(hidden)]
     pub fn open_with(settings: &Settings, sync: Sync) -> Result<(Log, Recovered), Unopened> {
         let unusable = |source| Unopened::Unusable { folder: settings.folder.clone(), source };
+        let vault = settings.keys.as_ref().map(Keys::open).transpose()?.map(Arc::new);
         let folder = segment::Folder::open(&settings.folder).map_err(unusable)?;
         let mut found = recover::recover(&settings.folder, &folder)?;
         let crashed: Vec<_> = mem::take(&mut found.open).iter().map(|(turn, first)| facts::Crashed::of(*turn, first)).collect();
@@ -247,6 +263,8 @@ impl Log {
             taken_bytes: AtomicU64::new(0),
             open_turns: AtomicU64::new(0),
             refused: Counter::default(),
+            text_waiting: AtomicU64::new(0),
+            text_dropped: Counter::default(),
             written_bytes: Counter::default(),
             sync_seconds: Histogram::new(SYNC_SECONDS),
             deliveries: Default::default(),
@@ -257,7 +275,7 @@ impl Log {
         // A turn has two places: one to begin and one to end. As many again wait while the disk is busy.
         let (to_writer, asked) = mpsc::channel(4 * settings.turns.max(1));
         let thread = thread::Builder::new().name("event-log".to_owned()).spawn(move || writer.run(asked)).map_err(unusable)?;
-        let mut log = Log { writer: to_writer, shared, thread: Mutex::new(Some(thread)), delivery: None, cap };
+        let mut log = Log { writer: to_writer, shared, thread: Mutex::new(Some(thread)), delivery: None, cap, vault };
         if let (Some(topic), Some(cursor)) = (&settings.topic, cursor) {
             log.deliver(settings.folder.clone(), topic.clone(), cursor)?;
         }
@@ -268,7 +286,7 @@ impl Log {
     /// that was cancelled, or none.
     ///
     /// Errors: the turn must not run.
-    pub(crate) async fn begin(&self, beginning: Beginning) -> Result<Account, Refused> {
+    pub(crate) async fn begin(&self, mut beginning: Beginning) -> Result<Account, Refused> {
         let turn = beginning.turn();
         // The place for the end is taken first: what begins can end.
         let place = || {
@@ -281,11 +299,19 @@ impl Log {
             self.shared.refused.inc();
             refused
         };
+        let (tenant, subject) = beginning.subject();
+        let sealer = self.sealer(tenant, subject).await.map_err(refused)?;
+        let sealer = sealer.map(|(sealer, name)| (sealer, beginning.rename(name)));
         let (for_end, for_begin) = (place().map_err(refused)?, place().map_err(refused)?);
         let (tell, told) = oneshot::channel();
         let (events, begun) = beginning.events();
-        let account = Account { place: Some((for_end, begun.clone())) };
-        for_begin.send(writer::Command::Begin { turn, events, begun: Box::new(begun), tell });
+        for_begin.send(writer::Command::Begin { turn, events, begun: Box::new(begun.clone()), tell });
+        let text = sealer.map(|(sealer, lines)| {
+            let mut text = Text::new(begun.clone(), sealer, self.writer.clone(), self.shared.clone());
+            text.prompt(&lines);
+            text
+        });
+        let account = Account { place: Some((for_end, begun)), text };
         match told.await.unwrap_or(Err(Refused::Sealed)) {
             Ok(()) => Ok(account),
             Err(refused) => {
@@ -293,6 +319,25 @@ impl Log {
                 Err(refused)
             }
         }
+    }
+
+    /// Whether text is kept.
+    pub(crate) fn keeps_text(&self) -> bool {
+        self.vault.is_some()
+    }
+
+    /// What seals the text of a subject, and the name that stands for the subject; `None` where no text is kept.
+    async fn sealer(&self, tenant: TenantId, subject: Subject) -> Result<Option<(Sealer, Subject)>, Refused> {
+        let Some(vault) = self.vault.clone() else { return Ok(None) };
+        // It reads a file, and the first time it waits for the disk.
+        let sealer = tokio::task::spawn_blocking(move || vault.sealer(tenant.as_str(), subject.as_str())).await;
+        let keyless = |error: &dyn std::error::Error| {
+            tracing::warn!(%error, source = error.source().map(tracing::field::display), "the event log cannot seal text");
+            Refused::Keyless
+        };
+        let sealer = sealer.map_err(|error| keyless(&error))?.map_err(|error| keyless(&error))?;
+        let name = sealer.name().parse().map_err(|error: InvalidId| keyless(&error))?;
+        Ok(Some((sealer, name)))
     }
 
     /// Keeps what the gateway of `key` (`{tenant}/{session}`) tells of a turn that has ended; resolves when it is durable.
@@ -303,7 +348,12 @@ impl Log {
     }
 
     /// Keeps that a prompt was refused; resolves when it is durable.
-    pub(crate) async fn deny(&self, denial: &Denial) -> Result<Heard, Untold> {
+    pub(crate) async fn deny(&self, mut denial: Denial) -> Result<Heard, Untold> {
+        if let (tenant, Some(subject)) = denial.subject()
+            && let Some((_, name)) = self.sealer(tenant.clone(), subject.clone()).await.map_err(Untold::Refused)?
+        {
+            denial.rename(name);
+        }
         let (tell, heard) = oneshot::channel();
         self.ask(writer::Command::Deny { turn: denial.turn(), events: denial.events(), tell })?;
         heard.await.unwrap_or(Err(Untold::Refused(Refused::Sealed)))
@@ -388,6 +438,10 @@ impl Log {
             registry.register("orchestrator_event_log_delivered", help, self.shared.delivered_events.clone());
             let help = "How often delivery had to begin again after the last event that the topic has";
             registry.register("orchestrator_event_log_delivery_failures", help, self.shared.delivery_failures.clone());
+        }
+        if self.keeps_text() {
+            let help = "Pieces of text that the event log had no room for";
+            registry.register("orchestrator_event_log_text_dropped", help, self.shared.text_dropped.clone());
         }
         registry.register_collector(Box::new(Gauges { shared: self.shared.clone(), delivers: self.delivery.is_some(), cap: self.cap }));
     }
@@ -514,11 +568,23 @@ impl Collector for Gauges {
 /// had left.
 pub(crate) struct Account {
     place: Option<(mpsc::OwnedPermit<writer::Command>, Begun)>,
+    /// Takes what is said, where text is kept.
+    text: Option<Text>,
 }
 
 impl Account {
+    /// Adds what the model wrote.
+    pub(crate) fn add(&mut self, batch: &Batch) {
+        if let Some(text) = &mut self.text {
+            text.add(batch);
+        }
+    }
+
     /// Closes the account.
     pub(crate) fn close(mut self, end: &End, finish: Finish, progress: Progress) {
+        if let Some(text) = self.text.take() {
+            text.close();
+        }
         if let Some((place, begun)) = self.place.take() {
             let (turn, event) = begun.ended(end, finish, progress);
             place.send(writer::Command::End { turn, event });
@@ -527,12 +593,15 @@ impl Account {
 
     /// The turn was never begun.
     fn forget(mut self) {
-        self.place = None;
+        (self.place, self.text) = (None, None);
     }
 }
 
 impl Drop for Account {
     fn drop(&mut self) {
+        if let Some(text) = self.text.take() {
+            text.close();
+        }
         if let Some((place, begun)) = self.place.take() {
             let (turn, event) = begun.ended(&Err(Gone::Left.into()), Finish::default(), Progress::default());
             place.send(writer::Command::End { turn, event });

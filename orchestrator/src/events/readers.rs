@@ -44,7 +44,7 @@ fn followed(folder: &Path) -> Vec<Vec<u8>> {
 }
 
 fn goes_on(folder: &Path) {
-    let settings = Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 16, topic: None };
+    let settings = Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 16, topic: None, keys: None };
     let (log, recovered) = Log::open(&settings).unwrap();
     assert_eq!((recovered.crashed, recovered.torn_bytes), (0, 0));
     drop(log);

@@ -9,6 +9,7 @@ use std::{
 };
 
 use headgate_contracts::TurnId;
+use headgate_policy::{KeyFault, vault::VaultFault};
 
 use super::{
     MOST_ENDED,
@@ -31,6 +32,12 @@ pub enum Unopened {
     /// The topic that its events should go on to cannot be used.
     #[error("the event log cannot be delivered")]
     Undeliverable(#[from] Unfit),
+    /// The master key of the text cannot be used.
+    #[error("the event log cannot seal text")]
+    Unsealable(#[from] KeyFault),
+    /// The keys of subjects cannot be used.
+    #[error("the event log cannot seal text")]
+    Keyless(#[from] VaultFault),
     /// It is damaged where it was whole once: what stood there was promised to be kept, so nobody but a person may give it up.
     #[error(
         "the event log is damaged: record {number} should stand at byte {at} of {}; `headgate events verify` says more, and with the \

@@ -27,7 +27,7 @@ use super::{
 };
 
 fn settings(folder: &Path) -> Settings {
-    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096, topic: None }
+    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096, topic: None, keys: None }
 }
 
 /// A folder whose disk answers at once, where the system has one: these tests ask it thousands of times.
@@ -647,12 +647,12 @@ async fn a_prompt_that_was_refused_is_kept_once_and_owes_nothing() {
     let folder = in_memory();
     let (log, _) = open(folder.path());
     let (turn, taken) = (TurnId::fresh(), TurnId::fresh());
-    assert_eq!(log.deny(&denial(turn)).await, Ok(Heard::Now));
-    assert_eq!(log.deny(&denial(turn)).await, Ok(Heard::Again));
+    assert_eq!(log.deny(denial(turn)).await, Ok(Heard::Now));
+    assert_eq!(log.deny(denial(turn)).await, Ok(Heard::Again));
     assert_eq!(log.begin(of(turn)).await.err(), Some(Refused::Known), "it cannot become a turn");
     assert_eq!(tell(&log, turn).await, Err(Untold::Late));
     complete(log.begin(of(taken)).await.unwrap());
-    assert_eq!(log.deny(&denial(taken)).await, Err(Untold::Late));
+    assert_eq!(log.deny(denial(taken)).await, Err(Untold::Late));
     let event = last_of(folder.path(), turn);
     assert_eq!((event["type"].as_str(), event["partitionkey"].as_str()), (Some("turn.denied.v1"), Some("acme/s1")));
     assert_eq!(event["data"]["categories"][0], "hate");
@@ -660,7 +660,7 @@ async fn a_prompt_that_was_refused_is_kept_once_and_owes_nothing() {
     assert_eq!((judged.refused, judged.begun, judged.open.len(), judged.owed.len()), (1, 1, 0, 1));
     drop(log);
     let (log, recovered) = open(folder.path());
-    assert_eq!((recovered.crashed, log.deny(&denial(turn)).await), (0, Ok(Heard::Again)));
+    assert_eq!((recovered.crashed, log.deny(denial(turn)).await), (0, Ok(Heard::Again)));
 }
 
 fn last_of(folder: &Path, turn: TurnId) -> serde_json::Value {
@@ -674,7 +674,7 @@ async fn a_refused_prompt_torn_after_its_verdict_is_refused_by_the_next_start() 
     let folder = in_memory();
     let (log, _) = open(folder.path());
     let turn = TurnId::fresh();
-    log.deny(&denial(turn)).await.unwrap();
+    log.deny(denial(turn)).await.unwrap();
     let mut bytes = fs::read(file(folder.path(), 1)).unwrap();
     drop(log);
     bytes.truncate(record_bytes(Entry::at(&bytes, 0).event.len()) + 20);
@@ -683,7 +683,7 @@ async fn a_refused_prompt_torn_after_its_verdict_is_refused_by_the_next_start() 
     let (log, _) = open(torn.path());
     let judged = good(torn.path());
     assert_eq!((judged.refused, judged.crashed, judged.open.len()), (1, 0, 0));
-    assert_eq!(log.deny(&denial(turn)).await, Ok(Heard::Again));
+    assert_eq!(log.deny(denial(turn)).await, Ok(Heard::Again));
 }
 
 #[tokio::test]

@@ -178,7 +178,7 @@ impl Judge {
         let part = match Kind::from_name(&found.kind) {
             Some(Kind::Accepted) => Part::Begins,
             Some(Kind::InputVerdict) if is_refusal => Part::Begins,
-            Some(Kind::InputVerdict) => Part::Within,
+            Some(Kind::InputVerdict | Kind::InputSegment | Kind::OutputSegment) => Part::Within,
             Some(Kind::Denied) if self.turns.get(&turn) == Some(&Stand::Refused) => Part::Settles,
             Some(Kind::Completed | Kind::Cancelled | Kind::Denied | Kind::Failed) => Part::Ends,
             Some(Kind::OutputVerdict) => Part::After,
@@ -295,6 +295,7 @@ impl Judge {
         let says = |member: &str, word: &str| event.data.get(member).is_some_and(|said| said == word);
         let fits = match kind {
             Kind::Accepted => record.part == Part::Begins,
+            Kind::InputSegment | Kind::OutputSegment => record.part == Part::Within,
             Kind::InputVerdict => record.part == if says("decision", "deny") { Part::Begins } else { Part::Within },
             // Where the prompt was refused, nothing is owed after it; that there was such a prompt is judged with the turn.
             Kind::Denied => matches!(record.part, Part::Ends | Part::Settles),
@@ -302,16 +303,22 @@ impl Judge {
             Kind::OutputVerdict => record.part == Part::After,
             Kind::Delivery => record.part == Part::Settles,
         };
-        if !fits || place != kind.place() {
+        let (is_there, id) = if kind.is_segment() {
+            (place >= kind.place(), kind.id_at(record.turn, place))
+        } else {
+            (place == kind.place(), kind.id(record.turn))
+        };
+        if !fits || !is_there {
             return Err("the event has another part in its turn than its record");
         }
-        if event.id != kind.id(record.turn) {
+        if event.id != id {
             return Err("its id is not the one of its turn and type");
         }
         self.judged.crashed += u64::from(kind == Kind::Failed && says("reason", "crash"));
         Ok(Judgeable {
             kind: Some(kind),
-            place: Some(place),
+            // Text has an order of its own.
+            place: (!kind.is_segment()).then_some(place),
             names_verdict: kind == Kind::Delivery && event.data.get("verdict").is_some(),
             is_untold: kind == Kind::Delivery && says("outcome", "unknown"),
         })

@@ -24,6 +24,7 @@ use super::{
     facts::{Begun, Crashed, Told, Word},
     record::{MAX_EVENT_BYTES, MAX_RECORD_BYTES, Part, Record, record_bytes},
     recover::{Found, Kept, Owed},
+    sealed,
     segment::Folder,
 };
 
@@ -51,6 +52,8 @@ const MARKS: [u64; 3] = [70, WATERMARK, 95];
 pub(super) enum Command {
     /// To write the first events of a turn and say when they are durable.
     Begin { turn: TurnId, events: [Vec<u8>; 2], begun: Box<Begun>, tell: oneshot::Sender<Result<(), Refused>> },
+    /// To write text of a turn that is open, where there is room to spare.
+    Text { turn: TurnId, events: Vec<Vec<u8>> },
     /// To write the last event of a turn, if it was begun.
     End { turn: TurnId, event: Vec<u8> },
     /// To write what the gateway of `key` says of a turn that has ended, and say when it is durable.
@@ -200,6 +203,7 @@ impl Writer {
                             let _ = tell.send(Err(refused));
                         }
                     },
+                    Command::Text { turn, events } => self.text(turn, &events),
                     Command::End { turn, event } => self.end(turn, &event),
                     Command::Tell { turn, key, told, tell } => heard.push((tell, self.tell(turn, &key, &told))),
                     Command::Deny { turn, events, tell } => heard.push((tell, self.deny(turn, &events))),
@@ -240,6 +244,37 @@ impl Writer {
         Ok(())
     }
 
+    /// Writes text, or lets all of it go: it takes no room that was promised, and no turn is refused for it.
+    fn text(&mut self, turn: TurnId, events: &[Vec<u8>]) {
+        self.shared.text_waiting.fetch_sub(sealed::bytes(events), Ordering::Relaxed);
+        let need = events.iter().map(|event| record_bytes(event.len()) as u64).sum::<u64>();
+        let is_taken = !self.sealed
+            && self.open.contains_key(&turn)
+            && events.iter().all(|event| event.len() <= MAX_EVENT_BYTES)
+            && (self.pinned() + need) * 100 < self.cap * MARKS[0]
+            && self.spare_room(need);
+        if is_taken {
+            events.iter().for_each(|event| self.append(Part::Within, turn, event));
+        } else {
+            self.shared.text_dropped.inc_by(events.len() as u64);
+        }
+    }
+
+    /// Whether there is room for `need` bytes more than what was promised, and nothing has to give way for it.
+    fn spare_room(&mut self, need: u64) -> bool {
+        while self.room() < self.promised() + need {
+            if self.grow().is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// What is kept free for what was begun.
+    fn promised(&self) -> u64 {
+        self.open.len() as u64 * (END_ROOM + TOLD_ROOM) + self.owed.len() as u64 * TOLD_ROOM
+    }
+
     /// Sees to the room for a turn's first events, and for `later` ones.
     fn admit(&mut self, turn: TurnId, events: &[Vec<u8>; 2], later: u64) -> Result<(), Refused> {
         if self.sealed {
@@ -266,8 +301,7 @@ impl Writer {
         // Silent gateways must not take the room of what is kept.
         while self.owed.len() as u64 * TOLD_ROOM > self.cap / OWED_SHARE && self.give_up_oldest() {}
         loop {
-            let promised = self.open.len() as u64 * (END_ROOM + TOLD_ROOM) + self.owed.len() as u64 * TOLD_ROOM;
-            if self.room() >= promised + need {
+            if self.room() >= self.promised() + need {
                 return Ok(());
             }
             if let Err(error) = self.grow() {

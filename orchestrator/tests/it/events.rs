@@ -27,7 +27,7 @@ use serde_json::Value;
 use crate::desk::{Desk, upstream};
 
 async fn keeping(model: &Upstream, folder: &Path, sync: Sync) -> Desk {
-    let settings = events::Settings { folder: folder.to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None };
+    let settings = events::Settings { folder: folder.to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None, keys: None };
     let (log, _) = Log::open_with(&settings, sync).unwrap();
     Desk::keeping(Models::new(upstream(&model.url())), Settings::default(), log).await
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use crate::desk::{Desk, TRACE, now, upstream};
 
 async fn keeping(model: &Upstream, folder: &Path) -> Desk {
-    let settings = events::Settings { folder: folder.to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None };
+    let settings = events::Settings { folder: folder.to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None, keys: None };
     let (log, _) = Log::open_with(&settings, Box::new(File::sync_data)).unwrap();
     Desk::keeping(Models::new(upstream(&model.url())), Settings::default(), log).await
 }
@@ -235,7 +235,8 @@ async fn why_a_turn_was_left_is_the_gateways_word() {
 #[tokio::test]
 async fn a_gateway_that_says_nothing_leaves_a_turn_as_it_was_seen_and_what_the_user_got_unknown() {
     let (model, folder) = (answering().await, tempfile::tempdir().unwrap());
-    let settings = events::Settings { folder: folder.path().to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None };
+    let settings =
+        events::Settings { folder: folder.path().to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None, keys: None };
     let (log, _) = Log::open_with(&settings, Box::new(File::sync_data)).unwrap();
     let told = Settings { delivery: std::time::Duration::from_millis(50), ..Settings::default() };
     let desk = Desk::keeping(Models::new(upstream(&model.url())), told, log).await;

@@ -150,7 +150,7 @@ async fn without_redis_a_turn_that_the_event_log_knows_is_not_taken_again_after_
     let (model, folder) = (model().await, tempfile::tempdir().unwrap());
     let nobody = Redis::connect(&format!("redis://{}", services::free_addr()), BUDGET).unwrap();
     let keeping = |folder: &Path| {
-        let settings = events::Settings { folder: folder.to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None };
+        let settings = events::Settings { folder: folder.to_owned(), cap: events::Settings::LEAST_CAP, turns: 16, topic: None, keys: None };
         events::Log::open(&settings).unwrap().0
     };
     let mut first = Desk::sharing(models(&model), Some(Used::new(nobody.clone())), None, Some(keeping(folder.path()))).await;

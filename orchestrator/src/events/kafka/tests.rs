@@ -38,7 +38,7 @@ fn topic(brokers: &str, name: &str) -> Topic {
 }
 
 fn settings(folder: &Path, topic: Topic) -> Settings {
-    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096, topic: Some(topic) }
+    Settings { folder: folder.to_owned(), cap: Settings::LEAST_CAP, turns: 4096, topic: Some(topic), keys: None }
 }
 
 fn open(folder: &Path, topic: Topic) -> Log {
