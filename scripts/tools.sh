@@ -69,7 +69,7 @@ if [ "${1:-}" = load ] && python3 -c 'import ensurepip, venv' 2>/dev/null; then
     fi
 fi
 if has npm; then
-    for folder in tests/clients tests/browser; do
+    for folder in tests/clients tests/browser tests/identity; do
         [ -f "$folder/package.json" ] || continue
         want=$(stamp "$folder/package.json" "$folder/package-lock.json")
         if [ "$(cat "$folder/node_modules/.stamp" 2>/dev/null)" != "$want" ]; then

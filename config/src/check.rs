@@ -14,7 +14,9 @@ use std::{
 
 use headgate_contracts::{Flow, OnDisconnect, Record, Secret, SessionId, Turn, TurnId, may_serve};
 use headgate_filters::{
-    Built, Mode, PolicyInForce, Problem, Signer, Spec, Step, Tools, build_chain, chain, moderation,
+    Built, Mode, PolicyInForce, Problem, Signer, Spec, Step, Tools,
+    auth::AdminTerms,
+    build_chain, chain, moderation,
     units::{Bytes, Span},
 };
 use headgate_policy::{Claims, Constitution, Issuer, PUBLISH_AHEAD, Unsigned, Verifier};
@@ -23,7 +25,7 @@ use crate::{
     Disk, Environment,
     effect::{Bounds, Effect, Link},
     fault::{Fault, did_you_mean},
-    file::{self, AdminListen, File, Hop, Kind, Origin, Protocol, SigningKey},
+    file::{self, AdminListen, Endpoint, File, Hop, Kind, Origin, Protocol, SigningKey},
     plan::{self, Origins, PathPattern, Plan, PolicyKey},
     tree::{Node, Path, Scalar, Source, Step as PathStep, Value},
 };
@@ -991,6 +993,10 @@ impl Check<'_> {
         self.within(&at_limits.key("body_bytes"), limits.body_bytes, Bytes(1 << 10)..=Bytes(MOST_BODY));
         self.within(&at_limits.key("answer_bytes"), limits.answer_bytes, Bytes(1 << 10)..=Bytes(MOST_ANSWER));
         let events = self.events(orchestrator.events.as_ref(), at);
+        let training = orchestrator.training.as_ref().and_then(|training| {
+            let at = at.key("training");
+            self.training(training, file, events.as_ref(), &at)
+        });
         let issuer = orchestrator.issuer.clone().or_else(|| file.policy.as_ref().map(|policy| policy.issuer.clone()));
         Some(plan::Orchestrator {
             listen: orchestrator.listen.0,
@@ -1009,6 +1015,7 @@ impl Check<'_> {
             body_bytes: size(limits.body_bytes),
             answer_bytes: size(limits.answer_bytes),
             events,
+            training,
         })
     }
 
@@ -1027,6 +1034,77 @@ impl Check<'_> {
         let folder = self.folder(&events.folder, &at.key("folder"), "events");
         let kafka = events.kafka.as_ref().map(|kafka| self.kafka(kafka, &at.key("kafka")));
         Some(plan::Events { folder, cap: events.cap.0, unknown_after: events.unknown_after.0, kafka })
+    }
+
+    fn training(&mut self, training: &file::Training, file: &File, events: Option<&plan::Events>, at: &Path) -> Option<plan::Training> {
+        for (name, written) in [
+            ("audience", &training.audience),
+            ("role", &training.role),
+            ("role_claim", &training.role_claim),
+            ("tenant_claim", &training.tenant_claim),
+        ] {
+            if written.is_empty() {
+                self.refuse(&at.key(name), problem("nothing is written").expected("a name"));
+            }
+        }
+        match training.issuer.parse::<Endpoint>() {
+            Ok(Endpoint(uri)) => {
+                let local = uri.host().is_some_and(|host| ["localhost", "127.0.0.1", "[::1]"].contains(&host));
+                if let Some(problem) = forbidden(&uri) {
+                    self.refuse(&at.key("issuer"), problem);
+                } else if uri.scheme_str() != Some("https") && !local {
+                    let found = format!("`{}`: whoever is between could say who is an admin", training.issuer);
+                    self.refuse(&at.key("issuer"), problem(found).expected("an https URL").remedy("use https"));
+                }
+            }
+            Err(_) => {
+                self.refuse(&at.key("issuer"), problem("not a URL").expected("the issuer of your tokens, such as `https://id.example.com`"))
+            }
+        }
+        self.span(&at.key("ttl"), training.ttl, seconds(3)..=seconds(600));
+        self.span(&at.key("max_hold"), training.max_hold, seconds(3)..=seconds(24 * 3600));
+        self.within(&at.key("epoch"), training.epoch, 0..=8000);
+        let kafka = events.and_then(|events| events.kafka.as_ref());
+        let events_remedy = "add `events: { folder: events }` to the orchestrator: fences that were seen are remembered there";
+        if events.is_none() {
+            self.refuse(at, problem("training mode without `events`: after a restart an old lock would be believed").remedy(events_remedy));
+        }
+        let topic = if training.alone {
+            if self.is_production() {
+                let found = "in production training mode would be audited on this machine alone";
+                self.refuse(&at.key("alone"), problem(found).remedy("remove `alone`, and add `redis` and `events.kafka`"));
+            }
+            None
+        } else {
+            let alone = "; or, where this is the only process, write `alone: true` here";
+            if file.redis.is_none() {
+                let remedy = format!("add `redis: {{ url: redis://localhost:6379 }}` at the top{alone}");
+                self.refuse(at, problem("training mode without `redis`: nobody would keep its lock").remedy(remedy));
+            }
+            if events.is_some() && kafka.is_none() {
+                let remedy = format!("add `kafka: {{ brokers: [localhost:9092] }}` to `events`{alone}");
+                self.refuse(at, problem("training mode without `events.kafka`: nobody would acknowledge its audit").remedy(remedy));
+            }
+            if !is_topic(&training.topic) || kafka.is_some_and(|kafka| kafka.topic == training.topic) {
+                let found = format!("`{}` is no topic for an audit", training.topic);
+                let expected = "another name than that of the events: 1 to 249 letters, digits, `.`, `_` or `-`";
+                self.refuse(&at.key("topic"), problem(found).expected(expected));
+            }
+            Some(plan::Kafka { topic: training.topic.clone(), ..kafka?.clone() })
+        };
+        Some(plan::Training {
+            admins: AdminTerms {
+                issuer: training.issuer.clone(),
+                audience: training.audience.clone(),
+                role: training.role.clone(),
+                role_claim: training.role_claim.clone(),
+                tenant_claim: training.tenant_claim.clone(),
+            },
+            ttl: training.ttl.0,
+            max_hold: training.max_hold.0,
+            topic,
+            epoch: training.epoch,
+        })
     }
 
     /// A folder that will be made where it is not there; one could be called `example`.
@@ -1052,12 +1130,7 @@ impl Check<'_> {
                 );
             }
         }
-        // Kafka's own rule.
-        let is_name = |name: &str| {
-            let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-            (1..=249).contains(&name.len()) && name.bytes().all(is_legal) && name != "." && name != ".."
-        };
-        if !is_name(&kafka.topic) {
+        if !is_topic(&kafka.topic) {
             self.refuse(&at.key("topic"), problem("no name of a topic").expected("1 to 249 letters, digits, `.`, `_` or `-`"));
         }
         self.within(&at.key("replication_factor"), kafka.replication_factor, 1..=100);
@@ -1252,3 +1325,9 @@ fn itself(file: &File, uri: &http::Uri) -> Option<Problem> {
 fn is_near(host: &str) -> bool {
     host == "localhost" || host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
+/// Whether Kafka takes it as the name of a topic.
+fn is_topic(name: &str) -> bool {
+    let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=249).contains(&name.len()) && name.bytes().all(is_legal) && name != "." && name != ".."
+}
+

@@ -784,6 +784,72 @@ pub struct Orchestrator {
     /// What became of each turn, kept on disk. Without it, a turn leaves nothing but a line in the log.
     #[serde(default)]
     pub events: Option<Events>,
+    /// Training mode, which admins turn on and off for their tenant. Without it, there is none.
+    #[serde(default)]
+    pub training: Option<Training>,
+}
+
+/// Training mode: `POST /v1/training/enable` and `/disable`, `GET /v1/training`, on the orchestrator's own address. Whoever calls
+/// must be an admin by a token of this identity provider (OpenID Connect discovery), and have signed in within five minutes. The
+/// lock of a tenant is kept in `redis`; every attempt is written to an audit topic of the brokers in `events.kafka`, and nothing
+/// happens that the topic has not acknowledged.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// The identity provider: an `https` URL (`http` only on this machine), as it stands in `iss`, to the letter.
+    pub issuer: String,
+    /// Who a token must be for: must stand in its `aud`.
+    pub audience: String,
+    /// The role that an admin has.
+    #[serde(default = "default_role")]
+    pub role: String,
+    /// The claim with the roles; a dot goes into an object, as in `realm_access.roles`.
+    #[serde(default = "default_role_claim")]
+    pub role_claim: String,
+    /// The claim that names the tenant.
+    #[serde(default = "default_tenant_claim")]
+    pub tenant_claim: String,
+    /// How long the lock outlives an orchestrator that no longer renews it, from `3s` to `10min`. It is renewed three times as often.
+    #[serde(default = "default_ttl")]
+    pub ttl: Span,
+    /// The longest that training mode stays on, up to `24h`: then it must be turned on again.
+    #[serde(default = "default_max_hold")]
+    pub max_hold: Span,
+    /// The audit topic. It must be another than that of the events, and keep its records.
+    #[serde(default = "default_audit_topic")]
+    pub topic: String,
+    /// Raise it by one whenever the audit topic was made anew, or its number of partitions changed: fences must never fall, and they are
+    /// made of this and of a record's place in the topic. Up to `8000`.
+    #[serde(default)]
+    pub epoch: u16,
+    /// This is the only process: the lock is kept in it, and the audit in the file `training.jsonl` in the folder of the events, whose
+    /// records are the fences. For development: needs neither `redis` nor `events.kafka`.
+    #[serde(default)]
+    pub alone: bool,
+}
+
+fn default_role() -> String {
+    "training:admin".to_owned()
+}
+
+fn default_role_claim() -> String {
+    "roles".to_owned()
+}
+
+fn default_tenant_claim() -> String {
+    "tenant".to_owned()
+}
+
+fn default_ttl() -> Span {
+    seconds(60)
+}
+
+fn default_max_hold() -> Span {
+    minutes(240)
+}
+
+fn default_audit_topic() -> String {
+    "training.audit".to_owned()
 }
 
 fn default_keys_refresh() -> Span {

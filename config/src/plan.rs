@@ -10,7 +10,7 @@ use std::{
 };
 
 use headgate_contracts::{Flow, Secret};
-use headgate_filters::Step;
+use headgate_filters::{Step, auth::AdminTerms};
 use headgate_policy::{Constitution, Issuer, Verifier};
 
 pub use crate::file::{Balance, Forwarded, Hop, Kind, Logs, Protocol};
@@ -321,6 +321,23 @@ pub struct Orchestrator {
     pub answer_bytes: usize,
     /// What became of each turn, kept on disk.
     pub events: Option<Events>,
+    /// Training mode.
+    pub training: Option<Training>,
+}
+
+/// Who turns training mode on, and what it stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Training {
+    /// What makes an admin.
+    pub admins: AdminTerms,
+    /// How long a lock outlives whoever renews it.
+    pub ttl: Duration,
+    /// The longest that a lock is held.
+    pub max_hold: Duration,
+    /// The audit topic; `None`: lock and audit are of this process alone.
+    pub topic: Option<Kafka>,
+    /// The high part of fences.
+    pub epoch: u16,
 }
 
 /// Where the log of events is, and how large it may be.

@@ -13,6 +13,7 @@ use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
 use crate::wire::hop::DispatchFrame;
 use crate::wire::log;
 use crate::wire::problem::{self, Problem};
+use crate::wire::training::{TrainingRecord, TrainingState};
 use crate::{Code, Message, Retry, Usage};
 
 /// All documents, as file name and content.
@@ -46,6 +47,8 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("events/delivery.v1.json", event::<log::Delivery>(log::Kind::Delivery)),
         ("events/input.segment.v1.json", event::<log::Segment>(log::Kind::InputSegment)),
         ("events/output.segment.v1.json", event::<log::Segment>(log::Kind::OutputSegment)),
+        ("events/training.audit.v1.json", schema::<TrainingRecord>()),
+        ("training-state.json", schema::<TrainingState>()),
         ("openapi.json", pretty(&openapi())),
         ("asyncapi.json", pretty(&asyncapi())),
         ("errors.md", errors()),

@@ -13,6 +13,7 @@ use headgate_contracts::{
         Accepted, Cancelled, Completed, Delivered, Delivery, Denied, Event, Failed, FailedReason, InputVerdict, Kind, Name, OutputVerdict,
         Progress, Segment,
     },
+    wire::training::Mode,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -47,6 +48,8 @@ fn written() -> Vec<(Kind, Value)> {
         policy: "default".into(),
         policy_version: "2026-11-21".into(),
         constitution: "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:".into(),
+        mode: Some(Mode::Training),
+        fence: Some(7),
         subject: Some("u1".parse().unwrap()),
     };
     let progress = Progress {

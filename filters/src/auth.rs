@@ -4,6 +4,8 @@
 //! random bits, so nobody can find it by trying, however fast; a slow hash would only let strangers burn our processor with
 //! wrong keys. Whoever invents keys of their own for people to remember must not use this.
 
+mod admins;
+
 use std::{collections::HashMap, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use headgate_contracts::{Code, Credential, Fault, Principal, Prompt, Refusal, Stop, Subject, TenantId, Turn};
@@ -23,6 +25,8 @@ use crate::{
     table::{self, Facts, Fits, Parts},
     units::Moment,
 };
+
+pub use admins::{Admin, AdminTerms, Admins, FRESH, NoAdmin};
 
 /// The longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 8 << 10;
@@ -481,6 +485,11 @@ impl Door {
 
 impl Tokens {
     async fn check(&self, token: &str, now: u64) -> Result<Principal, Unfit> {
+        self.principal(&self.claims(token).await?, now)
+    }
+
+    /// What a token of the provider says; its times and names are not looked at yet.
+    async fn claims(&self, token: &str) -> Result<Map<String, Value>, Unfit> {
         // Not a JWT at all: no reason to ask anybody for keys.
         let header = jsonwebtoken::decode_header(token).map_err(|_| Unfit::Unknown)?;
         let is_access_token = header
@@ -500,8 +509,7 @@ impl Tokens {
         };
         let key = keys.find(kid, header.alg).ok_or(Unfit::Unknown)?;
         let validation = Validation { algorithms: vec![header.alg], ..self.validation.clone() };
-        let claims = jsonwebtoken::decode::<Claims>(token, key, &validation).map_err(|_| Unfit::Unknown)?.claims;
-        self.principal(&claims.0, now)
+        Ok(jsonwebtoken::decode::<Claims>(token, key, &validation).map_err(|_| Unfit::Unknown)?.claims.0)
     }
 
     /// The keys, fetched anew unless that was done a moment ago. Turns that wait for the same fetch share it.

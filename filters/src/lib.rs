@@ -51,7 +51,7 @@ pub use problem::Problem;
 pub use rate_limit::LocalLedger;
 pub use table::{Built, DEFAULTS, Facts, Spec, Step, build_chain, chain, with_defaults};
 pub use terms::{Late, Mode, OnFault, Terms};
-pub use tools::{Account, Admit, KeySource, Lease, Ledger, PolicyInForce, Signer, Taken, Tools, unix_now};
+pub use tools::{Account, Admit, KeySource, Lease, Ledger, Modes, PolicyInForce, Signer, Taken, Tools, unix_now};
 pub use verdict::{At, Edit, Text, Verdict};
 
 /// A future in a box, as object-safe traits need it.

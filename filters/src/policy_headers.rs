@@ -6,13 +6,13 @@
 use std::{sync::Arc, time::Duration};
 
 use headgate_contracts::{Category, Code, Dispatch, Fault, Finding, Head, Outcome, OutputSeal, Prompt, Record, Seal, Stage, Stop, Turn};
-use headgate_policy::{Decision, Digest, Facts as Claimed, Issuer, Registry, Standing};
+use headgate_policy::{Claims, Decision, Digest, Facts as Claimed, Issuer, Registry, Standing};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
-    BoxFuture, Filter, PolicyInForce, Problem, Rule, Tools,
+    BoxFuture, Filter, Modes, PolicyInForce, Problem, Rule, Tools,
     table::{self, Fits, Parts},
 };
 
@@ -75,9 +75,9 @@ impl table::Settings for Settings {
             .map_err(|_| unusable(format!("the policy version {:?} cannot stand in a header", policy.issuer.pol.ver)))?;
         let constitution = HeaderValue::from_str(&policy.issuer.con.to_string())
             .map_err(|_| unusable("the constitution's hash cannot stand in a header".into()))?;
-        let (signing, now, versions) = (policy.clone(), tools.now, (version.clone(), constitution.clone()));
-        let seal: Seal = Arc::new(move |prompt, dispatch| sign_dispatch(&signing, prompt, dispatch, now(), &versions));
-        Ok(Parts::textless(PolicyHeaders { policy, registry: tools.registry.clone(), version, constitution, seal, now }))
+        let seal = seal(policy.clone(), None, tools.now, (version.clone(), constitution.clone()));
+        let (registry, modes) = (tools.registry.clone(), tools.modes.clone());
+        Ok(Parts::textless(PolicyHeaders { policy, registry, modes, version, constitution, seal, now: tools.now }))
     }
 }
 
@@ -85,6 +85,7 @@ impl table::Settings for Settings {
 struct PolicyHeaders {
     policy: PolicyInForce,
     registry: Option<Arc<dyn Registry>>,
+    modes: Option<Arc<dyn Modes>>,
     version: HeaderValue,
     constitution: HeaderValue,
     seal: Seal,
@@ -121,11 +122,24 @@ fn categories<'a>(findings: impl Iterator<Item = &'a Finding>) -> Vec<&'static s
     all.into_iter().map(Category::as_str).collect()
 }
 
+fn in_mode(claims: Claims, fence: Option<u64>) -> Claims {
+    match fence {
+        Some(fence) => claims.in_training(fence),
+        None => claims,
+    }
+}
+
+/// What signs dispatches, in the mode that their turn began in: under a lock that is over by then, nobody believes it.
+fn seal(policy: PolicyInForce, fence: Option<u64>, now: fn() -> u64, versions: (HeaderValue, HeaderValue)) -> Seal {
+    Arc::new(move |prompt, dispatch| sign_dispatch(&policy, prompt, dispatch, fence, now(), &versions))
+}
+
 /// The headers that prove a dispatch. Errors: nothing is sent without a verdict.
 fn sign_dispatch(
     policy: &PolicyInForce,
     prompt: &Prompt,
     dispatch: &Dispatch<'_>,
+    fence: Option<u64>,
     now: u64,
     (version, constitution): &(HeaderValue, HeaderValue),
 ) -> Result<HeaderMap, Fault> {
@@ -141,7 +155,7 @@ fn sign_dispatch(
         trc: Some(&trace),
     };
     let claims = policy.issuer.dispatch(&facts, dispatch.method, dispatch.path, digest, now);
-    let verdict = claims.and_then(|claims| policy.signer.sign(&claims));
+    let verdict = claims.and_then(|claims| policy.signer.sign(&in_mode(claims, fence)));
     let verdict = verdict.map_err(|error| Fault::us(Code::InternalError).caused_by(error))?;
     let value = |text: String| HeaderValue::try_from(text).map_err(|error| Fault::us(Code::InternalError).caused_by(error));
     let mut headers = HeaderMap::with_capacity(4);
@@ -171,6 +185,7 @@ struct Claimant {
     session: String,
     turn: String,
     trace: String,
+    fence: Option<u64>,
 }
 
 impl Filter for Signs {
@@ -178,8 +193,17 @@ impl Filter for Signs {
         if let Err(fault) = self.policy.in_force(prompt.principal.tenant.as_str()) {
             return Box::pin(std::future::ready(Err(fault.into())));
         }
-        prompt.seal = Some(self.policy.seal.clone());
+        let policy = &self.policy;
+        let fence = match policy.modes.as_ref().map_or(Ok(None), |modes| modes.fence(prompt.principal.tenant.as_str())) {
+            Ok(fence) => fence,
+            Err(fault) => return Box::pin(std::future::ready(Err(fault.into()))),
+        };
+        prompt.seal = Some(match fence {
+            None => policy.seal.clone(),
+            fenced => seal(policy.policy.clone(), fenced, policy.now, (policy.version.clone(), policy.constitution.clone())),
+        });
         self.turn = Some(Claimant {
+            fence,
             tenant: prompt.principal.tenant.to_string(),
             subject: prompt.principal.subject.to_string(),
             session: prompt.session.to_string(),
@@ -208,7 +232,10 @@ impl Filter for Signs {
                 cat: &categories(record.findings.iter().filter(|finding| finding.stage != Stage::Input)),
                 trc: Some(&who.trace),
             };
-            let signed = policy.issuer.output(&facts, Digest::from(emitted), now()).and_then(|claims| policy.signer.sign(&claims));
+            let signed = policy
+                .issuer
+                .output(&facts, Digest::from(emitted), now())
+                .and_then(|claims| policy.signer.sign(&in_mode(claims, who.fence)));
             // The text has gone: an answer without a verdict is what an auditor will ask about.
             signed.map_err(|error| tracing::error!(turn_id = who.turn, %error, "output verdict not signed")).ok()
         });

@@ -21,6 +21,8 @@ pub struct Tools<'a> {
     pub policy: Option<PolicyInForce>,
     /// Who says whether that policy is in force; `None`: the config, so that it always is.
     pub registry: Option<Arc<dyn Registry>>,
+    /// Which tenants are in training mode; `None`: none are.
+    pub modes: Option<Arc<dyn Modes>>,
     /// The time, in Unix seconds.
     pub now: fn() -> u64,
 }
@@ -34,6 +36,7 @@ impl Tools<'static> {
             keys: Arc::new(NoKeys),
             policy: None,
             registry: None,
+            modes: None,
             now: unix_now,
         }
     }
@@ -127,6 +130,14 @@ pub trait KeySource: Send + Sync {
 
     /// Fetches anew. Callers limit how often. Cancel safe.
     fn refresh<'a>(&'a self, url: &'a str) -> BoxFuture<'a, Result<Arc<Keys>, Fault>>;
+}
+
+/// Knows which tenants are in training mode.
+pub trait Modes: Send + Sync {
+    /// The fence of the lock that a turn of `tenant` runs under; `None`: policy is enforced as always. Must not wait.
+    ///
+    /// Errors: it cannot be told, so the turn must not run.
+    fn fence(&self, tenant: &str) -> Result<Option<u64>, Fault>;
 }
 
 /// No identity provider at all.

@@ -7,15 +7,16 @@ use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_c
 use headgate_orchestrator::{Bounds, Models, Orchestrator, events};
 use headgate_policy::{KeyFault, Ring, Verifier, custody};
 use headgate_slm::Slm;
-use headgate_store::{Redis, Used};
+use headgate_store::{Locks, Modes, Redis, Used};
 use headgate_upstream::{Settings, Upstream, settings};
 
 use crate::{
     delivery::Courier,
-    keys::{Fetched, Signing},
+    keys::{Discovered, Fetched, Signing},
     live::{Live, Route},
     registry::{OurPolicy, Policies},
     telemetry::Meters,
+    training::{self, Seen},
     tls::{Tls, Unusable},
 };
 
@@ -65,6 +66,9 @@ pub enum Unbuildable {
     /// The orchestrator's event log cannot be opened.
     #[error(transparent)]
     Events(#[from] headgate_orchestrator::events::Unopened),
+    /// What training mode remembers cannot be used.
+    #[error("training mode cannot be used")]
+    Training(#[source] std::io::Error),
     /// The folder for what the orchestrator is still to be told cannot be used.
     #[error("the spool cannot be used")]
     Spool(#[source] std::io::Error),
@@ -82,6 +86,10 @@ pub struct Lasting {
     pub keys: Fetched,
     /// What is shared with other processes.
     pub redis: Option<Redis>,
+    /// Admins' identity providers' keys, by their issuers.
+    pub issuers: Discovered,
+    /// Which tenants are in training mode.
+    pub modes: Arc<Modes>,
     /// Who says which policy is in force.
     pub policies: Policies,
     /// Our signing keys.
@@ -104,6 +112,8 @@ impl Lasting {
         Ok(Lasting {
             ledger: Arc::new(LocalLedger::new()),
             keys: Fetched::default(),
+            issuers: Discovered::default(),
+            modes: Modes::new(redis.as_ref().map_or_else(Locks::here, Locks::shared)),
             policies: Policies::of(plan, redis.as_ref())?,
             redis,
             signing: ring.map(Signing::new).map(Arc::new),
@@ -126,6 +136,7 @@ pub fn live(plan: &Plan, lasting: &Lasting) -> Result<Live, Unbuildable> {
         keys: Arc::new(lasting.keys.clone()),
         policy: policy.clone(),
         registry: Some(lasting.policies.registry()),
+        modes: Some(Arc::new(Seen(lasting.modes.clone()))),
         now: unix_now,
     };
     let mut upstreams: Vec<Upstream> = Vec::new();
@@ -258,6 +269,9 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
         orchestrator = orchestrator.keeping(log);
     }
     Ok(Arc::new(orchestrator))
+    if let (Some(told), Some(events)) = (&told.training, &told.events) {
+        orchestrator = orchestrator.training(training::open(told, events, &lasting.issuers, lasting)?);
+    }
 }
 
 /// The embedded model, or the one of the plan's file.

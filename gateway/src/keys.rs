@@ -17,6 +17,7 @@ use headgate_policy::{Claims, KeyFault, Ring, Unsigned};
 use headgate_upstream::{Settings, Upstream};
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
+use serde_json::Value;
 use tokio::time::{Instant, timeout};
 
 /// How often the file of signing keys is looked at. Polled, as mounted secrets are replaced in ways that not every watch sees.
@@ -111,12 +112,62 @@ pub struct Fetched(Arc<RwLock<HashMap<String, Kept>>>);
 type Kept = (Arc<Keys>, Instant);
 
 impl Fetched {
+    fn keep(&self, name: &str, keys: Arc<Keys>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), (keys, Instant::now()));
+    }
+
     /// Fetches now, and again and again, for as long as the future is polled. A failed fetch leaves what is there.
     pub async fn follow(self, url: String) {
         loop {
             let failed = fetch(&self, &url).await.err().map(|fault| fault.chain());
             pause(&url, REFETCH, failed).await;
         }
+    }
+}
+
+/// The keys of identity providers by their issuer: where they are published is what the provider's own discovery document says.
+#[derive(Clone, Default)]
+pub struct Discovered(Fetched);
+
+impl Discovered {
+    /// As [`Fetched::follow`].
+    pub async fn follow(self, issuer: String) {
+        loop {
+            let failed = self.discover(&issuer).await.err().map(|fault| fault.chain());
+            pause(&issuer, REFETCH, failed).await;
+        }
+    }
+
+    async fn discover(&self, issuer: &str) -> Result<Arc<Keys>, Fault> {
+        let failed = |cause: &str| Fault::us(Code::InternalError).caused_by(format!("keys of {issuer}: {cause}"));
+        let found = timeout(PATIENCE, async {
+            let url = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
+            let document: Value = serde_json::from_slice(&get(&url).await?).map_err(|_| "not a discovery document".to_owned())?;
+            // Else one provider could speak for another (OpenID Connect Discovery 1.0, section 4.3).
+            if document.get("issuer").and_then(Value::as_str) != Some(issuer) {
+                return Err("the discovery document is another issuer's".to_owned());
+            }
+            let url = document.get("jwks_uri").and_then(Value::as_str).ok_or("a discovery document without `jwks_uri`")?;
+            // What was asked for safely is not answered unsafely.
+            if issuer.starts_with("https://") && !url.starts_with("https://") {
+                return Err("keys that are published without TLS".to_owned());
+            }
+            let keys = Keys::from_jwks(&get(url).await?).map_err(|error| error.to_string())?;
+            Ok(Arc::new(keys))
+        });
+        let keys = found.await.map_err(|_| failed("no answer in time"))?.map_err(|cause| failed(&cause))?;
+        self.0.keep(issuer, keys.clone());
+        Ok(keys)
+    }
+}
+
+impl KeySource for Discovered {
+    fn keys(&self, issuer: &str) -> Option<Arc<Keys>> {
+        self.0.keys(issuer)
+    }
+
+    fn refresh<'a>(&'a self, issuer: &'a str) -> BoxFuture<'a, Result<Arc<Keys>, Fault>> {
+        Box::pin(self.discover(issuer))
     }
 }
 
@@ -161,7 +212,7 @@ async fn fetch(fetched: &Fetched, url: &str) -> Result<Arc<Keys>, Fault> {
         Err(_) => return Err(failed("no answer in time".into())),
     };
     let keys = Arc::new(Keys::from_jwks(&body).map_err(|error| failed(error.to_string()))?);
-    fetched.0.write().unwrap_or_else(PoisonError::into_inner).insert(url.to_owned(), (keys.clone(), Instant::now()));
+    fetched.keep(url, keys.clone());
     Ok(keys)
 }
 

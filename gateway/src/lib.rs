@@ -29,6 +29,7 @@ mod streams;
 mod tap;
 pub mod telemetry;
 pub mod tls;
+mod training;
 pub mod turn;
 pub mod voice;
 pub mod ws;

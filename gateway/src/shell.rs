@@ -199,6 +199,11 @@ impl Process {
             beside.spawn(Arc::clone(signing).follow(path.clone(), taken));
         }
         beside.spawn(lasting.policies.clone().follow());
+        let modes = lasting.modes.clone();
+        beside.spawn(async move { modes.follow().await });
+        if let Some(training) = plan.orchestrator.as_ref().and_then(|told| told.training.as_ref()) {
+            beside.spawn(lasting.issuers.clone().follow(training.admins.issuer.clone()));
+        }
         if plan.policy.as_ref().is_some_and(|policy| policy.registry.is_some()) {
             let watch = Watch::default();
             lasting.meters.register(|registry| watch.register(registry));
@@ -206,6 +211,7 @@ impl Process {
         }
         lasting.meters.register(|registry| {
             lasting.policies.register(registry);
+            lasting.modes.register(registry);
             if let Some(redis) = &lasting.redis {
                 redis.register(registry);
             }

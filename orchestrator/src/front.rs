@@ -23,7 +23,7 @@ use crate::{
     reports,
     run::Run,
     socket::{Caller, Request},
-    step, stream,
+    step, stream, training,
     verify::{self, Dispatched},
     ws,
 };
@@ -63,6 +63,13 @@ async fn route(orchestrator: Arc<Orchestrator>, caller: Request, request: http::
         (STREAM, &Method::POST) => turn(orchestrator, Route::Stream, caller, request).await,
         (STEP, &Method::POST) => turn(orchestrator, Route::Step, caller, request).await,
         (STREAM, &Method::GET) => ws::upgrade(caller, request, &upgraded),
+        (path, _) if path.starts_with(training::PATH) => {
+            let answered = match orchestrator.court.training() {
+                Some(training) => training.clone().answer(method, path, request.headers().clone()).await,
+                None => None,
+            };
+            answered.unwrap_or_else(|| refusal(&Fault::client(Code::NotFound).into(), None))
+        }
         (path, method) => match (path.strip_prefix(TURNS).and_then(|rest| rest.split_once('/')), method) {
             (Some((turn, "cancel")), &Method::POST) => cancel(&orchestrator, turn),
             (Some((turn, "delivery")), &Method::POST) => {

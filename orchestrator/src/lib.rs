@@ -10,6 +10,7 @@
 //! | **reports**: what gateways tell after the fact | `reports` |
 //! | **models**: who answers | [`Models`] |
 //! | **events**: what became of each turn, on disk | [`events`] |
+//! | **training**: who may train, under which fence | [`training`] |
 //!
 //! A dispatch comes as `POST /v1/conversation/stream` (server-sent events), `POST /v1/conversation/step` (one JSON answer) or as a
 //! frame on a WebSocket at the first of these; `docs/wire.md` has the contract. The response's body reads the model itself, in the
@@ -29,6 +30,7 @@ mod settings;
 mod socket;
 mod step;
 mod stream;
+pub mod training;
 mod verify;
 mod ws;
 
@@ -79,6 +81,12 @@ impl Orchestrator {
     /// The same, using verdicts up for all who share `used`, not for this process alone.
     pub fn sharing(mut self, used: Used) -> Orchestrator {
         self.court.share(used);
+        self
+    }
+
+    /// The same, letting admins turn training mode on.
+    pub fn training(mut self, training: training::Training) -> Orchestrator {
+        self.court.train(Arc::new(training));
         self
     }
 

@@ -38,6 +38,9 @@ pub async fn serve(listener: TcpListener, orchestrator: Arc<Orchestrator>, shutd
     let (closing, closed) = watch::channel(false);
     let (mut connections, mut beside) = (JoinSet::new(), JoinSet::new());
     beside.spawn(sweep(orchestrator.clone()));
+    if let Some(training) = orchestrator.court.training().cloned() {
+        beside.spawn(training.tend());
+    }
     tokio::pin!(shutdown);
     loop {
         // The place comes first: what is not accepted waits in the system's own bounded queue.
@@ -76,6 +79,9 @@ pub async fn serve(listener: TcpListener, orchestrator: Arc<Orchestrator>, shutd
         }
     }
     orchestrator.partings.close();
+    if let Some(training) = orchestrator.court.training() {
+        training.close().await;
+    }
     if let Some(log) = &orchestrator.events
         && !matches!(timeout(LAST_WORD, log.flush()).await, Ok(Ok(())))
     {

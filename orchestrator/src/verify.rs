@@ -5,6 +5,7 @@ use std::{
     time::SystemTime,
 };
 
+use crate::training::Training;
 use headgate_contracts::{Code, Fault, Prompt, SessionId, TenantId, TurnId};
 use headgate_policy::{
     ANY_TENANT, AUDIT, Claims, Digest, Direction, Expect, LEEWAY, Mode, ORCHESTRATOR, Registry, Rejected, Replays, Unspent, Use, Verifier,
@@ -31,6 +32,8 @@ pub(crate) struct Court {
     spent: Replays,
     /// What all orchestrators of a deployment have used up.
     shared: Option<Used>,
+    /// Who may train; `None`: nobody may.
+    training: Option<Arc<Training>>,
     /// Verdicts that only this process could call unused.
     alone: Counter,
 }
@@ -44,7 +47,15 @@ pub(crate) struct Dispatched<'a> {
 
 impl Court {
     pub(crate) fn new(issuer: String, keys: Verifier, registry: Arc<dyn Registry>, replays: usize) -> Court {
-        Court { issuer, keys: RwLock::new(Arc::new(keys)), registry, spent: Replays::new(replays), shared: None, alone: Counter::default() }
+        Court {
+            issuer,
+            keys: RwLock::new(Arc::new(keys)),
+            registry,
+            spent: Replays::new(replays),
+            shared: None,
+            training: None,
+            alone: Counter::default(),
+        }
     }
 
     /// Asks these, too, whether a verdict was used.
@@ -52,7 +63,19 @@ impl Court {
         self.shared = Some(used);
     }
 
+    /// Takes verdicts of training mode, too, as far as it says so.
+    pub(crate) fn train(&mut self, training: Arc<Training>) {
+        self.training = Some(training);
+    }
+
+    pub(crate) fn training(&self) -> Option<&Arc<Training>> {
+        self.training.as_ref()
+    }
+
     pub(crate) fn register(&self, registry: &mut prometheus_client::registry::Registry) {
+        if let Some(training) = &self.training {
+            training.register(registry);
+        }
         let help = "Verdicts taken on this process's memory alone, because the shared one did not answer";
         registry.register("orchestrator_verdicts_unshared", help, self.alone.clone());
     }
@@ -70,10 +93,15 @@ impl Court {
     /// The claims of the verdict in `headers`, if it holds for this dispatch of `prompt`. A verdict that holds is used up.
     ///
     /// Errors: [`Code::InvalidRequest`] where a header comes twice; [`Code::VersionConflict`] where the policy is not in force;
-    /// [`Code::VerdictReplayed`]; [`Code::VerdictInvalid`] for everything else, each with the reason's word as its message; a
+    /// [`Code::VerdictReplayed`]; [`Code::StaleFence`]; [`Code::VerdictInvalid`] for everything else, each with the reason's word as its message; a
     /// 503 where the question cannot be answered. Cancel safe: the verdict may be used up.
     pub(crate) async fn judge(&self, headers: &HeaderMap, dispatched: &Dispatched<'_>, prompt: &Prompt) -> Result<Claims, Fault> {
         let unspent = self.check(headers, dispatched, prompt)?;
+        let claims = unspent.claims();
+        if claims.mode == Mode::Training {
+            let (Some(training), Some(fence)) = (&self.training, claims.fence) else { return Err(invalid("mode")) };
+            training.weigh(&claims.tid, fence).await?;
+        }
         self.spend(unspent).await.map_err(refused)
     }
 
@@ -108,10 +136,6 @@ impl Court {
         agrees(constitution, &claims.con.to_string(), "constitution_header")?;
         if claims.sub != prompt.principal.subject.as_str() {
             return Err(invalid("subject"));
-        }
-        // Training mode needs the lock that its fence names; without one to ask, nothing is done under it.
-        if claims.mode == Mode::Training {
-            return Err(invalid("mode"));
         }
         Ok(unspent)
     }

@@ -51,6 +51,38 @@ pub struct Record {
     pub hash: Digest,
 }
 
+impl Record {
+    /// The record that follows the one with this number and hash, `None` for the first of a chain, and its line without an end:
+    /// for chains that are kept elsewhere than in a file. See [`Audit::append`] for what fits.
+    ///
+    /// Errors: [`AuditFault::Unfit`].
+    pub fn after(last: Option<(u64, Digest)>, now: u64, action: &str, actor: &str, facts: Value) -> Result<(Record, Vec<u8>), AuditFault> {
+        let is_action = (1..=64).contains(&action.len()) && action.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'.'));
+        let is_actor = (1..=128).contains(&actor.len()) && !actor.chars().any(char::is_control);
+        let Value::Object(facts) = facts else { return Err(AuditFault::Unfit("facts are an object")) };
+        if !is_action || !is_actor {
+            return Err(AuditFault::Unfit("an action is a dotted word, and an actor a name of at most 128 bytes"));
+        }
+        let (seq, prev_hash) = last.map_or((1, Digest::of(b"")), |(seq, hash)| (seq + 1, hash));
+        let mut next = Record { seq, time: now, action: action.into(), actor: actor.into(), facts, prev_hash, hash: prev_hash };
+        let mut line = serde_json::to_vec(&next).expect("strings, numbers and maps of them always serialise");
+        line.pop();
+        next.hash = Digest::of(&line);
+        line.extend_from_slice(seal(&next.hash).as_bytes());
+        if line.len() >= MAX_LINE {
+            return Err(AuditFault::Unfit("a record has at most 16 KiB"));
+        }
+        Ok((next, line))
+    }
+
+    /// The record in `line`, if nothing of it was changed. Whether it follows another is told by `seq` and `prev_hash`.
+    ///
+    /// Errors: what is wrong with it.
+    pub fn read(line: &[u8]) -> Result<Record, &'static str> {
+        record(line)
+    }
+}
+
 /// An audit file, open for writing by this process alone for as long as the value lives.
 ///
 /// Hold it over a whole change: open, read what is to be changed, append, change. A change then never goes without its record,
@@ -118,25 +150,12 @@ impl Audit {
     ///
     /// Errors: [`AuditFault::Unfit`] for what is none of that, [`AuditFault::Io`].
     pub fn append(&mut self, now: u64, action: &str, actor: &str, facts: Value) -> Result<&Record, AuditFault> {
-        let is_action = (1..=64).contains(&action.len()) && action.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'.'));
-        let is_actor = (1..=128).contains(&actor.len()) && !actor.chars().any(char::is_control);
-        let Value::Object(facts) = facts else { return Err(AuditFault::Unfit("facts are an object")) };
-        if !is_action || !is_actor {
-            return Err(AuditFault::Unfit("an action is a dotted word, and an actor a name of at most 128 bytes"));
-        }
+        let (next, mut line) = Record::after(self.last.as_ref().map(|last| (last.seq, last.hash)), now, action, actor, facts)?;
         if self.torn_bytes > 0 && action != REPAIRED {
             self.append(now, REPAIRED, actor, serde_json::json!({"torn_bytes": self.torn_bytes}))?;
+            return self.append(now, action, actor, Value::Object(next.facts));
         }
-        let (seq, prev_hash) = self.last.as_ref().map_or((1, Digest::of(b"")), |last| (last.seq + 1, last.hash));
-        let mut next = Record { seq, time: now, action: action.into(), actor: actor.into(), facts, prev_hash, hash: prev_hash };
-        let mut line = serde_json::to_vec(&next).expect("strings, numbers and maps of them always serialise");
-        line.pop();
-        next.hash = Digest::of(&line);
-        line.extend_from_slice(seal(&next.hash).as_bytes());
         line.push(b'\n');
-        if line.len() > MAX_LINE {
-            return Err(AuditFault::Unfit("a record has at most 16 KiB"));
-        }
         let fault = |source| AuditFault::Io { path: self.path.clone(), source };
         if self.failed {
             return Err(fault(io::Error::other("an earlier write failed: open it anew")));

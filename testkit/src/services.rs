@@ -381,6 +381,34 @@ fn redis_program(addr: SocketAddr) -> Result<Program, Missing> {
     Ok(program.arguments(["--bind", "127.0.0.1", "--port", &port, "--save", "", "--appendonly", "no", "--daemonize", "no"]))
 }
 
+/// A real OpenID Connect provider at `addr`, which signs with a key of this name, new at every start. It knows ann, bob, carl, dora and
+/// stale: `tests/identity/provider.mjs` says who they are. The inner error says why it could not start there.
+pub async fn identity_at(addr: SocketAddr, key: &str) -> Result<Result<Service, String>, Missing> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/identity");
+    if !folder.join("node_modules/oidc-provider").is_dir() {
+        return Err(Missing { what: "the identity provider".into(), how: "scripts/tools.sh".into() });
+    }
+    let program = Program::find(&["node"], "HEADGATE_NODE", "apt-get install nodejs")?;
+    let program = program.argument(folder.join("provider.mjs")).argument(addr.port().to_string()).argument(key);
+    let started = program.try_start(Ready::Line("issuing at".into())).await;
+    Ok(started.map(|mut service| {
+        service.addr = Some(addr);
+        service
+    }))
+}
+
+/// A real OpenID Connect provider: its issuer is `http://` and where it listens.
+pub async fn identity() -> Result<Service, Missing> {
+    let mut failed = String::new();
+    for _ in 0..ATTEMPTS {
+        match identity_at(free_addr(), "first").await? {
+            Ok(service) => return Ok(service),
+            Err(sentence) => failed = sentence,
+        }
+    }
+    panic!("{failed}")
+}
+
 /// An nginx with this inside its `http` block; every `{listen}` is replaced by the address it is to listen on.
 pub async fn nginx(http: &str) -> Result<Service, Missing> {
     let mut failed = String::new();

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::training::Mode;
 use crate::{Category, Code, Finish, Gone, SessionId, Subject, TenantId, TurnId, Usage};
 
 /// The version of CloudEvents.
@@ -261,6 +262,12 @@ pub struct InputVerdict {
     pub policy_version: String,
     /// The hash of the constitution in force.
     pub constitution: String,
+    /// `training` where the turn ran in training mode; absent where policy was enforced as always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// The fence of the lock that it ran under; present exactly in training mode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence: Option<u64>,
     /// Who asked, where no `turn.accepted.v1` says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subject: Option<Subject>,

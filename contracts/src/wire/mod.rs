@@ -9,6 +9,8 @@
 //! | [`conversation`] | what the gateway asks the orchestrator |
 //! | [`hop`] | the same over one WebSocket for many turns |
 //! | [`problem`] | a refusal or fault as an HTTP body |
+//! | [`log`] | what became of a turn |
+//! | [`training`] | what admins are told of training mode, and what the audit says |
 //!
 //! Two rules hold in all of them. A decoder never quotes what it read: its faults name members and places, because message
 //! text must not reach a log. And a payload keeps its raw form only while every member of it is known: text could hide in
@@ -22,6 +24,7 @@ pub mod log;
 pub mod openai;
 pub mod problem;
 pub mod sse;
+pub mod training;
 
 mod json;
 mod members;

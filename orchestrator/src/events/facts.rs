@@ -10,6 +10,7 @@ use headgate_contracts::{
             Accepted, Cancelled, Completed, Delivered, Delivery, Denied, Event, Failed, FailedReason, InputVerdict, Kind, Name,
             OutputVerdict, Progress,
         },
+        training::Mode,
     },
 };
 use headgate_policy::{Claims, Decision};
@@ -88,6 +89,8 @@ fn verdict(claims: &Claims) -> InputVerdict {
         policy: claims.pol.id.clone(),
         policy_version: claims.pol.ver.clone(),
         constitution: claims.con.to_string(),
+        mode: claims.fence.map(|_| Mode::Training),
+        fence: claims.fence,
         subject: None,
     }
 }
@@ -341,6 +344,8 @@ mod tests {
             policy: long(128),
             policy_version: long(64),
             constitution: long(64),
+            mode: Some(Mode::Training),
+            fence: Some(u64::MAX),
             subject: None,
         };
         let delivery = Delivery {

@@ -67,6 +67,8 @@ pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
         policy: "default".into(),
         policy_version: "7".into(),
         constitution: "sha-256=:y:".into(),
+        mode: None,
+        fence: None,
         subject: None,
     };
     let accepted = Event::accepted(turn, SystemTime::now(), "00-a-b-01".into(), accepted(session));

@@ -1,0 +1,330 @@
+//! Training mode with everything real: gateway, orchestrators, Redis, Kafka and an identity provider are processes of their own.
+
+use std::{
+    collections::HashMap,
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use headgate_contracts::TurnId;
+use headgate_filters::auth::KeyHash;
+use headgate_orchestrator::events::Follow;
+use headgate_policy::{Claims, Decision, Digest, Facts, Issuer, Ring, audit};
+use headgate_testkit::{
+    answer::Kind,
+    client::{Reply, Request, ask, stream},
+    dialect::{Answer, Cut},
+    kafka::Kafka,
+    services::{self, Missing, OrSkip, Program, Ready, Service, Signal, free_addr},
+    soon,
+    upstream::{Script, Upstream},
+    within,
+};
+use serde_json::{Value, json};
+
+const KEY: &str = "hg_0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+const AUDIENCE: &str = "urn:headgate";
+const STEP: &str = "/v1/conversation/step";
+/// The shortest that may be configured.
+const TTL: Duration = Duration::from_secs(3);
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// What admins and gateways of a test share.
+struct House {
+    folder: tempfile::TempDir,
+    ring: Ring,
+    issuer: Issuer,
+    model: Upstream,
+    redis: Service,
+    identity: Service,
+    kafka: SocketAddr,
+    topics: String,
+}
+
+/// A program of ours that runs.
+struct Running {
+    service: Service,
+    at: SocketAddr,
+    admin: SocketAddr,
+    config: PathBuf,
+}
+
+impl House {
+    async fn new(kafka: &Kafka) -> Result<House, Missing> {
+        static TESTS: AtomicUsize = AtomicUsize::new(0);
+        let (redis, identity) = (services::redis().await?, services::identity().await?);
+        let folder = tempfile::tempdir().unwrap();
+        let ring = Ring::generate(now()).unwrap();
+        ring.save(&folder.path().join("ring.json")).unwrap();
+        fs::write(folder.path().join("gateway.jwks.json"), ring.jwks()).unwrap();
+        fs::write(folder.path().join("constitution.md"), "# Be kind\n\nBe kind to whoever asks.\n").unwrap();
+        let model = Upstream::always(Script::stream(Answer::openai("demo", &["yes", " and", " no"]).cut(Cut::Whole))).await;
+        let text = "listen: 127.0.0.1:1\npolicy: { constitution: constitution.md, version: \"7\" }\nupstreams: { a: { protocol: openai, endpoints: [\"http://127.0.0.1:9\"] } }\nroutes: [{ path: /v1/chat/stream, upstream: a }]\n";
+        let plan = headgate_config::parse("x.yaml", text, folder.path(), None, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+        let issuer = plan.policy.unwrap().issuer;
+        let topics = format!("t{}", TESTS.fetch_add(1, Ordering::Relaxed));
+        Ok(House { folder, ring, issuer, model, redis, identity, kafka: kafka.addr(), topics })
+    }
+
+    async fn started(&self, command: &str, name: &str, at: SocketAddr, admin: SocketAddr, config: &str) -> Running {
+        let file = self.folder.path().join(format!("{name}.yaml"));
+        let head = format!(
+            "admin: {{ listen: \"{admin}\" }}\nredis: {{ url: \"redis://{}\" }}\nobservability: {{ logs: json }}\n",
+            self.redis.addr()
+        );
+        fs::write(&file, head + config).unwrap();
+        let service = Program::at(env!("CARGO_BIN_EXE_headgate")).argument(command).argument(&file).start(Ready::Connects(at)).await;
+        Running { service, at, admin, config: file }
+    }
+
+    async fn orchestrator(&self, name: &str) -> Running {
+        let (at, admin) = (free_addr(), free_addr());
+        let House { kafka, topics, identity, model, .. } = self;
+        let config = format!(
+            "policy: {{ constitution: constitution.md, version: \"7\" }}\nupstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"], health: {{ interval: 0s }} }}\n\
+             orchestrator:\n  listen: {at}\n  upstream: model\n  keys: file:gateway.jwks.json\n  events:\n    folder: events-{name}\n    cap: 16MiB\n\
+             \x20   kafka: {{ brokers: [\"{kafka}\"], topic: {topics}.events, replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 1 }}\n\
+             \x20 training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 3s, topic: {topics}.audit }}\n",
+            model.url(),
+            identity.addr(),
+        );
+        self.started("orchestrator", name, at, admin, &config).await
+    }
+
+    async fn gateway(&self, desk: &Running) -> Running {
+        let (at, admin) = (free_addr(), free_addr());
+        let hash = KeyHash::of(KEY);
+        let config = format!(
+            "listen: {at}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\", key: \"file:ring.json\" }}\n\
+             upstreams:\n  desk: {{ protocol: orchestrator, endpoints: [\"http://{0}\"], health: {{ interval: 0s }} }}\n  admins: {{ protocol: http, endpoints: [\"http://{0}\"], health: {{ interval: 0s }} }}\n\
+             routes:\n  - path: /v1/chat/stream\n    upstream: desk\n    filters:\n      - auth: {{ keys: [{{ key: \"{hash}\", tenant: acme, subject: u1 }}] }}\n      - policy_headers\n\
+             \x20 - path: /v1/training/*\n    kind: proxy\n    upstream: admins\n",
+            desk.at
+        );
+        self.started("run", "gateway", at, admin, &config).await
+    }
+
+    /// An access token for one of the provider's people.
+    async fn token_from(&self, identity: SocketAddr, who: &str) -> String {
+        let basic = STANDARD.encode(format!("{who}:{who}-secret"));
+        let request = Request::new("POST", "/token")
+            .header("authorization", &format!("Basic {basic}"))
+            .header("content-type", "application/x-www-form-urlencoded")
+            .body(format!("grant_type=client_credentials&scope=training&resource={AUDIENCE}"));
+        let reply = ask(identity, &request).await.unwrap();
+        reply.json()["access_token"].as_str().unwrap_or_else(|| panic!("no token: {}", reply.text())).to_owned()
+    }
+
+    async fn token(&self, who: &str) -> String {
+        self.token_from(self.identity.addr(), who).await
+    }
+
+    /// A dispatch past the gateway in training mode under `fence`, as one would arrive that was sent before its gateway fell asleep.
+    async fn dispatch(&self, desk: &Running, fence: u64) -> Reply {
+        let id = TurnId::fresh().to_string();
+        let body = json!({"turn_id": id, "session_id": id, "tenant": "acme", "subject": "u1", "model": "demo",
+            "messages": [{"role": "user", "content": "hi"}]});
+        let body = body.to_string();
+        let facts = Facts { tid: "acme", sub: "u1", sid: &id, turn: &id, dec: Decision::Allow, cat: &[], trc: None };
+        let claims: Claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), now()).unwrap();
+        let claims = claims.in_training(fence);
+        let request = Request::new("POST", STEP)
+            .header("content-type", "application/json")
+            .header("policy-verdict", &self.ring.sign(&claims).unwrap())
+            .header("policy-version", &claims.pol.ver)
+            .header("constitution-hash", &claims.con.to_string());
+        ask(desk.at, &request.body(body)).await.unwrap()
+    }
+
+    /// A turn through the gateway: what the verdict over its answer claims.
+    async fn turn(&self, gateway: &Running) -> Claims {
+        let answer = stream(gateway.at, &Request::turn("hi").bearer(KEY), Kind::Client).await.unwrap().rest().await.unwrap();
+        assert_eq!(answer.text(), "yes and no");
+        self.ring.verifier().open(answer.verdict(), now()).unwrap()
+    }
+
+    fn events(&self, name: &str) -> Vec<Value> {
+        let mut events = Vec::new();
+        let mut follow = Follow::open(&self.folder.path().join(format!("events-{name}"))).unwrap();
+        while let Some(entry) = follow.next_entry().unwrap() {
+            events.extend(serde_json::from_slice::<Value>(&entry.event));
+        }
+        events
+    }
+}
+
+async fn call(at: &Running, call: &str, token: &str) -> Reply {
+    let path = format!("/v1/training{call}");
+    let request = if call.is_empty() { Request::get(&path) } else { Request::new("POST", &path) };
+    within(MINUTE, ask(at.at, &request.bearer(token)), "an answer about training mode").await.unwrap()
+}
+
+async fn enabled(at: &Running, token: &str) -> u64 {
+    let reply = call(at, "/enable", token).await;
+    assert_eq!(reply.status, 200, "{}\n{}", reply.text(), at.service.output());
+    assert_eq!(reply.json()["mode"], "training");
+    reply.json()["fence"].as_u64().unwrap()
+}
+
+/// The records of an audit topic, each sound and bound to the one before of its writer and tenant.
+async fn audited(kafka: &Kafka, topic: &str, least: usize) -> Vec<audit::Record> {
+    let mut last: HashMap<(String, String), audit::Record> = HashMap::new();
+    let mut records = Vec::new();
+    for found in kafka.read(topic, least).await {
+        let record = audit::Record::read(found.value.as_bytes()).unwrap_or_else(|why| panic!("{why}: {}", found.value));
+        let of = |name: &str| record.facts[name].as_str().unwrap().to_owned();
+        assert_eq!((found.key.clone(), found.header("ce_type")), (of("tenant"), Some("training.audit.v1")));
+        let before = last.insert((of("writer"), of("tenant")), record.clone());
+        let expected = before.map_or((1, Digest::of(b"")), |before| (before.seq + 1, before.hash));
+        assert_eq!((record.seq, record.prev_hash), expected, "{}", found.value);
+        records.push(record);
+    }
+    records
+}
+
+fn said(record: &audit::Record) -> (&str, &str, &str, &str) {
+    let fact = |name: &str| record.facts.get(name).and_then(Value::as_str).unwrap_or_default();
+    (record.action.as_str(), record.actor.as_str(), fact("outcome"), fact("code"))
+}
+
+async fn shared(test: &str) -> Option<(&'static Kafka, House)> {
+    let kafka = Kafka::shared().await.or_skip(test)?;
+    let house = House::new(kafka).await.or_skip(test)?;
+    Some((kafka, house))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_admin_turns_training_mode_on_and_off_and_turns_between_are_marked() {
+    let Some((kafka, house)) = shared("an_admin_turns_training_mode_on_and_off").await else { return };
+    let (first, second) = (house.orchestrator("first").await, house.orchestrator("second").await);
+    let gateway = house.gateway(&first).await;
+    let (ann, bob) = (house.token("ann").await, house.token("bob").await);
+    assert_eq!(house.turn(&gateway).await.fence, None);
+    assert_eq!(call(&second, "", &ann).await.json(), json!({"tenant": "acme", "mode": "enforce"}));
+
+    // Through the gateway, as an operator would.
+    let fence = enabled(&gateway, &ann).await;
+    let marked = async {
+        loop {
+            if let Some(fence) = house.turn(&gateway).await.fence {
+                return fence;
+            }
+        }
+    };
+    assert_eq!(soon(marked, "a turn in training mode").await, fence);
+    let shown = async {
+        while !ask(gateway.admin, &Request::get("/metrics")).await.unwrap().text().contains("training_mode_state{tenant=\"acme\"} 1\n") {}
+    };
+    soon(shown, "the gauge of training mode").await;
+    let state = call(&second, "", &bob).await.json();
+    assert_eq!((&state["mode"], &state["fence"], &state["owner"]), (&json!("training"), &json!(fence), &json!("ann")));
+    assert_eq!(enabled(&second, &ann).await, fence, "the owner may ask again, anywhere");
+
+    let locked = call(&second, "/enable", &bob).await;
+    assert_eq!((locked.status, locked.problem().unwrap().as_str()), (423, "training_locked"));
+    assert!(locked.header("retry-after").unwrap().parse::<u64>().unwrap() <= 3);
+    let dora = house.token("dora").await;
+    assert_eq!(call(&second, "", &dora).await.json(), json!({"tenant": "other", "mode": "enforce"}));
+
+    // The lock is renewed for longer than it would last.
+    tokio::time::sleep(TTL + Duration::from_secs(1)).await;
+    assert_eq!(house.turn(&gateway).await.fence, Some(fence));
+    // Any admin may turn it off, at any orchestrator.
+    let off = call(&second, "/disable", &bob).await;
+    assert_eq!((off.status, off.json()), (200, json!({"tenant": "acme", "mode": "enforce"})));
+    let enforced = async { while house.turn(&gateway).await.fence.is_some() {} };
+    soon(enforced, "a turn as always").await;
+
+    let marks: Vec<(Value, Value)> = house
+        .events("first")
+        .iter()
+        .filter(|event| event["type"] == "verdict.input.v1")
+        .map(|event| (event["data"]["mode"].clone(), event["data"]["fence"].clone()))
+        .collect();
+    assert!(marks.contains(&(json!("training"), json!(fence))), "{marks:?}");
+    assert_eq!((&marks[0], marks.last().unwrap()), (&(Value::Null, Value::Null), &(Value::Null, Value::Null)));
+    let log = first.service.output();
+    assert!(log.contains("training mode is on") && log.contains("\"owner\":\"ann\""), "{log}");
+
+    let records = audited(kafka, &format!("{}.audit", house.topics), 4).await;
+    let told: Vec<_> = records.iter().map(said).collect();
+    assert_eq!(
+        told,
+        [
+            ("training.lock.acquired", "ann", "allowed", ""),
+            ("training.enable", "ann", "allowed", ""),
+            ("training.enable", "bob", "denied", "training_locked"),
+            ("training.lock.released", "bob", "allowed", ""),
+        ]
+    );
+    assert!(records.iter().all(|record| record.facts["traceparent"].is_string()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_but_a_fresh_admin_of_this_provider_gets_in_and_every_attempt_is_on_record() {
+    let Some((kafka, mut house)) = shared("nobody_but_a_fresh_admin_of_this_provider_gets_in").await else { return };
+    let desk = house.orchestrator("first").await;
+    let foreign = services::identity().await.unwrap_or_else(|missing| panic!("{missing}"));
+    let (carl, stale) = (house.token("carl").await, house.token("stale").await);
+    let (stranger, ann) = (house.token_from(foreign.addr(), "ann").await, house.token("ann").await);
+    // Its last character holds bits that are no part of the signature: one in the middle is changed.
+    let forged = ann.replace(&ann[ann.len() - 20..ann.len() - 10], "AAAAAAAAAA");
+    for (token, status, code) in [
+        (carl.as_str(), 403, "permission_denied"),
+        (&stale, 401, "token_expired"),
+        (&stranger, 401, "unauthenticated"),
+        (&forged, 401, "unauthenticated"),
+        (KEY, 401, "unauthenticated"),
+        ("", 401, "unauthenticated"),
+    ] {
+        let reply = call(&desk, "/enable", token).await;
+        assert_eq!((reply.status, reply.problem().unwrap().as_str()), (status, code), "{token}");
+        assert_eq!(reply.header("www-authenticate").is_some(), status == 401);
+    }
+    assert_eq!(call(&desk, "", &carl).await.status, 403, "not even to look");
+    assert_eq!(ask(desk.at, &Request::get("/v1/training/enable").bearer(&ann)).await.unwrap().status, 405);
+    assert_eq!(ask(desk.at, &Request::get("/v1/trainings").bearer(&ann)).await.unwrap().status, 404);
+
+    // The provider's keys change: a new one is asked for, and what the old one signed is over with it.
+    let at = house.identity.addr();
+    house.identity.signal(Signal::Kill);
+    house.identity.exited().await;
+    house.identity = services::identity_at(at, "second").await.unwrap().unwrap();
+    let rotated = house.token("ann").await;
+    let fence = enabled(&desk, &rotated).await;
+    assert!(fence > 0);
+    assert_eq!(call(&desk, "/disable", &ann).await.status, 401);
+
+    let records = audited(kafka, &format!("{}.audit", house.topics), 9).await;
+    let told: Vec<_> = records.iter().map(said).collect();
+    let denied = |actor, code| ("training.enable", actor, "denied", code);
+    assert_eq!(told[..2], [denied("carl", "permission_denied"), denied("stale", "token_expired")]);
+    assert_eq!(told[2..6], [denied("unknown", "unauthenticated"); 4]);
+    assert_eq!(
+        told[6..],
+        [
+            ("training.status", "carl", "denied", "permission_denied"),
+            ("training.lock.acquired", "ann", "allowed", ""),
+            ("training.disable", "unknown", "denied", "unauthenticated"),
+        ]
+    );
+
+    // A stranger cannot fill the audit: what is left out is counted.
+    let mut limited = 0;
+    for _ in 0..30 {
+        limited += usize::from(call(&desk, "/enable", "nonsense").await.status == 429);
+    }
+    assert!(limited > 5, "{limited}");
+    assert_eq!(call(&desk, "/disable", &rotated).await.status, 200);
+    let records = audited(kafka, &format!("{}.audit", house.topics), 10 + 30 - limited).await;
+    let unwritten: u64 = records.iter().filter_map(|record| record.facts.get("unwritten")?.as_u64()).sum();
+    assert_eq!((records.len() - 10, unwritten), (30 - limited, limited as u64));
+}
