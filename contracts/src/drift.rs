@@ -150,7 +150,8 @@ impl Found {
                     self.set(&at, &keyed(was, name), &keyed(is, name));
                 }
                 ("messages", Some(Value::Array(was)), Some(Value::Array(is))) => self.set(&at, &keyed(was, short), &keyed(is, short)),
-                ("paths", Some(Value::Object(was)), Some(Value::Object(is))) => {
+                // Kinds of things by name, and in each the things by theirs.
+                ("paths" | "components", Some(Value::Object(was)), Some(Value::Object(is))) => {
                     self.names(&at, was, is, &mut |found, at, was, is| found.names(at, map(Some(was)), map(Some(is)), &mut Found::node));
                 }
                 (named, was, is) if NAMED.contains(&named) && !matches!(was.or(is), Some(Value::Array(_))) => {
@@ -438,6 +439,13 @@ mod tests {
             mutate(&mut new);
             assert_eq!(weight(&sample(), &new), expected, "{what}: {:?}", changes(&sample().to_string(), &new.to_string()));
         }
+    }
+
+    #[test]
+    fn a_schema_among_the_components_may_be_new_and_may_not_go() {
+        let one = json!({"components": {"schemas": {"Turn": sample()}}});
+        let two = json!({"components": {"schemas": {"Turn": sample(), "Stage": {"type": "string"}}}});
+        assert_eq!((weight(&one, &two), weight(&two, &one)), (Some(Weight::Addition), Some(Weight::Break)));
     }
 
     #[test]

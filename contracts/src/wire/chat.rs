@@ -4,7 +4,7 @@ use serde::{Serialize, de::MapAccess};
 use serde_json::{Map, Value};
 
 use super::members::{MAX_MODEL_BYTES, Members, Others, is_call_id, is_tool_name};
-use super::problem::{self, ErrorObject, to_vec};
+use super::problem::{self, ErrorObject, PolicyObject, to_vec};
 use super::walk::{Kept, Number, Object, Shape, is_label, is_one_line, walk};
 use super::{MAX_INDEX, Malformed, Step, json};
 use crate::{
@@ -169,6 +169,9 @@ pub struct ErrorEvent {
     pub verdict: Option<String>,
     /// The same, as OpenAI's SDKs read it.
     pub error: ErrorObject,
+    /// What policy had to say, where it refused the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicyObject>,
 }
 
 /// Events that are no longer kept, when a client comes back for them.
@@ -202,7 +205,7 @@ impl ErrorEvent {
     /// The event's name.
     pub const NAME: &'static str = "error";
 
-    /// The event that a stop is.
+    /// The event that a stop is: a refusal in it is one of the prompt, since one of the answer ends it with `done`.
     pub fn of(stop: &Stop, turn_id: Option<TurnId>, last_seq: Option<u64>) -> ErrorEvent {
         ErrorEvent {
             turn_id,
@@ -213,6 +216,7 @@ impl ErrorEvent {
             retry_after_ms: problem::retry_after_ms(stop),
             verdict: None,
             error: ErrorObject::of(stop),
+            policy: PolicyObject::of_prompt(stop),
         }
     }
 
@@ -752,6 +756,12 @@ mod tests {
         assert_eq!(
             String::from_utf8(out).unwrap(),
             r#"{"finish":"content_filter","outcome":"blocked","refusal":{"code":"policy_denied","rule":"moderation.deny","categories":["tenant_policy"]},"verdict":"a.b.c"}"#
+        );
+        let mut out = Vec::new();
+        ErrorEvent::of(&refusal.into(), Some(turn), None).write(&mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            r#"{"turn_id":"0193a5f0-7e1c-7000-8000-000000000000","code":"policy_denied","message":"the policy in force refuses this text","retryable":false,"error":{"message":"the policy in force refuses this text","type":"policy_error","param":null,"code":"policy_denied"},"policy":{"stage":"input","rule":"moderation.deny","categories":["tenant_policy"]}}"#
         );
         let stop = Stop::Failed(Fault::upstream(Code::UpstreamStalled).after(std::time::Duration::from_secs(1)));
         let mut out = Vec::new();

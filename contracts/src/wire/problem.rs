@@ -108,11 +108,11 @@ pub(super) fn to_vec(value: &impl Serialize) -> Vec<u8> {
 impl Problem {
     /// The problem that a stop is, before the first byte of an answer: a refusal in it is one of the prompt.
     pub fn of(stop: &Stop, turn: Option<TurnId>) -> Problem {
-        let policy = match stop {
-            Stop::Refused(refusal) => Some(PolicyObject::of(refusal, Stage::Input)),
-            Stop::Failed(_) | Stop::Gone(_) => None,
-        };
-        Problem { retry_after_ms: retry_after_ms(stop), policy, ..Problem::new(stop.code(), message(stop), turn) }
+        Problem {
+            retry_after_ms: retry_after_ms(stop),
+            policy: PolicyObject::of_prompt(stop),
+            ..Problem::new(stop.code(), message(stop), turn)
+        }
     }
 
     /// The problem that a fault is.
@@ -147,6 +147,14 @@ impl Problem {
 }
 
 impl PolicyObject {
+    /// What a stop before the first byte of an answer says of policy.
+    pub(super) fn of_prompt(stop: &Stop) -> Option<PolicyObject> {
+        match stop {
+            Stop::Refused(refusal) => Some(PolicyObject::of(refusal, Stage::Input)),
+            Stop::Failed(_) | Stop::Gone(_) => None,
+        }
+    }
+
     fn of(refusal: &Refusal, stage: Stage) -> PolicyObject {
         PolicyObject { stage, rule: refusal.rule.to_string(), categories: refusal.categories.clone() }
     }

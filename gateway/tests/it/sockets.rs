@@ -357,6 +357,8 @@ async fn three_denied_prompts_in_a_minute_close_the_socket() {
         ws.turn(reference, "tell me of bluebird").await;
         let refused = frame(&mut ws).await;
         assert_eq!((code(&refused), refused.reference()), ("policy_denied", Some(reference)));
+        let why = json!({"stage": "input", "rule": "moderation.deny", "categories": ["tenant_policy"]});
+        assert_eq!(refused.event.data["policy"], why, "as the problem of HTTP says it");
     }
     let closed = ws.closed().await.unwrap();
     assert_eq!((closed.code, closed.reason.as_str()), (1008, "policy_denied"));
