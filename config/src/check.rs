@@ -1033,7 +1033,23 @@ impl Check<'_> {
         self.span(&at.key("unknown_after"), events.unknown_after, seconds(1)..=seconds(3600));
         let folder = self.folder(&events.folder, &at.key("folder"), "events");
         let kafka = events.kafka.as_ref().map(|kafka| self.kafka(kafka, &at.key("kafka")));
-        Some(plan::Events { folder, cap: events.cap.0, unknown_after: events.unknown_after.0, kafka })
+        let text = events.text.as_ref().map(|text| self.text_kept(text, &folder, &at.key("text")));
+        Some(plan::Events { folder, cap: events.cap.0, unknown_after: events.unknown_after.0, kafka, text })
+    }
+
+    fn text_kept(&mut self, text: &file::Text, events: &FilePath, at: &Path) -> plan::Text {
+        let folder = self.folder(&text.folder, &at.key("folder"), "subjects");
+        let key = self.folder(&text.key, &at.key("key"), "secrets/text.key");
+        // What lies together is copied together, and a backup of keys brings back what was erased.
+        if folder.starts_with(events) || events.starts_with(&folder) {
+            let found = "the keys of subjects would be copied along with the events that they seal";
+            self.refuse(&at.key("folder"), problem(found).expected("a folder beside that of the events, such as `subjects`"));
+        }
+        if key.starts_with(&folder) || key.starts_with(events) {
+            let found = "the master key would be copied along with what it protects";
+            self.refuse(&at.key("key"), problem(found).expected("a file elsewhere, such as `secrets/text.key`"));
+        }
+        plan::Text { key, folder }
     }
 
     fn training(&mut self, training: &file::Training, file: &File, events: Option<&plan::Events>, at: &Path) -> Option<plan::Training> {

@@ -945,8 +945,8 @@ impl Default for OrchestratorLimits {
     }
 }
 
-/// The log of what became of each turn: who asked, what the verdict was, how much was answered, how it ended; never what was
-/// said. A turn is answered only after its beginning is on disk, and every turn gets exactly one end, even across a crash. While
+/// The log of what became of each turn: who asked, what the verdict was, how much was answered, how it ended; what was said only
+/// with `text`. A turn is answered only after its beginning is on disk, and every turn gets exactly one end, even across a crash. While
 /// the log cannot take a turn, turns are refused with `event_log_unavailable`. Read it with `headgate events tail`.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -963,6 +963,23 @@ pub struct Events {
     /// The Kafka topic that events go on to, in order and without end. Without it, they stay here.
     #[serde(default)]
     pub kafka: Option<Kafka>,
+    /// Keep what was said too, sealed. Without it, no text is kept anywhere.
+    #[serde(default)]
+    pub text: Option<Text>,
+}
+
+/// Prompts and answers in the log of events, each sealed (AES-256-GCM) under a key of whoever asked, and events name that key in place
+/// of them. `headgate events forget` destroys a subject's key: then their text cannot be read any more, in no copy of the log and of
+/// the topic. While the keys cannot be used, turns are refused with `event_log_unavailable`. Text is let go where the log has no room
+/// to spare; no turn is refused for it.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Text {
+    /// The file with the master key, which wraps all others; `headgate events key` makes it. Keep a copy: without it no text can be read.
+    pub key: PathBuf,
+    /// The folder with the keys of subjects, made if it is not there. Outside the folder of the events: whoever copies these must not
+    /// copy the keys along, or what is erased here can be read there.
+    pub folder: PathBuf,
 }
 
 fn default_unknown_after() -> Span {

@@ -351,6 +351,17 @@ pub struct Events {
     pub unknown_after: Duration,
     /// The topic that events go on to.
     pub kafka: Option<Kafka>,
+    /// What is needed to keep text.
+    pub text: Option<Text>,
+}
+
+/// Where the keys are that text is sealed under.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Text {
+    /// The file with the master key.
+    pub key: PathBuf,
+    /// The folder with the keys of subjects.
+    pub folder: PathBuf,
 }
 
 /// A topic, and what it must be like.

@@ -250,7 +250,7 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     if let Some(redis) = &lasting.redis {
         orchestrator = orchestrator.sharing(Used::new(redis.clone()));
     }
-    if let Some(plan::Events { folder, cap, kafka, .. }) = &told.events {
+    if let Some(plan::Events { folder, cap, kafka, text, .. }) = &told.events {
         let topic = kafka.as_ref().map(|kafka| events::Topic {
             brokers: kafka.brokers.clone(),
             name: kafka.topic.clone(),
@@ -258,7 +258,8 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
             in_sync: kafka.min_insync_replicas,
             partitions: kafka.create_with_partitions,
         });
-        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns, topic, keys: None })?;
+        let keys = text.as_ref().map(|text| events::Keys { master: text.key.clone(), folder: text.folder.clone() });
+        let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns, topic, keys })?;
         tracing::info!(
             folder = %folder.display(),
             records = recovered.records,
@@ -268,10 +269,10 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
         );
         orchestrator = orchestrator.keeping(log);
     }
-    Ok(Arc::new(orchestrator))
     if let (Some(told), Some(events)) = (&told.training, &told.events) {
         orchestrator = orchestrator.training(training::open(told, events, &lasting.issuers, lasting)?);
     }
+    Ok(Arc::new(orchestrator))
 }
 
 /// The embedded model, or the one of the plan's file.

@@ -83,11 +83,15 @@ impl House {
     }
 
     fn turn(&self, id: TurnId, session: &str) -> Request {
+        self.turn_of("u1", id, session)
+    }
+
+    fn turn_of(&self, subject: &str, id: TurnId, session: &str) -> Request {
         let id = id.to_string();
-        let body = json!({"turn_id": id, "session_id": session, "tenant": "acme", "subject": "u1", "model": "demo",
+        let body = json!({"turn_id": id, "session_id": session, "tenant": "acme", "subject": subject, "model": "demo",
             "messages": [{"role": "user", "content": "canary"}]});
         let body = body.to_string();
-        let facts = Facts { tid: "acme", sub: "u1", sid: session, turn: &id, dec: Decision::Allow, cat: &[], trc: None };
+        let facts = Facts { tid: "acme", sub: subject, sid: session, turn: &id, dec: Decision::Allow, cat: &[], trc: None };
         let claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), now()).unwrap();
         Request::new("POST", STEP)
             .header("content-type", "application/json")
@@ -188,6 +192,87 @@ async fn a_disk_that_fails_under_a_running_orchestrator_takes_no_more_turns_and_
         assert_eq!(good(&house.events()).open, []);
         assert!(acknowledged.is_subset(&begun(&house.events())), "{fault}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_said_is_shown_to_those_with_the_keys_until_its_subject_is_forgotten() {
+    said_and_forgotten("", &|folder| vec![folder.to_owned()]).await;
+}
+
+#[cfg(feature = "kafka")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_said_is_erased_from_a_topic_that_nobody_can_edit() {
+    let test = "what_was_said_is_erased_from_a_topic_that_nobody_can_edit";
+    let Some(kafka) = Kafka::start().await.or_skip(test) else { return };
+    let brokers = kafka.addr().to_string();
+    let topic =
+        format!(", kafka: {{ brokers: [\"{brokers}\"], replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 3 }}");
+    said_and_forgotten(&topic, &|_| vec!["--brokers".to_owned(), brokers.clone()]).await;
+}
+
+/// `kafka`: what more the config says of the events. `from`: where they are read, given the log's folder.
+async fn said_and_forgotten(kafka: &str, from: &dyn Fn(&str) -> Vec<String>) {
+    let model = answering().await;
+    let house = House::before(&model, &format!(", text: {{ key: text.key, folder: subjects }}{kafka}"));
+    let path = |name: &str| house.folder.path().join(name).display().to_string();
+    let (key, keys, events) = (path("text.key"), path("subjects"), path("events"));
+    assert!(headgate(&["events", "key", &key]).status.success());
+    let open = ["--text", "--key", &key, "--keys", &keys];
+    let tail = |more: &[&str], from: &[String]| {
+        let from: Vec<&str> = from.iter().map(String::as_str).collect();
+        let tail = headgate(&[&["events", "tail"], more, &from].concat());
+        assert!(tail.status.success(), "{tail:?}");
+        String::from_utf8(tail.stdout).unwrap()
+    };
+    let (mut service, at) = house.start().await;
+    for (subject, session) in [("u1@example.com", "one@example.com"), ("u2@example.com", "two@example.com")] {
+        let reply = client::ask(at, &house.turn_of(subject, TurnId::fresh(), session)).await.unwrap();
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    let source = from(&events);
+    let ended = async |turns: usize| {
+        let all = async {
+            while tail(&[], &source).matches("turn.completed.v1").count() < turns {
+                // Neither a topic nor a file can be waited on.
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        };
+        within(std::time::Duration::from_secs(60), all, "the ends of turns").await;
+    };
+    ended(2).await;
+    let shown = tail(&open, &source);
+    assert_eq!((shown.matches("canary").count(), shown.matches("yes and no").count()), (2, 2), "{shown}");
+    // Whoever has no keys sees none of it, in the lines and in the bytes.
+    let copy = house.folder.path().join("copy");
+    fs::create_dir(&copy).unwrap();
+    for entry in fs::read_dir(&events).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_file()) {
+        fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    let bytes: Vec<u8> = fs::read_dir(&copy).unwrap().flat_map(|entry| fs::read(entry.unwrap().path()).unwrap()).collect();
+    let closed = [tail(&[], &source).into_bytes(), bytes].concat();
+    for said in ["canary", "yes", "example.com"] {
+        assert!(!closed.windows(said.len()).any(|window| window == said.as_bytes()), "{said}");
+    }
+    let forget = ["events", "forget", "--key", &key, "--keys", &keys, "--tenant", "acme", "--subject", "u1@example.com"];
+    let forgotten = headgate(&forget);
+    assert!(forgotten.status.success() && String::from_utf8_lossy(&forgotten.stdout).contains("destroyed the key"), "{forgotten:?}");
+    for from in [source.clone(), vec![copy.display().to_string()]] {
+        let shown = tail(&open, &from);
+        let counts = ["<erased>", "canary", "yes and no"].map(|text| shown.matches(text).count());
+        assert_eq!(counts, [2, 1, 1], "{shown}");
+    }
+    // The orchestrator has not been told, and does not go on with what was destroyed.
+    let back = client::ask(at, &house.turn_of("u1@example.com", TurnId::fresh(), "s3")).await.unwrap();
+    assert_eq!(back.status, 200);
+    ended(3).await;
+    assert_eq!(tail(&open, &source).matches("canary").count(), 2);
+    service.signal(Signal::Terminate);
+    assert!(service.exited().await.success());
+    assert!(!service.output().contains("canary") && !service.output().contains("yes and no"), "{}", service.output());
+    let audit = headgate(&["keys", "audit", &path("subjects.audit.jsonl")]);
+    let told = String::from_utf8_lossy(&audit.stdout);
+    assert!(audit.status.success() && told.contains("subject.forgotten") && !told.contains("example.com"), "{told}");
+    assert!(good(&house.events()).open.is_empty());
 }
 
 async fn answering() -> Upstream {

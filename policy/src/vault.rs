@@ -154,6 +154,12 @@ impl Vault {
         Err(self.fault(io::Error::other("the key is made and destroyed again and again")))
     }
 
+    /// The name that stands for a session of a tenant where anybody may look: only who has the master key can tell whether it is
+    /// one that they know.
+    pub fn session(&self, tenant: &str, session: &str) -> String {
+        self.keyed("session", &[tenant, session])
+    }
+
     /// What was sealed under a key of that name, bound to `bound`.
     ///
     /// Errors: [`VaultFault::Io`], [`VaultFault::Damaged`].

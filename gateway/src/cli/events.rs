@@ -1,4 +1,4 @@
-//! `headgate events`: shows and judges the log of what became of each turn.
+//! `headgate events`: shows and judges the log of what became of each turn, and makes it forget what somebody said.
 
 use std::{
     io::{self, Write},
@@ -8,18 +8,28 @@ use std::{
     time::Duration,
 };
 
-use headgate_orchestrator::events::{Follow, Judged, verify};
+use headgate_contracts::{Subject, TenantId};
+use headgate_filters::unix_now;
+use headgate_orchestrator::events::{Follow, Judged, unseal, verify};
+use headgate_policy::{
+    audit::{Audit, AuditFault},
+    custody::audit_beside,
+    vault::{Master, Vault, VaultFault},
+};
 
-use super::{EX_UNAVAILABLE, fail};
+use super::{EX_UNAVAILABLE, fail, keys::user};
 
 /// What to do with a log.
 #[derive(clap::Subcommand)]
 pub enum Events {
     /// Print events as they were written, one JSON object a line.
     #[command(after_help = "\
-Each line is a CloudEvents 1.0 event: `type` says what happened to the turn in `subject`, `data` the facts; never what was said. A
-turn has turn.accepted.v1, verdict.input.v1, one of turn.completed.v1, turn.cancelled.v1, turn.denied.v1 and turn.failed.v1, and
+Each line is a CloudEvents 1.0 event: `type` says what happened to the turn in `subject`, `data` the facts. A turn has turn.accepted.v1, verdict.input.v1, one of turn.completed.v1, turn.cancelled.v1, turn.denied.v1 and turn.failed.v1, and
 at last what its user got, delivery.v1. `headgate schema events/turn.accepted.v1` (and so on) prints their schemas.
+
+What was said is there only where the config has `orchestrator.events.text`: sealed pieces of the prompt, input.segment.v1, and of the
+answer as the model wrote it, output.segment.v1. With --text the pieces are shown open, to those who have the keys: `data.text` is the
+piece, or <erased> where the subject was forgotten, or <altered> where it is not what was sealed.
 
 The log may be written meanwhile; reading takes no lock. Of a topic, events of one session are printed in order.
 
@@ -28,11 +38,21 @@ Exit codes: 0 printed; 69 the events cannot be read.
 Examples:
   headgate events tail /var/lib/headgate/events
   headgate events tail --follow events | jq -r '[.time, .type, .subject] | @tsv'
+  headgate events tail --text --key secrets/text.key --keys subjects events
   headgate events tail --brokers kafka-1:9092,kafka-2:9092")]
     Tail {
         /// Go on with what is written from now on, until stopped.
         #[arg(long, short)]
         follow: bool,
+        /// Show what was said.
+        #[arg(long, requires = "key", requires = "keys")]
+        text: bool,
+        /// The file with the master key: `orchestrator.events.text.key` of the config.
+        #[arg(long, value_name = "FILE", requires = "text")]
+        key: Option<PathBuf>,
+        /// The folder with the keys of subjects: `orchestrator.events.text.folder` of the config.
+        #[arg(long, value_name = "FOLDER", requires = "text")]
+        keys: Option<PathBuf>,
         /// Where the events are.
         #[command(flatten)]
         from: Source,
@@ -59,6 +79,48 @@ Examples:
         #[command(flatten)]
         from: Source,
     },
+    /// Make a master key, which the keys that seal text are wrapped with.
+    #[command(after_help = "\
+The file has mode 0600 and is never replaced. Keep a copy where no log is: without the master key no text can be read again.
+
+Example: headgate events key secrets/text.key")]
+    Key {
+        /// The file to make.
+        file: PathBuf,
+    },
+    /// Forget what a subject said: destroy the key that it is sealed under.
+    #[command(after_help = "\
+Nobody can read the subject's text after that, neither here nor in a copy of the log nor in a topic, and nobody can tell whose events
+they were: these name the key. It needs no restart: orchestrators read a subject's key anew for every turn. If the subject comes back,
+they make another. Run it for every folder of keys, if your orchestrators have several; where there was nothing, it says so.
+
+It is recorded before it is done, without naming the subject; `headgate keys audit` checks and shows the record. Not forgotten by
+this: a session that an orchestrator remembers to go on with (orchestrator.history, in memory), and copies of the folder of keys.
+
+Exit codes: 0 nothing of the subject can be read; 1 the record is broken, nothing was changed; 69 the keys cannot be used.
+
+Example:
+  headgate events forget --key secrets/text.key --keys subjects --tenant acme --subject user-7")]
+    Forget {
+        /// The file with the master key: `orchestrator.events.text.key` of the config.
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+        /// The folder with the keys of subjects: `orchestrator.events.text.folder` of the config.
+        #[arg(long, value_name = "FOLDER")]
+        keys: PathBuf,
+        /// Whose subject it is.
+        #[arg(long)]
+        tenant: TenantId,
+        /// Who is forgotten, as tokens name them.
+        #[arg(long)]
+        subject: Subject,
+        /// Where it is recorded. Default: beside the folder of keys, `subjects.audit.jsonl` for `subjects`.
+        #[arg(long, value_name = "FILE")]
+        audit: Option<PathBuf>,
+        /// Who does it, as the record says. Default: the user of this shell.
+        #[arg(long, env = "HEADGATE_ACTOR", default_value_t = user())]
+        actor: String,
+    },
 }
 
 /// Where the events are.
@@ -78,12 +140,22 @@ pub struct Source {
 /// How often a log is looked at for what is new.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
-/// Prints or judges.
+/// Prints, judges or forgets.
 pub fn run(events: Events) -> ExitCode {
     let mut out = io::BufWriter::new(io::stdout().lock());
     let done = match &events {
-        Events::Tail { follow, from: Source { folder: Some(folder), .. } } => tail(folder, *follow, &mut out),
-        Events::Tail { follow, from } => tail_topic(from, *follow, &mut out),
+        Events::Tail { follow, key, keys, from, .. } => vault(key.as_deref(), keys.as_deref()).and_then(|vault| match &from.folder {
+            Some(folder) => tail(folder, *follow, vault.as_ref(), &mut out),
+            None => tail_topic(from, *follow, vault.as_ref(), &mut out),
+        }),
+        Events::Key { file } => make_key(file, &mut out),
+        Events::Forget { key, keys, tenant, subject, audit, actor } => {
+            let audit = audit.clone().unwrap_or_else(|| audit_beside(keys));
+            match forget(&Forgotten { key, keys, audit: &audit, actor }, tenant, subject, unix_now(), &mut out) {
+                Err(VaultFault::Audit(fault @ AuditFault::Broken { .. })) => return fail(&fault, 1),
+                done => done.map_err(io::Error::other),
+            }
+        }
         Events::Verify { ended, from: Source { folder: Some(folder), .. } } => {
             verify(folder).map_err(|error| about(folder, error)).and_then(|judged| tell(&judged, "segments", *ended, &mut out))
         }
@@ -97,15 +169,59 @@ pub fn run(events: Events) -> ExitCode {
     }
 }
 
+/// The keys that text is sealed under, where it is to be shown.
+fn vault(key: Option<&Path>, keys: Option<&Path>) -> io::Result<Option<Vault>> {
+    let (Some(key), Some(keys)) = (key, keys) else { return Ok(None) };
+    let master = Master::load(key).map_err(io::Error::other)?;
+    // It would be made: whoever mistypes it would see everything erased.
+    if !keys.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no folder of keys {}", keys.display())));
+    }
+    Vault::open(keys, &master).map(Some).map_err(io::Error::other)
+}
+
+fn make_key(file: &Path, out: &mut impl Write) -> io::Result<ExitCode> {
+    Master::generate(file).map_err(io::Error::other)?;
+    writeln!(out, "made {}; keep a copy where no log is", file.display())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// With which keys a subject is forgotten, and who says so.
+struct Forgotten<'a> {
+    key: &'a Path,
+    keys: &'a Path,
+    audit: &'a Path,
+    actor: &'a str,
+}
+
+fn forget(by: &Forgotten<'_>, tenant: &TenantId, subject: &Subject, now: u64, out: &mut impl Write) -> Result<ExitCode, VaultFault> {
+    let fault = |source| VaultFault::Io { folder: by.keys.to_owned(), source };
+    let Some(vault) = vault(Some(by.key), Some(by.keys)).map_err(fault)? else { return Ok(ExitCode::FAILURE) };
+    let mut audit = Audit::open(by.audit)?;
+    let had_key = vault.forget(tenant.as_str(), subject.as_str(), &mut audit, by.actor, now)?;
+    let said =
+        if had_key { "destroyed the key: what the subject said cannot be read any more" } else { "there was nothing of that subject" };
+    writeln!(out, "{said}\nrecorded in {}", by.audit.display()).map_err(fault)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is printed of an event.
+fn shown(event: &[u8], vault: Option<&Vault>) -> io::Result<Option<Vec<u8>>> {
+    vault.map_or(Ok(None), |vault| unseal(vault, event)).map_err(io::Error::other)
+}
+
 fn about(folder: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("cannot read the event log in {}: {error}", folder.display()))
 }
 
 #[cfg(feature = "kafka")]
-fn tail_topic(from: &Source, follow: bool, out: &mut impl Write) -> io::Result<ExitCode> {
+fn tail_topic(from: &Source, follow: bool, vault: Option<&Vault>, out: &mut impl Write) -> io::Result<ExitCode> {
     use headgate_orchestrator::events::{Unread, follow_topic};
     let each = |event: Option<&[u8]>| match event {
-        Some(event) => out.write_all(event).and_then(|()| out.write_all(b"\n")),
+        Some(event) => {
+            let open = shown(event, vault)?;
+            out.write_all(open.as_deref().unwrap_or(event)).and_then(|()| out.write_all(b"\n"))
+        }
         None => out.flush(),
     };
     match follow_topic(&from.brokers, &from.topic, follow, each) {
@@ -121,7 +237,7 @@ fn judge_topic(from: &Source) -> io::Result<Judged> {
 }
 
 #[cfg(not(feature = "kafka"))]
-fn tail_topic(from: &Source, _follow: bool, _out: &mut impl Write) -> io::Result<ExitCode> {
+fn tail_topic(from: &Source, _follow: bool, _vault: Option<&Vault>, _out: &mut impl Write) -> io::Result<ExitCode> {
     judge_topic(from).map(|_| ExitCode::SUCCESS)
 }
 
@@ -131,11 +247,12 @@ fn judge_topic(from: &Source) -> io::Result<Judged> {
     Err(io::Error::other(format!("cannot read the topic {topic}: {}", headgate_orchestrator::events::Unfit::Unbuilt)))
 }
 
-fn tail(folder: &Path, follow: bool, out: &mut impl Write) -> io::Result<ExitCode> {
+fn tail(folder: &Path, follow: bool, vault: Option<&Vault>, out: &mut impl Write) -> io::Result<ExitCode> {
     let mut log = Follow::open(folder).map_err(|error| about(folder, error))?;
     loop {
         while let Some(entry) = log.next_entry().map_err(|error| about(folder, error))? {
-            out.write_all(&entry.event)?;
+            let open = shown(&entry.event, vault)?;
+            out.write_all(open.as_deref().unwrap_or(&entry.event))?;
             out.write_all(b"\n")?;
         }
         if !follow {
@@ -191,10 +308,10 @@ mod tests {
     fn a_folder_without_a_log_holds_nothing_and_no_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let mut out = Vec::new();
-        tail(folder.path(), false, &mut out).unwrap();
+        tail(folder.path(), false, None, &mut out).unwrap();
         assert_eq!(out, b"");
         assert_eq!(tell(&verify(folder.path()).unwrap(), "segments", true, &mut out).unwrap(), ExitCode::SUCCESS);
-        let missing = tail(&folder.path().join("none"), false, &mut out).unwrap_err();
+        let missing = tail(&folder.path().join("none"), false, None, &mut out).unwrap_err();
         assert!(missing.to_string().contains("cannot read the event log"), "{missing}");
     }
 }

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use headgate_contracts::{
-    Category, Code, End, Finish, Message, Prompt, Stop, Subject, TenantId, Trace, TurnId,
+    Category, Code, End, Finish, Message, Prompt, SessionId, Stop, Subject, TenantId, Trace, TurnId,
     wire::{
         conversation::{DeliveryReport, DenialReport},
         log::{
@@ -19,6 +19,20 @@ use serde_json::Value;
 
 use super::sealed;
 use crate::metrics::Route;
+
+/// Who asks, and where; or the names that stand for them.
+#[derive(Clone)]
+pub(super) struct Whose {
+    pub(super) tenant: TenantId,
+    pub(super) session: SessionId,
+    pub(super) subject: Subject,
+}
+
+impl Whose {
+    fn key(&self) -> String {
+        format!("{}/{}", self.tenant, self.session)
+    }
+}
 
 /// A turn that is about to begin.
 pub(crate) struct Beginning {
@@ -57,14 +71,17 @@ impl Beginning {
         Beginning { accepted, verdict, lines: String::new() }
     }
 
-    /// Who asks, of which tenant.
-    pub(super) fn subject(&self) -> (TenantId, Subject) {
-        (self.accepted.data.tenant.clone(), self.accepted.data.subject.clone())
+    /// Who asks, and where.
+    pub(super) fn whose(&self) -> Whose {
+        let Accepted { tenant, session, subject, .. } = &self.accepted.data;
+        Whose { tenant: tenant.clone(), session: session.clone(), subject: subject.clone() }
     }
 
-    /// Says `name` in place of who asks, and gives what there is to be sealed.
-    pub(super) fn rename(&mut self, name: Subject) -> String {
-        self.accepted.data.subject = name;
+    /// Says `names` in place of who asks and where, and gives what there is to be sealed.
+    pub(super) fn rename(&mut self, names: Whose) -> String {
+        self.accepted.partitionkey = names.key();
+        self.verdict.partitionkey = names.key();
+        (self.accepted.data.subject, self.accepted.data.session) = (names.subject, names.session);
         std::mem::take(&mut self.lines)
     }
 
@@ -97,7 +114,7 @@ fn verdict(claims: &Claims) -> InputVerdict {
 
 /// A prompt that policy refused, so that it became no turn.
 pub(crate) struct Denial {
-    tenant: TenantId,
+    whose: Whose,
     verdict: Event<InputVerdict>,
     denied: Event<Denied>,
 }
@@ -111,21 +128,24 @@ impl Denial {
         let verdict = Event::refused(turn, now, trace.traceparent(), (&report.tenant, &report.session_id), facts);
         let code = Code::from_name(&report.code).unwrap_or(Code::PolicyDenied);
         let denied = verdict.followed_by(Kind::Denied, now, Denied { code, categories, progress: Progress::default() });
-        Denial { tenant: report.tenant.clone(), verdict, denied }
+        let whose = Whose { tenant: report.tenant.clone(), session: report.session_id.clone(), subject: report.subject.clone() };
+        Denial { whose, verdict, denied }
     }
 
     pub(super) fn turn(&self) -> TurnId {
         self.verdict.subject
     }
 
-    /// Who asked, of which tenant.
-    pub(super) fn subject(&self) -> (&TenantId, Option<&Subject>) {
-        (&self.tenant, self.verdict.data.subject.as_ref())
+    /// Who asked, and where.
+    pub(super) fn whose(&self) -> Whose {
+        self.whose.clone()
     }
 
-    /// Says `name` in place of who asked.
-    pub(super) fn rename(&mut self, name: Subject) {
-        self.verdict.data.subject = Some(name);
+    /// Says `names` in place of who asked and where.
+    pub(super) fn rename(&mut self, names: Whose) {
+        self.verdict.partitionkey = names.key();
+        self.denied.partitionkey = names.key();
+        self.verdict.data.subject = Some(names.subject);
     }
 
     pub(super) fn events(&self) -> [Vec<u8>; 2] {

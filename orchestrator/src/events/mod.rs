@@ -39,7 +39,7 @@ use std::{
 };
 
 use headgate_contracts::{
-    Batch, End, Finish, Gone, InvalidId, Subject, TenantId, TurnId,
+    Batch, End, Finish, Gone, InvalidId, TurnId,
     wire::log::{Delivered, Progress},
 };
 use headgate_policy::vault::{Sealer, Vault};
@@ -66,8 +66,8 @@ pub use spool::{Spool, ToTell};
 pub use verify::{Judged, Violation, verify};
 
 use cursor::Cursor;
-use facts::Begun;
 pub(crate) use facts::{Beginning, Denial, Told};
+use facts::{Begun, Whose};
 use sealed::Text;
 
 /// The latest turns that have ended and are remembered, so that none of them begins again.
@@ -299,9 +299,8 @@ impl Log {
             self.shared.refused.inc();
             refused
         };
-        let (tenant, subject) = beginning.subject();
-        let sealer = self.sealer(tenant, subject).await.map_err(refused)?;
-        let sealer = sealer.map(|(sealer, name)| (sealer, beginning.rename(name)));
+        let sealer = self.sealer(beginning.whose()).await.map_err(refused)?;
+        let sealer = sealer.map(|(sealer, names)| (sealer, beginning.rename(names)));
         let (for_end, for_begin) = (place().map_err(refused)?, place().map_err(refused)?);
         let (tell, told) = oneshot::channel();
         let (events, begun) = beginning.events();
@@ -326,33 +325,38 @@ impl Log {
         self.vault.is_some()
     }
 
-    /// What seals the text of a subject, and the name that stands for the subject; `None` where no text is kept.
-    async fn sealer(&self, tenant: TenantId, subject: Subject) -> Result<Option<(Sealer, Subject)>, Refused> {
+    /// What seals the text of a subject, and the names that stand for subject and session; `None` where no text is kept.
+    async fn sealer(&self, whose: Whose) -> Result<Option<(Sealer, Whose)>, Refused> {
         let Some(vault) = self.vault.clone() else { return Ok(None) };
+        let Whose { tenant, session, subject } = whose;
+        let session = vault.session(tenant.as_str(), session.as_str());
+        let of = tenant.clone();
         // It reads a file, and the first time it waits for the disk.
-        let sealer = tokio::task::spawn_blocking(move || vault.sealer(tenant.as_str(), subject.as_str())).await;
+        let sealer = tokio::task::spawn_blocking(move || vault.sealer(of.as_str(), subject.as_str())).await;
         let keyless = |error: &dyn std::error::Error| {
             tracing::warn!(%error, source = error.source().map(tracing::field::display), "the event log cannot seal text");
             Refused::Keyless
         };
         let sealer = sealer.map_err(|error| keyless(&error))?.map_err(|error| keyless(&error))?;
-        let name = sealer.name().parse().map_err(|error: InvalidId| keyless(&error))?;
-        Ok(Some((sealer, name)))
+        let names = session.parse().and_then(|session| Ok(Whose { tenant, session, subject: sealer.name().parse()? }));
+        let names = names.map_err(|error: InvalidId| keyless(&error))?;
+        Ok(Some((sealer, names)))
     }
 
     /// Keeps what the gateway of `key` (`{tenant}/{session}`) tells of a turn that has ended; resolves when it is durable.
     pub(crate) async fn tell(&self, turn: TurnId, key: String, told: Told) -> Result<Heard, Untold> {
         let (tell, heard) = oneshot::channel();
-        self.ask(writer::Command::Tell { turn, key, told: Box::new(told), tell })?;
+        // The turn may be from before text was kept, or from after.
+        let named = self.vault.as_ref().zip(key.split_once('/'));
+        let named = named.map(|(vault, (tenant, session))| format!("{tenant}/{}", vault.session(tenant, session)));
+        self.ask(writer::Command::Tell { turn, key, named, told: Box::new(told), tell })?;
         heard.await.unwrap_or(Err(Untold::Refused(Refused::Sealed)))
     }
 
     /// Keeps that a prompt was refused; resolves when it is durable.
     pub(crate) async fn deny(&self, mut denial: Denial) -> Result<Heard, Untold> {
-        if let (tenant, Some(subject)) = denial.subject()
-            && let Some((_, name)) = self.sealer(tenant.clone(), subject.clone()).await.map_err(Untold::Refused)?
-        {
-            denial.rename(name);
+        if let Some((_, names)) = self.sealer(denial.whose()).await.map_err(Untold::Refused)? {
+            denial.rename(names);
         }
         let (tell, heard) = oneshot::channel();
         self.ask(writer::Command::Deny { turn: denial.turn(), events: denial.events(), tell })?;

@@ -231,12 +231,19 @@ impl Begun {
 mod tests {
     use std::{fs, path::Path};
 
-    use headgate_contracts::{Finish, Role, wire::log::Progress};
+    use headgate_contracts::{
+        Finish, Role,
+        wire::log::{Delivered, Progress},
+    };
     use headgate_policy::audit::Audit;
     use serde_json::Value;
 
     use super::*;
-    use crate::events::{self, Account, Follow, Log, Settings, tests::of_session, verify};
+    use crate::events::{
+        self, Account, Follow, Log, Settings,
+        tests::{self, of_session},
+        verify,
+    };
 
     /// A log that keeps text, and its keys.
     struct House(tempfile::TempDir);
@@ -326,9 +333,31 @@ mod tests {
         assert_eq!(answer, lines);
         let bytes = bytes_of(&house.folder());
         assert!(!holds(&bytes, "canary") && !holds(&bytes, "sings"));
-        assert!(!holds(&bytes, "\"u1\""), "nor who asked");
+        assert!(!holds(&bytes, "\"u1\"") && !holds(&bytes, "s1\""), "nor who asked, nor where");
         let judged = verify(&house.folder()).unwrap();
         assert!(judged.is_good() && judged.open.is_empty() && judged.unknown == 0, "{judged:?}");
+    }
+
+    #[tokio::test]
+    async fn a_gateway_tells_of_turns_and_refusals_by_the_names_it_knows_and_the_log_keeps_others() {
+        let house = House::new();
+        let log = house.log();
+        let turn = TurnId::fresh();
+        complete(begin(&log, turn, "hers").await);
+        log.flush().await.unwrap();
+        let told = || tests::told(Delivered::Delivered);
+        assert_eq!(log.tell(turn, "acme/another".into(), told()).await, Err(events::Untold::Unknown));
+        assert_eq!(log.tell(turn, "acme/s1".into(), told()).await, Ok(events::Heard::Now));
+        assert_eq!(log.deny(tests::denial(TurnId::fresh())).await, Ok(events::Heard::Now));
+        log.flush().await.unwrap();
+        let all = shown(&house.folder(), &house.vault());
+        let session = house.vault().session("acme", "s1");
+        assert!(all.iter().all(|event| event["partitionkey"] == format!("acme/{session}")), "{all:?}");
+        let subjects: std::collections::BTreeSet<_> =
+            all.iter().filter_map(|event| event["data"].get("subject")).map(Value::to_string).collect();
+        assert_eq!(subjects.len(), 1, "whoever was answered and refused is one, under one name: {subjects:?}");
+        assert!(!holds(&bytes_of(&house.folder()), "u1"));
+        assert!(verify(&house.folder()).unwrap().is_good());
     }
 
     #[tokio::test]

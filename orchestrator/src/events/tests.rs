@@ -537,7 +537,7 @@ fn the_judge_objects_to_whatever_must_not_be() {
     }
 }
 
-fn told(outcome: Delivered) -> Told {
+pub(super) fn told(outcome: Delivered) -> Told {
     let report = DeliveryReport {
         tenant: "acme".parse().unwrap(),
         session_id: "s1".parse().unwrap(),
@@ -619,7 +619,7 @@ async fn a_turn_that_a_crash_cut_can_still_be_told_of() {
     assert_eq!(good(left.path()).settled, 1);
 }
 
-fn denial(turn: TurnId) -> Denial {
+pub(super) fn denial(turn: TurnId) -> Denial {
     let issuer = headgate_policy::Issuer {
         iss: "headgate".into(),
         pol: headgate_policy::Policy { id: "default".into(), ver: "7".into() },

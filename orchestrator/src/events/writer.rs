@@ -56,8 +56,9 @@ pub(super) enum Command {
     Text { turn: TurnId, events: Vec<Vec<u8>> },
     /// To write the last event of a turn, if it was begun.
     End { turn: TurnId, event: Vec<u8> },
-    /// To write what the gateway of `key` says of a turn that has ended, and say when it is durable.
-    Tell { turn: TurnId, key: String, told: Box<Told>, tell: oneshot::Sender<Result<Heard, Untold>> },
+    /// To write what the gateway of `key` says of a turn that has ended, and say when it is durable. `named`: the same key with the
+    /// name that stands for the session.
+    Tell { turn: TurnId, key: String, named: Option<String>, told: Box<Told>, tell: oneshot::Sender<Result<Heard, Untold>> },
     /// To write that a prompt was refused, and say when that is durable.
     Deny { turn: TurnId, events: [Vec<u8>; 2], tell: oneshot::Sender<Result<Heard, Untold>> },
     /// To write of turns that ended so long ago that nobody said what the user got.
@@ -205,7 +206,9 @@ impl Writer {
                     },
                     Command::Text { turn, events } => self.text(turn, &events),
                     Command::End { turn, event } => self.end(turn, &event),
-                    Command::Tell { turn, key, told, tell } => heard.push((tell, self.tell(turn, &key, &told))),
+                    Command::Tell { turn, key, named, told, tell } => {
+                        heard.push((tell, self.tell(turn, &[Some(key.as_str()), named.as_deref()], &told)));
+                    }
                     Command::Deny { turn, events, tell } => heard.push((tell, self.deny(turn, &events))),
                     Command::Sweep { patience } => self.sweep(patience),
                     Command::Flush { tell } => waiting.push(tell),
@@ -331,7 +334,7 @@ impl Writer {
         self.owed_by_age.push_back((Instant::now(), turn));
     }
 
-    fn tell(&mut self, turn: TurnId, key: &str, told: &Told) -> Result<Heard, Untold> {
+    fn tell(&mut self, turn: TurnId, keys: &[Option<&str>], told: &Told) -> Result<Heard, Untold> {
         if self.sealed {
             return Err(Untold::Refused(Refused::Sealed));
         }
@@ -344,7 +347,7 @@ impl Writer {
             };
         };
         // Another's turn is not there.
-        if owed.begun.key() != key {
+        if !keys.contains(&Some(owed.begun.key())) {
             return Err(Untold::Unknown);
         }
         let (verdict, delivery) = owed.begun.told(told);
