@@ -4,7 +4,6 @@ use std::{
     collections::HashMap,
     fs,
     net::SocketAddr,
-    path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, SystemTime},
 };
@@ -54,7 +53,6 @@ struct Running {
     service: Service,
     at: SocketAddr,
     admin: SocketAddr,
-    config: PathBuf,
 }
 
 impl House {
@@ -82,7 +80,7 @@ impl House {
         );
         fs::write(&file, head + config).unwrap();
         let service = Program::at(env!("CARGO_BIN_EXE_headgate")).argument(command).argument(&file).start(Ready::Connects(at)).await;
-        Running { service, at, admin, config: file }
+        Running { service, at, admin }
     }
 
     async fn orchestrator(&self, name: &str) -> Running {
@@ -327,4 +325,131 @@ async fn nobody_but_a_fresh_admin_of_this_provider_gets_in_and_every_attempt_is_
     let records = audited(kafka, &format!("{}.audit", house.topics), 10 + 30 - limited).await;
     let unwritten: u64 = records.iter().filter_map(|record| record.facts.get("unwritten")?.as_u64()).sum();
     assert_eq!((records.len() - 10, unwritten), (30 - limited, limited as u64));
+}
+
+async fn rejected(house: &House, desk: &Running, fence: u64, status: u16, code: &str) {
+    let reply = house.dispatch(desk, fence).await;
+    assert_eq!((reply.status, reply.problem().unwrap().as_str()), (status, code), "{}", reply.text());
+}
+
+/// The fence that `token` gets as soon as whoever has the lock no longer has it, and how often it was refused before.
+async fn waited_for(desk: &Running, token: &str) -> (u64, usize) {
+    let acquired = async {
+        for refused in 0.. {
+            let reply = call(desk, "/enable", token).await;
+            if reply.status == 200 {
+                return (reply.json()["fence"].as_u64().unwrap(), refused);
+            }
+            assert!([423, 503].contains(&reply.status), "{}", reply.text());
+            // Nothing tells a caller that a lock is over but asking again.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        unreachable!("numbers do not end")
+    };
+    within(MINUTE, acquired, "the lock").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_slept_through_the_end_of_its_lock_is_refused_with_its_fence() {
+    let Some((kafka, house)) = shared("whoever_slept_through_the_end_of_its_lock_is_refused").await else { return };
+    let (first, mut second) = (house.orchestrator("first").await, house.orchestrator("second").await);
+    let (ann, bob) = (house.token("ann").await, house.token("bob").await);
+    let old = enabled(&first, &ann).await;
+    for desk in [&first, &second] {
+        assert_eq!(house.dispatch(desk, old).await.status, 200);
+        rejected(&house, desk, old + 1, 409, "stale_fence").await;
+    }
+    first.service.signal(Signal::Stop);
+    let (new, refused) = waited_for(&second, &bob).await;
+    assert!(new > old);
+    first.service.signal(Signal::Continue);
+    for desk in [&first, &second] {
+        // Sent by somebody who believes that ann still holds the lock.
+        rejected(&house, desk, old, 409, "stale_fence").await;
+        let reply = house.dispatch(desk, new).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    let state = call(&first, "", &ann).await.json();
+    assert_eq!((&state["owner"], &state["fence"]), (&json!("bob"), &json!(new)));
+    first.service.line("the lock was lost").await;
+
+    // What was seen is remembered when nobody else does.
+    second.service.signal(Signal::Kill);
+    second.service.exited().await;
+    let second = house.orchestrator("second").await;
+    rejected(&house, &second, old, 409, "stale_fence").await;
+    let (last, refused_again) = waited_for(&second, &ann).await;
+    assert!(last > new);
+    rejected(&house, &first, new, 409, "stale_fence").await;
+
+    let records = audited(kafka, &format!("{}.audit", house.topics), 6 + refused + refused_again).await;
+    let of = |action: &str| records.iter().filter(|record| record.action == action).map(|record| record.actor.as_str()).collect::<Vec<_>>();
+    assert_eq!(of("training.lock.acquired"), ["ann", "bob", "ann"]);
+    assert_eq!(of("training.lock.expired"), ["ann", "bob"], "each end is told once");
+    assert_eq!(of("training.lock.lost"), ["ann"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_redis_nothing_runs_in_training_mode_and_a_forgotten_lock_must_be_taken_again() {
+    let Some((_, mut house)) = shared("without_redis_nothing_runs_in_training_mode").await else { return };
+    let desk = house.orchestrator("first").await;
+    let gateway = house.gateway(&desk).await;
+    let (ann, bob) = (house.token("ann").await, house.token("bob").await);
+    let old = enabled(&desk, &ann).await;
+    let marked = async { while house.turn(&gateway).await.fence != Some(old) {} };
+    soon(marked, "a turn in training mode").await;
+    let at = house.redis.addr();
+    house.redis.signal(Signal::Kill);
+    house.redis.exited().await;
+    rejected(&house, &desk, old, 503, "policy_registry_unavailable").await;
+    for (command, token) in [("/enable", &bob), ("/disable", &ann), ("", &ann)] {
+        let reply = call(&desk, command, token).await;
+        assert_eq!((reply.status, reply.problem().unwrap().as_str()), (503, "policy_registry_unavailable"));
+    }
+    // Once the lock must be over, turns run as always; until then, none is run that nobody can name the mode of.
+    let enforced = async {
+        loop {
+            let reply = ask(gateway.at, &Request::turn("hi").bearer(KEY)).await.unwrap();
+            if reply.status == 200 {
+                return house.ring.verifier().open(&verdict(&reply), now()).unwrap().fence;
+            }
+            assert!([502, 503].contains(&reply.status), "{}", reply.text());
+        }
+    };
+    assert_eq!(within(MINUTE, enforced, "a turn without Redis").await, None);
+
+    // It comes back and has forgotten everything: locks, fences, who was there.
+    house.redis = services::redis_at(at).await.unwrap().unwrap();
+    let (new, _) = waited_for(&desk, &bob).await;
+    assert!(new > old);
+    rejected(&house, &desk, old, 409, "stale_fence").await;
+    assert_eq!(house.dispatch(&desk, new).await.status, 200);
+    desk.service.line("the lock was lost").await;
+}
+
+/// The verdict of an answer that came whole.
+fn verdict(reply: &Reply) -> String {
+    let done = reply.text().lines().rev().find_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok()).unwrap();
+    done["verdict"].as_str().unwrap_or_else(|| panic!("{done}")).to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_kafka_there_is_no_training_mode() {
+    let test = "without_kafka_there_is_no_training_mode";
+    let Some(mut kafka) = Kafka::start().await.or_skip(test) else { return };
+    let Some(house) = House::new(&kafka).await.or_skip(test) else { return };
+    let desk = house.orchestrator("first").await;
+    let (ann, carl) = (house.token("ann").await, house.token("carl").await);
+    let old = enabled(&desk, &ann).await;
+    assert_eq!(call(&desk, "/disable", &ann).await.status, 200);
+    kafka.kill().await;
+    for token in [&ann, &carl] {
+        let reply = call(&desk, "/enable", token).await;
+        assert_eq!((reply.status, reply.problem().unwrap().as_str()), (503, "event_log_unavailable"), "{}", reply.text());
+    }
+    assert_eq!(call(&desk, "", &ann).await.json()["mode"], "enforce", "nobody was left with a lock");
+    kafka.again().await;
+    let (new, _) = waited_for(&desk, &ann).await;
+    assert!(new > old);
+    assert_eq!(house.dispatch(&desk, new).await.status, 200);
 }

@@ -8,6 +8,7 @@ use headgate_contracts::{
     wire::{
         log::{Name, Progress},
         openai::{Completion, ToolCall},
+        training::Mode,
     },
 };
 use headgate_upstream::{Answer, Upstream};
@@ -39,6 +40,7 @@ pub(crate) struct Run {
     events: u64,
     orchestrator: Arc<Orchestrator>,
     route: Route,
+    mode: Mode,
     prompt: Prompt,
     /// What the request brought, before what is remembered was put in front of it; `None` where it is too long to be remembered.
     brought: Option<Vec<Message>>,
@@ -94,6 +96,7 @@ impl Run {
             events: 0,
             orchestrator: orchestrator.clone(),
             route,
+            mode: if claims.fence.is_some() { Mode::Training } else { Mode::Enforce },
             span: span(&prompt),
             prompt,
             brought: orchestrator.history.takes(&brought).then_some(brought),
@@ -286,6 +289,7 @@ impl Run {
             code,
             cause,
             route = self.route.as_str(),
+            mode = self.mode.as_str(),
             ttft_ms,
             took_ms = milliseconds(self.begun.elapsed()),
             events = self.events,

@@ -23,7 +23,8 @@ const MAX_BYTES: u64 = 8 << 20;
 
 /// The file, and what it says.
 pub(crate) struct Fences {
-    folder: PathBuf,
+    /// Nowhere, in a model of many lives.
+    folder: Option<PathBuf>,
     kept: Mutex<Kept>,
 }
 
@@ -67,9 +68,15 @@ impl Fences {
             }
             Err(error) => return Err(error),
         };
-        let fences = Fences { folder: folder.to_owned(), kept: Mutex::new(kept) };
+        let fences = Fences { folder: Some(folder.to_owned()), kept: Mutex::new(kept) };
         fences.save(&fences.kept())?;
         Ok(fences)
+    }
+
+    /// Those that are remembered nowhere but here.
+    #[cfg(test)]
+    pub(super) fn unsaved() -> Fences {
+        Fences { folder: None, kept: Mutex::default() }
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -77,12 +84,13 @@ impl Fences {
     }
 
     fn save(&self, kept: &Kept) -> io::Result<()> {
-        let (path, next) = (self.folder.join(NAME), self.folder.join("training.json.next"));
+        let Some(folder) = &self.folder else { return Ok(()) };
+        let (path, next) = (folder.join(NAME), folder.join("training.json.next"));
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&next)?;
         file.write_all(&serde_json::to_vec(kept)?)?;
         file.sync_all()?;
         fs::rename(&next, &path)?;
-        File::open(&self.folder)?.sync_all()
+        File::open(folder)?.sync_all()
     }
 
     /// Changes what is remembered of `tenant`, on disk first.

@@ -12,6 +12,8 @@
 
 mod audit;
 mod fences;
+#[cfg(test)]
+mod model;
 
 use std::{
     collections::{HashMap, HashSet},
