@@ -116,8 +116,11 @@ impl Vault {
             Ok(found) if found == name.as_bytes() => {}
             Ok(_) => return Err(VaultFault::OtherMaster(folder.to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                match write_private(&path, name.as_bytes()) {
-                    // Of two that begin at once, one writes it.
+                // It is there whole or not at all; of two that begin at once, one puts it there.
+                let new = folder.join(format!("{MASTER}-{}", fresh_name()?));
+                let placed = write_private(&new, name.as_bytes()).and_then(|()| fs::hard_link(&new, &path));
+                fs::remove_file(&new).map_err(fault)?;
+                match placed {
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Vault::open(folder, master),
                     done => done.and_then(|()| vault.sync()).map_err(fault)?,
                 }
@@ -193,9 +196,7 @@ impl Vault {
         let hash = self.keyed("of", &[tenant, subject]);
         let was = path.try_exists().map_err(|source| self.fault(source))?;
         audit.append(now, FORGOTTEN, actor, json!({"tenant": tenant, "subject_hash": hash, "had_key": was}))?;
-        let mut tail = [0; SALT];
-        random(&mut tail)?;
-        let gone = self.folder.join(format!("{GONE}{}", URL_SAFE_NO_PAD.encode(tail)));
+        let gone = self.folder.join(format!("{GONE}{}", fresh_name()?));
         // From here on nobody finds it by the subject, and a crash leaves a name that says what is to be done.
         match fs::rename(&path, &gone) {
             Ok(()) => {}
@@ -390,6 +391,13 @@ fn random(bytes: &mut [u8]) -> Result<(), VaultFault> {
     getrandom::fill(bytes).map_err(|_| VaultFault::Random)
 }
 
+/// A name that nothing else has.
+fn fresh_name() -> Result<String, VaultFault> {
+    let mut name = [0; SALT];
+    random(&mut name)?;
+    Ok(URL_SAFE_NO_PAD.encode(name))
+}
+
 fn nonce(count: u32) -> Nonce {
     let mut nonce = [0; NONCE_LEN];
     nonce[NONCE_LEN - COUNT..].copy_from_slice(&count.to_be_bytes());
@@ -563,6 +571,17 @@ mod tests {
         assert_eq!(names.len(), 1);
         assert_eq!(house.names().len(), 3, "one key under two names, and the mark of the master");
         assert_ne!(vault.sealer("other", "alice").unwrap().name(), names.first().unwrap());
+    }
+
+    #[test]
+    fn of_many_that_open_a_new_folder_at_once_each_finds_it_whole() {
+        let house = House::new();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| house.vault());
+            }
+        });
+        assert_eq!(house.names(), BTreeSet::from([MASTER.to_owned()]));
     }
 
     #[test]

@@ -472,4 +472,47 @@ mod tests {
             Settings { folder: house.0.path().join("other"), cap: Settings::LEAST_CAP, turns: 1, topic: None, keys: Some(house.keys()) };
         assert!(matches!(Log::open(&settings), Err(Unopened::Unsealable(_))));
     }
+
+    /// What it costs to keep text: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture keeping_text`. Each turn has a
+    /// prompt of 1 KiB and an answer of 2 KiB in 100 pieces.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    #[ignore = "a measurement"]
+    #[allow(clippy::print_stdout, reason = "the figures are what it is for")]
+    async fn what_keeping_text_costs() {
+        for (name, keeps) in [("no text", false), ("text", true), ("no text", false), ("text", true)] {
+            let house = House(tempfile::tempdir_in(".").unwrap());
+            Master::generate(&house.keys().master).unwrap();
+            let keys = keeps.then(|| house.keys());
+            let settings = Settings { folder: house.folder(), cap: 1 << 30, turns: 4096, topic: None, keys };
+            let log = Arc::new(Log::open(&settings).unwrap().0);
+            // Its key is made before.
+            complete(begin(&log, TurnId::fresh(), "warm").await);
+            let begun = std::time::Instant::now();
+            let tasks = (0..16).map(|_| {
+                let log = log.clone();
+                tokio::spawn(async move {
+                    let mut took = Vec::new();
+                    for _ in 0..500 {
+                        let begun = std::time::Instant::now();
+                        let mut account = begin(&log, TurnId::fresh(), &"x".repeat(1024)).await;
+                        took.push(begun.elapsed());
+                        let batch = said(Lane::DEFAULT, "twenty bytes of text");
+                        (0..100).for_each(|_| account.add(&batch));
+                        complete(account);
+                    }
+                    took
+                })
+            });
+            let tasks: Vec<_> = tasks.collect();
+            let mut took = Vec::new();
+            for task in tasks {
+                took.extend(task.await.unwrap());
+            }
+            let rate = took.len() as f64 / begun.elapsed().as_secs_f64();
+            took.sort_unstable();
+            let at = |share: f64| took[((took.len() - 1) as f64 * share) as usize];
+            let dropped = log.shared.text_dropped.get();
+            println!("{name}: beginning p50 {:?}, p99 {:?}, {rate:.0} turns/s, {dropped} pieces let go", at(0.5), at(0.99));
+        }
+    }
 }
