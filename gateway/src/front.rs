@@ -151,7 +151,7 @@ async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: P
     prompt.messages = turn.messages;
     prompt.metadata = turn.metadata;
     facts.stamp(&mut prompt);
-    let begun = begin(app, route, prompt, Voice::chat(), &body).await?;
+    let begun = begin(app, route, prompt, Voice::chat(), body).await?;
     stream(route, begun, Framing::Chat, line, &facts.trace).await
 }
 
@@ -166,23 +166,25 @@ async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>, 
     facts.stamp(&mut prompt);
     match parsed.form {
         openai::Form::Streamed => {
-            let begun = begin(app, route, prompt, Voice::chunks(parsed.include_usage), &body).await?;
+            let begun = begin(app, route, prompt, Voice::chunks(parsed.include_usage), body).await?;
             stream(route, begun, Framing::OpenAi, line, &facts.trace).await
         }
         openai::Form::Whole => {
-            let begun = begin(app, route, prompt, Voice::whole(), &body).await?;
+            let begun = begin(app, route, prompt, Voice::whole(), body).await?;
             whole(begun, line, &facts.trace).await
         }
     }
 }
 
 /// The turn of a request; a copy of one that came before, as its `Idempotency-Key` says, comes to the same turn.
-async fn begin(app: &App, route: &Arc<Route>, prompt: Prompt, voice: Voice, body: &[u8]) -> Result<Begun, Stop> {
+///
+/// `body` ends here: it is a part of hyper's buffer, and a model may think for minutes.
+async fn begin(app: &App, route: &Arc<Route>, prompt: Prompt, voice: Voice, body: Bytes) -> Result<Begun, Stop> {
     let Some(key) = prompt.idempotency_key.clone() else { return app.turns().begin(route, prompt, voice) };
     // Whose key it is has to be known before there is a turn, whose filters will find out again.
     let Principal { tenant, subject, .. } = identify(route, prompt.credential.clone()).await?;
     let key = Key { route: route.plan.name.clone(), tenant, subject, key };
-    app.turns().begin_once(route, prompt, voice, key, Digest::of(body))
+    app.turns().begin_once(route, prompt, voice, key, Digest::of(&body))
 }
 
 /// The response of a streamed turn: begun when the answer begins, or after a heartbeat's time without one.
