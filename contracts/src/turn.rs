@@ -217,6 +217,10 @@ pub struct Record {
     pub held_max: Duration,
     /// The filter that held it.
     pub held_by: Option<&'static str>,
+    /// Texts of the prompt that were not judged again, since what is found in them was remembered.
+    pub known_texts: u64,
+    /// Texts of the prompt that were not remembered, and judged.
+    pub new_texts: u64,
     /// What signs the output, if the chain has a filter for it.
     pub seal: Option<OutputSeal>,
 }

@@ -25,6 +25,7 @@ pub struct AddAFilter;
 mod chain;
 mod gate;
 pub mod matcher;
+mod memory;
 mod problem;
 mod table;
 mod terms;

@@ -21,8 +21,10 @@ use serde_json::{Map, Value};
 use crate::{
     At, BoxFuture, Filter, Problem, Rule, Text, Tools, Verdict,
     matcher::{Action, BuildError, Detector, Edits, Hit, Mask, Matcher, MatcherBuilder, Progress, RuleInfo, Scan},
+    memory::{self, Memory, Recall},
     problem::did_you_mean,
     table::{self, Facts, Fits, Parts},
+    units::Bytes,
 };
 
 /// Settings of `moderation`.
@@ -50,6 +52,10 @@ pub struct Settings {
     /// Messages of a prompt that are not looked at, by role; `system` stands for tool descriptions too. Default: none. Exempt
     /// only what your own programs write: a client that chooses the role chooses whether it is checked.
     pub exempt: Vec<Role>,
+    /// Room for remembering what was found in the texts of prompts, so that a long conversation costs only what is new in it.
+    /// Each principal has memories of its own; none outlives these lists, and none holds text. Default `16MiB`; `0B`: nothing
+    /// is remembered.
+    pub remember: Option<Bytes>,
 }
 
 impl Default for Settings {
@@ -62,10 +68,12 @@ impl Default for Settings {
             prompt: OnPrompt::Check,
             answer: OnAnswer::Check,
             exempt: Vec::new(),
+            remember: None,
         }
     }
 }
 
+const DEFAULT_REMEMBER: Bytes = Bytes(16 << 20);
 const DEFAULT_WITH: &str = "•••";
 /// The longest replacement, in bytes.
 const MAX_WITH_BYTES: usize = 64;
@@ -228,6 +236,9 @@ impl table::Settings for Settings {
         // The matcher's last rule is its own: text stretched by invisible characters beyond what can be held.
         names.push(Named { category: Category::PromptInjection, rule: "moderation.mask.invisible".into() });
         let with = if self.with == DEFAULT_WITH { Cow::Borrowed(DEFAULT_WITH) } else { Cow::Owned(self.with.clone()) };
+        let remember = if self.prompt == OnPrompt::Off { Bytes(0) } else { self.remember.unwrap_or(DEFAULT_REMEMBER) };
+        let memory = (remember.0 > 0).then(|| Memory::new(remember.0)).transpose();
+        let memory = memory.map_err(|_| vec![Problem::new("remember", "the system has no random bytes for a key")])?;
         let moderation = Moderation {
             matcher,
             names,
@@ -235,6 +246,7 @@ impl table::Settings for Settings {
             prompt: self.prompt,
             exempt: self.exempt.clone(),
             checks_answer: self.answer == OnAnswer::Check,
+            memory,
         };
         if !moderation.whole([moderation.with.as_ref()]).edits.hits.is_empty() {
             return Err(vec![
@@ -286,6 +298,17 @@ impl Settings {
                     ))
                     .remedy("remove `with`: the default is `•••`"),
             );
+        }
+        match self.remember {
+            Some(_) if self.prompt == OnPrompt::Off => problems.push(
+                Problem::new("remember", "prompts are not looked at, and of answers nothing is remembered").remedy("remove `remember`"),
+            ),
+            Some(Bytes(1..memory::LEAST_BYTES)) => problems.push(
+                Problem::new("remember", "too little to remember a conversation")
+                    .expected(format!("{} or more, or `0B` for nothing", Bytes(memory::LEAST_BYTES)))
+                    .remedy(format!("remove `remember`: the default is `{DEFAULT_REMEMBER}`")),
+            ),
+            Some(_) | None => {}
         }
         for (index, entry) in self.mask.iter().enumerate() {
             if matches!(entry, Entry::Detector(_)) && self.deny.contains(entry) {
@@ -417,6 +440,8 @@ struct Moderation {
     prompt: OnPrompt,
     exempt: Vec<Role>,
     checks_answer: bool,
+    /// What was found in texts of prompts; other lists are another `Moderation`, so it cannot outlive these.
+    memory: Option<Memory>,
 }
 
 /// What was found in a text that is known as a whole.
@@ -458,6 +483,8 @@ impl Rule for Moderates {
             findings: Vec::new(),
             unlisted: 0,
             outcome: Outcome::Allowed,
+            known_texts: 0,
+            new_texts: 0,
         })
     }
 }
@@ -473,6 +500,9 @@ struct Moderator {
     unlisted: u64,
     /// What became of the answer.
     outcome: Outcome,
+    /// Texts of the prompt whose verdicts were remembered, and the others that were looked for.
+    known_texts: u64,
+    new_texts: u64,
 }
 
 impl Moderator {
@@ -526,9 +556,13 @@ impl Moderator {
 
     fn check(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
         let rules = self.rules.clone();
-        let mut check = Check { rules: &rules, hits: Vec::new(), masked: false };
+        let recall = rules.memory.as_ref().and_then(|memory| memory.of(&prompt.principal));
+        let mut check = Check { rules: &rules, recall, hits: Vec::new(), masked: false };
         let verdict = check.prompt(prompt);
-        let Check { hits, masked, .. } = check;
+        let Check { hits, masked, recall, .. } = check;
+        if let Some(Recall { known, new, .. }) = recall {
+            (self.known_texts, self.new_texts) = (known, new);
+        }
         let before = self.findings.len();
         self.find(&hits, Stage::Input);
         let room = MAX_FINDINGS.saturating_sub(prompt.findings.len());
@@ -571,13 +605,19 @@ impl Filter for Moderator {
             record.find(finding);
         }
         record.found += std::mem::take(&mut self.unlisted);
+        record.known_texts += std::mem::take(&mut self.known_texts);
+        record.new_texts += std::mem::take(&mut self.new_texts);
         record.raise(self.outcome);
     }
 }
 
+/// Hits of a prompt beyond these are not counted.
+const MOST_HITS: usize = 4 * MAX_FINDINGS;
+
 /// A look through a prompt: every text of it, wherever it stands.
 struct Check<'a> {
     rules: &'a Moderation,
+    recall: Option<Recall<'a>>,
     hits: Vec<Hit>,
     masked: bool,
 }
@@ -591,7 +631,7 @@ impl Check<'_> {
         if !exempt.contains(&Role::System) {
             let settings = &mut prompt.settings;
             for value in [&mut settings.tools, &mut settings.tool_choice, &mut settings.response_format].into_iter().flatten() {
-                self.value(value)?;
+                self.whole_value(value)?;
             }
             for stop in &mut prompt.settings.stop {
                 self.text(stop)?;
@@ -616,7 +656,7 @@ impl Check<'_> {
             self.text(name)?;
         }
         match &mut message.tool_calls {
-            Some(calls) => self.value(calls),
+            Some(calls) => self.whole_value(calls),
             None => Ok(()),
         }
     }
@@ -627,10 +667,10 @@ impl Check<'_> {
 
     /// Judges texts that are read as one, and masks them where they stand.
     fn joined(&mut self, texts: &mut [&mut String]) -> Result<(), Stop> {
-        let Whole { edits, cut } = self.rules.whole(texts.iter().map(|text| text.as_str()));
+        let Whole { edits, cut } = self.whole(texts);
         let refusal = cut.then(|| self.rules.refusal(&edits.hits));
         self.hits.extend(edits.hits);
-        self.hits.truncate(4 * MAX_FINDINGS);
+        self.hits.truncate(MOST_HITS);
         if let Some(refusal) = refusal {
             return Err(refusal.into());
         }
@@ -647,6 +687,40 @@ impl Check<'_> {
             start = end;
         }
         Ok(())
+    }
+
+    /// What is found in texts that are read as one, now or when they were judged before.
+    fn whole(&mut self, texts: &[&mut String]) -> Whole {
+        let digest = self.recall.as_ref().and_then(|recall| recall.digest(texts));
+        let known = self.recall.as_mut().zip(digest.as_ref()).and_then(|(recall, digest)| recall.find(digest));
+        if let Some(edits) = known {
+            return Whole { edits, cut: false };
+        }
+        let whole = self.rules.whole(texts.iter().map(|text| text.as_str()));
+        if let Some((recall, digest)) = self.recall.as_ref().zip(digest).filter(|_| !whole.cut) {
+            recall.keep(digest, &whole.edits);
+        }
+        whole
+    }
+
+    /// Judges a JSON value, unless it is remembered that nothing is found in it and nothing of it written anew.
+    fn whole_value(&mut self, value: &mut Value) -> Result<(), Stop> {
+        let digest = self.recall.as_ref().and_then(|recall| recall.digest_of_value(value));
+        if self.recall.as_mut().zip(digest.as_ref()).is_some_and(|(recall, digest)| recall.find(digest).is_some()) {
+            return Ok(());
+        }
+        let mut hits = std::mem::take(&mut self.hits);
+        let judged = self.value(value);
+        let clean = judged.is_ok() && self.hits.is_empty();
+        hits.append(&mut self.hits);
+        hits.truncate(MOST_HITS);
+        self.hits = hits;
+        if let Some((recall, digest)) = self.recall.as_ref().zip(digest).filter(|_| clean)
+            && recall.digest_of_value(value) == Some(digest)
+        {
+            recall.keep(digest, &Edits::default());
+        }
+        judged
     }
 
     /// Judges every text in a JSON value: names of members, numbers, and the JSON inside of `arguments`.

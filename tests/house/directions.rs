@@ -45,7 +45,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tokio-rustls", &["upstream", "gateway"]),
     ("rustls-native-certs", &["upstream", "gateway"]),
     ("ed25519-dalek", &["policy"]),
-    ("aws-lc-rs", &["policy"]),
+    ("aws-lc-rs", &["policy", "filters"]),
     ("sha2", &["policy", "filters"]),
     ("base64", &["policy", "gateway"]),
     ("jsonwebtoken", &["filters"]),
@@ -62,6 +62,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("memchr", &["contracts", "filters", "upstream"]),
     // limits and state
     ("governor", &["filters"]),
+    ("quick_cache", &["filters"]),
     ("arc-swap", &["gateway"]),
     ("redis", &["store"]),
     ("rdkafka", &["orchestrator"]),
