@@ -48,7 +48,7 @@ impl Chain {
         for gate in &mut self.gates {
             gate.pass(batch);
         }
-        self.stop(0)
+        self.stop()
     }
 
     /// Whether more may come in.
@@ -58,25 +58,43 @@ impl Chain {
 
     /// Waits until something may go that was held, without new text. Cancel safe: what became ripe is kept in its gate.
     pub async fn ripen(&mut self) {
-        poll_fn(|cx| {
-            for gate in &mut self.gates {
-                if gate.poll_ripe(cx).is_ready() {
-                    return Poll::Ready(());
-                }
-            }
-            Poll::Pending
-        })
-        .await;
+        ripen(&mut self.gates).await;
     }
 
-    /// Nothing more will come. In: how the turn would end. Out: what was still held and may go, and how the turn does end:
+    /// Nothing more will come. Out: what was still held and may go. `true`: there may be more, and so it is asked again.
+    ///
+    /// A filter that still thinks gets the time that its terms give; whoever drops this when that is too long has lost nothing, and
+    /// what still waits then is late. Cancel safe.
+    pub async fn rest(&mut self, batch: &mut Batch) -> bool {
+        batch.clear();
+        loop {
+            let from = self.uncut();
+            // Whether all that a gate will ever be shown has come to it.
+            let mut is_over = true;
+            for gate in &mut self.gates[from..] {
+                gate.pass(batch);
+                if is_over {
+                    gate.last(batch);
+                }
+                is_over &= gate.is_empty();
+            }
+            if is_over || !batch.is_empty() {
+                return !is_over;
+            }
+            // Behind a cut that was just made nothing may be left to wait for.
+            if self.uncut() == from {
+                ripen(&mut self.gates[from..]).await;
+            }
+        }
+    }
+
+    /// There is no more time. In: how the turn would end. Out: what was still held and may go, and how the turn does end:
     /// a refusal of held text lies earlier in the text than any end after it, and so it wins.
     ///
     /// What filters report counts all they were shown: also what a later filter then cut.
     pub fn end(&mut self, end: End, batch: &mut Batch, record: &mut Record) -> End {
         batch.clear();
-        // Gates before a refusing one have nothing more to say: what they hold lies behind the cut.
-        let from = self.gates.iter().rposition(|gate| gate.stop().is_some()).map_or(0, |index| index + 1);
+        let from = self.uncut();
         let end = match end {
             // Nobody is listening: nothing needs to be cleared.
             Err(Stop::Gone(gone)) => Err(Stop::Gone(gone)),
@@ -84,8 +102,9 @@ impl Chain {
                 for gate in &mut self.gates[from..] {
                     gate.pass(batch);
                     gate.last(batch);
+                    gate.close(batch);
                 }
-                self.stop(from).and(end)
+                self.stop().and(end)
             }
         };
         for gate in &mut self.gates {
@@ -94,10 +113,24 @@ impl Chain {
         end
     }
 
-    fn stop(&self, from: usize) -> Result<(), Stop> {
-        match self.gates[from..].iter().rev().find_map(|gate| gate.stop().cloned()) {
+    /// The first gate behind the last that has refused: those before it have nothing more to say, for what they hold lies behind the cut.
+    fn uncut(&self) -> usize {
+        self.gates.iter().rposition(|gate| gate.stop().is_some()).map_or(0, |index| index + 1)
+    }
+
+    fn stop(&self) -> Result<(), Stop> {
+        match self.gates.iter().rev().find_map(|gate| gate.stop().cloned()) {
             Some(stop) => Err(stop),
             None => Ok(()),
         }
     }
+}
+
+/// Waits until one of these gates has something that may go, without new text.
+async fn ripen(gates: &mut [Gate]) {
+    poll_fn(|cx| match gates.iter_mut().any(|gate| gate.poll_ripe(cx).is_ready()) {
+        true => Poll::Ready(()),
+        false => Poll::Pending,
+    })
+    .await;
 }

@@ -343,7 +343,9 @@ impl Gate {
         self.desk = Some(desk);
     }
 
-    /// Nothing more will come: everything held gets its last verdict and leaves, but for what is cut.
+    /// Nothing more will come: every lane gets its last verdict, and what is clean leaves. What the filter still thinks about stays.
+    ///
+    /// Asked again it gives what has become clean since.
     pub(crate) fn last(&mut self, batch: &mut Batch) {
         if self.stop.is_some() || self.textless {
             return;
@@ -351,15 +353,22 @@ impl Gate {
         for index in 0..self.lanes.len() {
             self.last_word(index);
         }
-        let now = Instant::now();
+        self.let_go(batch);
+    }
+
+    /// And there is no more time: what still waits is late.
+    pub(crate) fn close(&mut self, batch: &mut Batch) {
+        if self.stop.is_none() && !self.is_empty() {
+            self.be_late();
+            self.let_go(batch);
+        }
+    }
+
+    /// Puts what may go behind what is in the batch.
+    fn let_go(&mut self, batch: &mut Batch) {
         let mut desk = self.desk.take().unwrap_or_default();
         desk.out.dialect = batch.dialect;
-        self.release(&mut desk, now);
-        if !desk.is_empty() {
-            // A filter that still thinks has had all the time there is.
-            self.be_late();
-            self.release(&mut desk, now);
-        }
+        self.release(&mut desk, Instant::now());
         desk.hand_over(batch);
         self.desk = Some(desk);
     }
@@ -434,7 +443,8 @@ impl Gate {
         Poll::Ready(())
     }
 
-    fn is_empty(&self) -> bool {
+    /// Whether nothing waits here.
+    pub(crate) fn is_empty(&self) -> bool {
         self.desk.as_ref().is_none_or(|desk| desk.is_empty())
     }
 

@@ -88,8 +88,8 @@ pub trait Filter: Send {
         Verdict::pass()
     }
 
-    /// A verdict that had to be waited for, and the lane it is about. Pending while there is none; keeps the waker. What is
-    /// still pending when the answer has ended is late: the gate's terms decide.
+    /// A verdict that had to be waited for, and the lane it is about. Pending while there is none; keeps the waker. An answer that
+    /// has ended waits for it as long as the gate's terms allow text to be held, and no longer than the route's deadline.
     fn poll(&mut self, _cx: &mut Context<'_>) -> Poll<(Lane, Verdict)> {
         Poll::Pending
     }

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::{Pin, pin},
     sync::{
         Arc, LazyLock, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -555,6 +555,128 @@ fn what_is_still_held_at_the_end_gets_its_last_verdict() {
     assert_eq!(at_last(|| Verdict::pass().replacing(At(1)..At(3), "-")), ("a-def".into(), None));
     assert_eq!(at_last(|| Verdict::refuse_from(At(2), Refusal::new(Code::PolicyDenied, "r"))), ("ab".into(), Some(Code::PolicyDenied)));
     assert_eq!(at_last(|| Verdict::hold_from(At(2))), ("ab".into(), Some(Code::ModerationUnavailable)));
+}
+
+/// Holds everything, and judges a lane so many milliseconds after its last text: from some place on it refuses, or nowhere.
+struct Slow {
+    takes: Duration,
+    refuses: Option<u64>,
+    due: BTreeMap<Lane, (At, Pin<Box<tokio::time::Sleep>>)>,
+}
+
+impl Slow {
+    fn gate(takes: u64, refuses: Option<u64>, terms: Terms) -> Gate {
+        Gate::new("slow", Box::new(Slow { takes: Duration::from_millis(takes), refuses, due: BTreeMap::new() }), terms)
+    }
+}
+
+impl Filter for Slow {
+    fn text(&mut self, text: Text<'_>) -> Verdict {
+        self.due.insert(text.lane, (text.end(), Box::pin(tokio::time::sleep(self.takes))));
+        Verdict::hold_from(At(0))
+    }
+    fn last(&mut self, lane: Lane) -> Verdict {
+        if self.due.contains_key(&lane) { Verdict::hold_from(At(0)) } else { Verdict::pass() }
+    }
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(Lane, Verdict)> {
+        let ready = self.due.iter_mut().find_map(|(lane, (end, due))| due.as_mut().poll(cx).is_ready().then_some((*lane, *end)));
+        let Some((lane, end)) = ready else { return Poll::Pending };
+        self.due.remove(&lane);
+        Poll::Ready((
+            lane,
+            match self.refuses {
+                Some(at) if at < end.0 => Verdict::refuse_from(At(at), Refusal::new(Code::PolicyDenied, "slow")),
+                _ => Verdict::hold_from(end),
+            },
+        ))
+    }
+}
+
+/// Runs a turn's answer and its rest, which has until `deadline`: what came out, the end, and how long the rest took.
+async fn rested(mut chain: Chain, pieces: &[&str], deadline: Duration) -> (String, Option<Code>, Duration) {
+    let mut end = Ok(());
+    let (mut out, mut batch, mut record) = (String::new(), Batch::new(), Record::default());
+    for piece in pieces {
+        let (text, passed) = pass(&mut chain, Lane::DEFAULT, piece);
+        out += &text;
+        end = passed;
+        if end.is_err() {
+            break;
+        }
+    }
+    let began = tokio::time::Instant::now();
+    let rest = async {
+        while chain.rest(&mut batch).await {
+            out += &all_text(&batch);
+        }
+        out += &all_text(&batch);
+    };
+    let _ = tokio::time::timeout(deadline, rest).await;
+    let took = began.elapsed();
+    let end = chain.end(end, &mut batch, &mut record);
+    (out + &all_text(&batch), end.err().map(|stop| stop.code()), took)
+}
+
+#[test]
+fn an_answer_that_has_ended_waits_for_slow_judges_as_long_as_their_terms_say() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let lasts = Duration::from_secs(60);
+    proptest!(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }, |(
+        judges in vec((0..200_u64, prop::option::of(0..12_u64)), 1..4), hold in 1..300_u64, release: bool, pieces in vec("[a-z]{1,4}", 1..4),
+    )| {
+        let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+        let whole = pieces.concat();
+        // A refusal of text that has gone unjudged still ends the turn, if it comes before that.
+        let judges: Vec<_> = judges.into_iter().map(|(takes, refuses)| (takes, refuses.filter(|_| takes < hold || !release))).collect();
+        let late = if release { Late::Release } else { Late::Refuse };
+        let terms = Terms { max_hold: Some(millis(hold)), late, ..Terms::default() };
+        let chain = Chain::new(judges.iter().map(|&(takes, refuses)| Slow::gate(takes, refuses, terms)).collect());
+        let (out, code, took) = runtime.block_on(rested(chain, &pieces, lasts));
+        // Each judge sees the text once the one before it has let it go, up to where that one cut it.
+        let (mut text, mut expected, mut waited) = (whole.as_str(), None, 0);
+        for &(takes, refuses) in &judges {
+            if text.is_empty() {
+                break;
+            }
+            // At the very millisecond both are right.
+            prop_assume!(takes != hold);
+            waited += takes.min(hold);
+            match (takes > hold, late, refuses.filter(|at| (*at as usize) < text.len())) {
+                (true, Late::Release, _) | (false, _, None) => {}
+                (true, Late::Refuse, _) => (text, expected) = ("", Some(Code::ModerationUnavailable)),
+                (false, _, Some(at)) => (text, expected) = (&text[..at as usize], Some(Code::PolicyDenied)),
+            }
+        }
+        prop_assert_eq!((out.as_str(), code), (text, expected));
+        // A tokio timer is a millisecond coarse.
+        prop_assert!((waited..=waited + judges.len() as u64 + 1).contains(&(took.as_millis() as u64)), "{:?} for {}", took, waited);
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_no_longer_for_a_slow_judge_gets_what_its_terms_say() {
+    let ends = async |late, max_hold| {
+        let chain = Chain::new(vec![Slow::gate(5_000, None, Terms { late, max_hold, ..Terms::default() })]);
+        rested(chain, &["abc"], Duration::from_secs(1)).await
+    };
+    let second = Duration::from_secs(1);
+    assert_eq!(ends(Late::Refuse, None).await, (String::new(), Some(Code::ModerationUnavailable), second));
+    assert_eq!(ends(Late::Release, None).await, ("abc".into(), None, second));
+    assert_eq!(ends(Late::Refuse, Some(millis(9_000))).await, (String::new(), Some(Code::ModerationUnavailable), second));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_one_slow_judge_has_cut_is_waited_for_by_nobody() {
+    // The first holds its text for good; the second, which was shown none, ends the turn.
+    struct Stops;
+    impl Filter for Stops {
+        fn poll(&mut self, _: &mut Context<'_>) -> Poll<(Lane, Verdict)> {
+            Poll::Ready((Lane::DEFAULT, Verdict::refuse_from(At(0), Refusal::new(Code::PolicyDenied, "stops"))))
+        }
+    }
+    let chain = Chain::new(vec![Slow::gate(5_000, None, Terms::default()), Gate::new("stops", Box::new(Stops), Terms::default())]);
+    let (out, code, took) = rested(chain, &["abc"], Duration::from_secs(60)).await;
+    assert_eq!((out.as_str(), code, took), ("", Some(Code::PolicyDenied), Duration::ZERO));
 }
 
 #[test]

@@ -26,10 +26,13 @@ pub fn run(
         let end = select! { biased;
             gone = outbox.gone() => Err(gone.into()),
             () = sleep(turn.flow.deadline) => Err(over("route.deadline")),
-            end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch) => end,
+            end = async {
+                let end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch).await;
+                rest(end, &mut chain, &outbox, &mut watch).await
+            } => end,
         };
         let mut last = Batch::new();
-        let end = chain.end(end, &mut last, &mut turn.record); // what is still held gets its last verdict
+        let end = chain.end(end, &mut last, &mut turn.record); // what is still held is late
         let slip = watch.slip(&turn, &prompt, &end); // for what the orchestrator hears of it, once the client has taken it
         let record = outbox.close(&turn, &last, &end, slip); // the ending in the client's own dialect
         watch.end(&turn, &prompt, &chain, &record, &end); // one log line, metrics, the span's end
@@ -64,6 +67,18 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
         }
     }
     Ok(())
+}
+
+/// The answer has ended, however it did. What a filter still thinks about has the time its terms give.
+async fn rest(end: End, chain: &mut Chain, outbox: &Outbox, watch: &mut Watch) -> End {
+    let mut batch = Batch::new();
+    let mut more = !matches!(end, Err(Stop::Gone(_)));
+    while more {
+        more = chain.rest(&mut batch).await;
+        outbox.send(&batch).await?;
+        watch.sent(&batch);
+    }
+    end
 }
 
 fn over(rule: &'static str) -> Stop {
