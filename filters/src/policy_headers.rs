@@ -323,6 +323,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_turn_of_a_tenant_in_training_mode_says_so_under_its_fence_and_one_whose_mode_is_unknown_does_not_run() {
+        struct Locks;
+        impl Modes for Locks {
+            fn fence(&self, tenant: &str) -> Result<Option<u64>, Fault> {
+                match tenant {
+                    "trains" => Ok(Some(12)),
+                    "unknown" => Err(Fault::us(Code::PolicyRegistryUnavailable)),
+                    _ => Ok(None),
+                }
+            }
+        }
+        let (policy, ring) = policy();
+        let tools = Tools { policy: Some(policy), modes: Some(Arc::new(Locks)), now: || NOW, ..Tools::none() };
+        let rules = [built_with("policy_headers", &tools)];
+        for (tenant, fence) in [("trains", Some(12)), ("acme", None)] {
+            let mut prompt = prompt("hello");
+            prompt.principal.tenant = tenant.parse::<TenantId>().unwrap();
+            let mut chain = crate::chain(&rules, &mut turn());
+            chain.prompt(&mut prompt).await.unwrap();
+            let headers = prompt.seal.clone().unwrap()(&prompt, &Dispatch { method: "POST", path: "/", body: b"{}" }).unwrap();
+            let claims = ring.verifier().open(headers[POLICY_VERDICT].to_str().unwrap(), NOW).unwrap();
+            assert_eq!((claims.fence, claims.mode == headgate_policy::Mode::Training), (fence, fence.is_some()), "{tenant}");
+        }
+        let mut prompt = prompt("hello");
+        prompt.principal.tenant = "unknown".parse::<TenantId>().unwrap();
+        let stop = crate::chain(&rules, &mut turn()).prompt(&mut prompt).await.unwrap_err();
+        assert_eq!(stop.code(), Code::PolicyRegistryUnavailable);
+    }
+
+    #[tokio::test]
     async fn nothing_is_signed_under_a_policy_that_the_registry_does_not_know() {
         struct Away;
         impl Registry for Away {

@@ -110,19 +110,8 @@ impl House {
         self.started("run", "gateway", at, admin, &config).await
     }
 
-    /// An access token for one of the provider's people.
-    async fn token_from(&self, identity: SocketAddr, who: &str) -> String {
-        let basic = STANDARD.encode(format!("{who}:{who}-secret"));
-        let request = Request::new("POST", "/token")
-            .header("authorization", &format!("Basic {basic}"))
-            .header("content-type", "application/x-www-form-urlencoded")
-            .body(format!("grant_type=client_credentials&scope=training&resource={AUDIENCE}"));
-        let reply = ask(identity, &request).await.unwrap();
-        reply.json()["access_token"].as_str().unwrap_or_else(|| panic!("no token: {}", reply.text())).to_owned()
-    }
-
     async fn token(&self, who: &str) -> String {
-        self.token_from(self.identity.addr(), who).await
+        token(self.identity.addr(), who).await
     }
 
     /// A dispatch past the gateway in training mode under `fence`, as one would arrive that was sent before its gateway fell asleep.
@@ -157,6 +146,17 @@ impl House {
         }
         events
     }
+}
+
+/// An access token for one of the provider's people.
+async fn token(identity: SocketAddr, who: &str) -> String {
+    let basic = STANDARD.encode(format!("{who}:{who}-secret"));
+    let request = Request::new("POST", "/token")
+        .header("authorization", &format!("Basic {basic}"))
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(format!("grant_type=client_credentials&scope=training&resource={AUDIENCE}"));
+    let reply = ask(identity, &request).await.unwrap();
+    reply.json()["access_token"].as_str().unwrap_or_else(|| panic!("no token: {}", reply.text())).to_owned()
 }
 
 async fn call(at: &Running, call: &str, token: &str) -> Reply {
@@ -272,7 +272,7 @@ async fn nobody_but_a_fresh_admin_of_this_provider_gets_in_and_every_attempt_is_
     let desk = house.orchestrator("first").await;
     let foreign = services::identity().await.unwrap_or_else(|missing| panic!("{missing}"));
     let (carl, stale) = (house.token("carl").await, house.token("stale").await);
-    let (stranger, ann) = (house.token_from(foreign.addr(), "ann").await, house.token("ann").await);
+    let (stranger, ann) = (token(foreign.addr(), "ann").await, house.token("ann").await);
     // Its last character holds bits that are no part of the signature: one in the middle is changed.
     let forged = ann.replace(&ann[ann.len() - 20..ann.len() - 10], "AAAAAAAAAA");
     for (token, status, code) in [
@@ -452,4 +452,41 @@ async fn without_kafka_there_is_no_training_mode() {
     let (new, _) = waited_for(&desk, &ann).await;
     assert!(new > old);
     assert_eq!(house.dispatch(&desk, new).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_is_alone_keeps_lock_and_audit_itself_and_ends_training_mode_in_time() {
+    let test = "a_process_that_is_alone_keeps_lock_and_audit_itself";
+    let Some(identity) = services::identity().await.or_skip(test) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = Upstream::always(Script::stream(Answer::openai("demo", &["yes"]).cut(Cut::Whole))).await;
+    let (at, desk, admin) = (free_addr(), free_addr(), free_addr());
+    fs::write(folder.path().join("constitution.md"), "# Be kind\n\nBe kind to whoever asks.\n").unwrap();
+    let config = format!(
+        "listen: {at}\nadmin: {{ listen: {admin} }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\" }}\n\
+         upstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"], health: {{ interval: 0s }} }}\n  desk: {{ protocol: orchestrator, endpoints: [\"http://{desk}\"], health: {{ interval: 0s }} }}\n\
+         routes:\n  - path: /v1/chat/stream\n    upstream: desk\n    filters:\n      - auth: {{ keys: [{{ key: \"{}\", tenant: acme, subject: u1 }}] }}\n      - policy_headers\n\
+         orchestrator:\n  listen: {desk}\n  upstream: model\n  events: {{ folder: events, cap: 16MiB }}\n  training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 3s, max_hold: 5s, alone: true }}\n",
+        model.url(),
+        KeyHash::of(KEY),
+        identity.addr(),
+    );
+    let file = folder.path().join("headgate.yaml");
+    fs::write(&file, config).unwrap();
+    let service = Program::at(env!("CARGO_BIN_EXE_headgate")).argument("run").argument(&file).start(Ready::Connects(at)).await;
+    let house = Running { service, at: desk, admin };
+    let ann = token(identity.addr(), "ann").await;
+    let fence = enabled(&house, &ann).await;
+    assert_eq!(fence, 1, "the record's number");
+    let whole = stream(at, &Request::turn("hi").bearer(KEY), Kind::Client).await.unwrap().rest().await.unwrap();
+    assert_eq!(whole.text(), "yes");
+    let metrics = ask(admin, &Request::get("/metrics")).await.unwrap().text();
+    assert!(metrics.contains("training_mode_state{tenant=\"acme\"} 1\n"), "{metrics}");
+    // It is renewed beyond its time, and not beyond the longest that it may be held.
+    house.service.line("\"reason\":\"max_hold\"").await;
+    let off = async { while call(&house, "", &ann).await.json()["mode"] == "training" {} };
+    soon(off, "training mode to be off").await;
+    let mut told = Vec::new();
+    audit::verify(&folder.path().join("events/training.jsonl"), |record| told.push(record.action.clone())).unwrap();
+    assert_eq!(told, ["training.lock.acquired", "training.lock.released"]);
 }

@@ -23,7 +23,7 @@ mod used;
 pub use ::redis::{Cmd, FromRedisValue, Pipeline, cmd, pipe};
 
 pub use followed::{Followed, MOST_TENANTS, TRUSTED_FOR};
-pub use locks::{Acquired, Fenced, Held, Here, Locks, MOST_LOCKS};
+pub use locks::{Acquired, Fenced, Held, Here, Locks, MOST_LOCKS, Renewed};
 pub use modes::{ModeNow, Modes};
 pub use redis::{Redis, Unanswered, Unusable};
 pub use store::{NotPut, Store, Unreachable};

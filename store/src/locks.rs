@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `training:{tenant}:lock` | a hash, gone by itself: owner, session, when it was taken, the fence once there is one |
 //! | `training:{tenant}:last` | the same without an end: who must be said to have lost it, if it is gone without a word |
+//! | `training:{tenant}:gone` | the session that gave the lock back last, for ten minutes: for whoever renews it
 //! | `training:{tenant}:high` | the highest fence that a lock was held with |
 //! | `training:tenants` | the tenants with any of these, for those who look at all |
 //! | `training:changes` | a channel: something changed |
@@ -53,15 +54,18 @@ redis.call('HSET', KEYS[2], 'fence', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1";
 
-/// KEYS: lock. ARGV: session, fence, ttl.
+/// KEYS: lock, gone. ARGV: session, fence, ttl. 1: held; 0: lost; -1: given back.
 const RENEW: &str = "
-if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 0 end
+if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then
+  return redis.call('GET', KEYS[2]) == ARGV[1] and -1 or 0
+end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1";
 
-/// KEYS: lock, last. ARGV: session.
+/// KEYS: lock, last, gone. ARGV: session.
 const RELEASE: &str = "
 if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[3], ARGV[1], 'PX', 600000)
 redis.call('DEL', KEYS[1], KEYS[2])
 return 1";
 
@@ -107,6 +111,17 @@ pub enum Fenced {
     Low,
 }
 
+/// What became of renewing a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Renewed {
+    /// Its time begins anew.
+    Held,
+    /// Somebody gave it back for us.
+    GivenBack,
+    /// It ran out, or was forgotten.
+    Lost,
+}
+
 /// The locks of all tenants.
 #[derive(Debug, Clone)]
 pub enum Locks {
@@ -140,8 +155,8 @@ impl Here {
     }
 }
 
-fn keys(tenant: &str) -> [String; 3] {
-    ["lock", "last", "high"].map(|kind| format!("training:{{{tenant}}}:{kind}"))
+fn keys(tenant: &str) -> [String; 4] {
+    ["lock", "last", "high", "gone"].map(|kind| format!("training:{{{tenant}}}:{kind}"))
 }
 
 impl Locks {
@@ -161,7 +176,7 @@ impl Locks {
     pub async fn acquire(&self, tenant: &str, owner: &str, session: &str, now: u64, ttl: Duration) -> Result<Acquired, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, last, _] = keys(tenant);
+                let [lock, last, ..] = keys(tenant);
                 // First, so that whoever looks at all tenants finds what is taken next.
                 redis.ask::<()>(cmd("SADD").arg(TENANTS).arg(tenant)).await?;
                 let mut command = cmd("EVAL");
@@ -193,7 +208,8 @@ impl Locks {
         match self {
             Locks::Shared(redis) => {
                 let mut command = cmd("EVAL");
-                command.arg(FENCE).arg(3).arg(&keys(tenant)).arg(session).arg(fence).arg(ms(ttl));
+                let [lock, last, high, _] = keys(tenant);
+                command.arg(FENCE).arg(3).arg(&lock).arg(&last).arg(&high).arg(session).arg(fence).arg(ms(ttl));
                 let fenced = match redis.ask::<i64>(&command).await? {
                     1 => Fenced::Held,
                     -1 => Fenced::Low,
@@ -213,28 +229,31 @@ impl Locks {
         }
     }
 
-    /// Begins the time of a held lock anew; whether it was still held by us.
+    /// Begins the time of a held lock anew, if it is still ours.
     ///
     /// Errors: Redis does not say.
-    pub async fn renew(&self, tenant: &str, session: &str, fence: u64, ttl: Duration) -> Result<bool, Unanswered> {
+    pub async fn renew(&self, tenant: &str, session: &str, fence: u64, ttl: Duration) -> Result<Renewed, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, ..] = keys(tenant);
+                let [lock, _, _, gone] = keys(tenant);
                 let mut command = cmd("EVAL");
-                command.arg(RENEW).arg(1).arg(&lock).arg(session).arg(fence).arg(ms(ttl));
-                let ours = redis.ask::<bool>(&command).await?;
-                if ours {
-                    // Whoever tidied up while the lock was being taken is outlived.
-                    redis.ask::<()>(cmd("SADD").arg(TENANTS).arg(tenant)).await?;
+                command.arg(RENEW).arg(2).arg(&lock).arg(&gone).arg(session).arg(fence).arg(ms(ttl));
+                match redis.ask::<i64>(&command).await? {
+                    1 => {
+                        // Whoever tidied up while the lock was being taken is outlived.
+                        redis.ask::<()>(cmd("SADD").arg(TENANTS).arg(tenant)).await?;
+                        Ok(Renewed::Held)
+                    }
+                    -1 => Ok(Renewed::GivenBack),
+                    _ => Ok(Renewed::Lost),
                 }
-                Ok(ours)
             }
             Locks::Here(here) => Ok(match here.all().get_mut(tenant) {
                 Some(kept) if kept.held.session == session && kept.held.fence == Some(fence) && kept.live().is_some() => {
                     kept.until = Instant::now() + ttl;
-                    true
+                    Renewed::Held
                 }
-                _ => false,
+                _ => Renewed::Lost,
             }),
         }
     }
@@ -245,9 +264,9 @@ impl Locks {
     pub async fn release(&self, tenant: &str, session: &str) -> Result<bool, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, last, _] = keys(tenant);
+                let [lock, last, _, gone] = keys(tenant);
                 let mut command = cmd("EVAL");
-                command.arg(RELEASE).arg(2).arg(&lock).arg(&last).arg(session);
+                command.arg(RELEASE).arg(3).arg(&lock).arg(&last).arg(&gone).arg(session);
                 let ours = redis.ask::<bool>(&command).await?;
                 if ours {
                     self.tell(tenant).await;
@@ -274,8 +293,8 @@ impl Locks {
                 let [lock, ..] = keys(tenant);
                 let mut both = pipe();
                 both.cmd("HMGET").arg(&lock).arg(&FIELDS).cmd("PTTL").arg(&lock);
-                let (fields, left) = redis.ask_all::<(Fields, i64)>(&both.atomic()).await?;
-                Ok(held(fields, left).filter(|_| left > 0))
+                let (fields, left) = redis.ask_all::<(Fields, i64)>(both.atomic()).await?;
+                Ok(held(fields, left).filter(|_| left >= 0))
             }
             Locks::Here(here) => Ok(here.all().get(tenant).and_then(Kept::live)),
         }
@@ -303,7 +322,7 @@ impl Locks {
                     let [fields, left] = answer else { continue };
                     let read = |value: &Value| Fields::from_redis_value(value.clone()).ok();
                     let left = i64::from_redis_value(left.clone()).unwrap_or(0);
-                    match read(fields).and_then(|fields| held(fields, left)).filter(|_| left > 0) {
+                    match read(fields).and_then(|fields| held(fields, left)).filter(|_| left >= 0) {
                         Some(held) => drop(found.insert(tenant, held)),
                         None => without.push(tenant),
                     }
@@ -329,7 +348,7 @@ impl Locks {
     pub async fn expired(&self, tenant: &str) -> Result<Option<Held>, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, last, _] = keys(tenant);
+                let [lock, last, ..] = keys(tenant);
                 let mut command = cmd("EVAL");
                 command.arg(EXPIRED).arg(2).arg(&lock).arg(&last);
                 let Answer(gone, last) = redis.ask(&command).await?;

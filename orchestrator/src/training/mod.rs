@@ -28,7 +28,7 @@ use headgate_contracts::{
     Code, Fault, Principal, SessionId, Subject, TenantId, Trace,
     wire::training::{Mode, Outcome, TrainingState},
 };
-use headgate_store::{Acquired, Fenced, Held, Locks, Modes, Unanswered};
+use headgate_store::{Acquired, Fenced, Held, Locks, Modes, Renewed, Unanswered};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -563,12 +563,14 @@ impl Training {
             return;
         }
         match self.locks().renew(&tenant, &hold.session, hold.fence, ttl).await {
-            Ok(true) => {
+            Ok(Renewed::Held) => {
                 if let Some(kept) = self.holds().get_mut(&tenant).filter(|kept| kept.session == hold.session) {
                     (kept.renewed, kept.deadline) = (asked, asked + ttl - self.margin());
                 }
             }
-            Ok(false) => self.end(tenant, hold, Ending::Lost("it is gone, or another's")),
+            // Whoever did that has it on record.
+            Ok(Renewed::GivenBack) => drop(self.drop_hold(&tenant, &hold)),
+            Ok(Renewed::Lost) => self.end(tenant, hold, Ending::Lost("it is gone, or another's")),
             // Asked again until the deadline.
             Err(error) => tracing::debug!(tenant, %error, "the training lock cannot be renewed now"),
         }

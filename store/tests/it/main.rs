@@ -1,5 +1,6 @@
 //! The store over a real Redis: answering, slow, loading, gone, and written to by somebody who should not.
 
+mod locks;
 mod redis;
 mod registry;
 
