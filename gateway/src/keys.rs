@@ -28,6 +28,8 @@ const REFETCH: Duration = Duration::from_secs(300);
 const RETRY: Duration = Duration::from_secs(5);
 /// Keys older than this are no keys any more: a provider that cannot be reached for so long cannot have withdrawn one either.
 const LIFETIME: Duration = Duration::from_secs(3600);
+/// How long an orchestrator believes keys it has fetched: one that cannot fetch them hears of no revocation. Twice the longest `keys_refresh`.
+pub const VERDICT_KEYS_LIFETIME: Duration = Duration::from_secs(600);
 /// The longest a fetch may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The largest document that is read, in bytes.

@@ -152,8 +152,10 @@ impl Process {
             lasting.meters.register(|registry| orchestrator.register(registry));
             if let VerdictKeys::Url(url) = &told.keys {
                 let (url, trusted) = (url.to_string(), Arc::clone(&orchestrator));
+                orchestrator.wait_for_keys();
                 let follow = keys::follow(url, told.keys_refresh, move |jwks| {
-                    Verifier::from_jwks(jwks).map(|keys| trusted.trust(keys)).map_err(|error| error.to_string())
+                    let believe = |verifier| trusted.trust_for(verifier, keys::VERDICT_KEYS_LIFETIME);
+                    Verifier::from_jwks(jwks).map(believe).map_err(|error| error.to_string())
                 });
                 beside.spawn(follow);
             }

@@ -34,7 +34,7 @@ pub mod training;
 mod verify;
 mod ws;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use headgate_policy::{Registry, Verifier};
 use headgate_store::Used;
@@ -105,12 +105,25 @@ impl Orchestrator {
         self.court.trust(keys);
     }
 
+    /// The same, and believes nothing once `lifetime` has passed: for keys that are fetched, since a revocation that cannot be heard of
+    /// must not be outlived. Turns are then refused with `policy_registry_unavailable`, until keys are brought again.
+    pub fn trust_for(&self, keys: Verifier, lifetime: Duration) {
+        self.court.trust_for(keys, lifetime);
+    }
+
+    /// Believes nothing until it is given keys.
+    pub fn wait_for_keys(&self) {
+        self.court.wait_for_keys();
+    }
+
     /// Whether turns are taken and some endpoint could answer them; else the reason, for people.
     pub fn ready(&self) -> Result<(), &'static str> {
         if !self.runs.is_open() {
             Err("draining\n")
         } else if self.events.as_ref().is_some_and(events::Log::is_sealed) {
             Err("the event log is sealed after a failed write\n")
+        } else if !self.court.has_keys() {
+            Err("the keys that verdicts are judged by cannot be fetched\n")
         } else if !self.court.has_registry() {
             Err("the policy registry cannot be reached\n")
         } else if !self.models.ready() {

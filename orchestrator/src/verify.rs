@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, PoisonError, RwLock},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use crate::training::Training;
@@ -12,7 +12,8 @@ use headgate_policy::{
 };
 use headgate_store::Used;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+use tokio::time::Instant;
 
 /// The signed verdict.
 pub(crate) const VERDICT: HeaderName = HeaderName::from_static("policy-verdict");
@@ -27,7 +28,7 @@ const CONTENT_DIGEST: HeaderName = HeaderName::from_static("content-digest");
 pub(crate) struct Court {
     issuer: String,
     // Replaced as a whole when keys rotate; a verification keeps the set it began with.
-    keys: RwLock<Arc<Verifier>>,
+    keys: RwLock<Believed>,
     registry: Arc<dyn Registry>,
     spent: Replays,
     /// What all orchestrators of a deployment have used up.
@@ -36,6 +37,14 @@ pub(crate) struct Court {
     training: Option<Arc<Training>>,
     /// Verdicts that only this process could call unused.
     alone: Counter,
+    /// When keys that do not last were last brought, in Unix seconds.
+    brought: Gauge,
+}
+
+/// Keys, and until when they are: whoever brings them must come again, or cannot have told of one that was revoked.
+struct Believed {
+    keys: Arc<Verifier>,
+    until: Option<Instant>,
 }
 
 /// The dispatch that a verdict must be about: the method, the path and the exact bytes.
@@ -49,12 +58,13 @@ impl Court {
     pub(crate) fn new(issuer: String, keys: Verifier, registry: Arc<dyn Registry>, replays: usize) -> Court {
         Court {
             issuer,
-            keys: RwLock::new(Arc::new(keys)),
+            keys: RwLock::new(Believed { keys: Arc::new(keys), until: None }),
             registry,
             spent: Replays::new(replays),
             shared: None,
             training: None,
             alone: Counter::default(),
+            brought: Gauge::default(),
         }
     }
 
@@ -78,6 +88,9 @@ impl Court {
         }
         let help = "Verdicts taken on this process's memory alone, because the shared one did not answer";
         registry.register("orchestrator_verdicts_unshared", help, self.alone.clone());
+        let help =
+            "When the keys of verdicts were last fetched, in Unix seconds; 0 where they are not fetched, and where they never could be";
+        registry.register("orchestrator_keys_fetched_timestamp_seconds", help, self.brought.clone());
     }
 
     /// Whether it can be told at all which policy is in force.
@@ -87,7 +100,28 @@ impl Court {
 
     /// Judges by these keys from now on.
     pub(crate) fn trust(&self, keys: Verifier) {
-        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+        self.believe(Believed { keys: Arc::new(keys), until: None });
+    }
+
+    /// Judges by these keys from now on, and by none once so much time has passed.
+    pub(crate) fn trust_for(&self, keys: Verifier, lifetime: Duration) {
+        self.believe(Believed { keys: Arc::new(keys), until: Some(Instant::now() + lifetime) });
+        self.brought.set(i64::try_from(now()).unwrap_or(i64::MAX));
+    }
+
+    /// Judges by nothing until keys are brought.
+    pub(crate) fn wait_for_keys(&self) {
+        let mut believed = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        believed.until = Some(Instant::now());
+    }
+
+    fn believe(&self, believed: Believed) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = believed;
+    }
+
+    /// Whether there are keys to judge by.
+    pub(crate) fn has_keys(&self) -> bool {
+        self.keys().is_ok()
     }
 
     /// The claims of the verdict in `headers`, if it holds for this dispatch of `prompt`. A verdict that holds is used up.
@@ -128,7 +162,7 @@ impl Court {
             now,
             leeway: LEEWAY,
         };
-        let keys = self.keys();
+        let keys = self.keys()?;
         // What costs the verdict its one use comes last, so that a dispatch refused for its headers may be sent again.
         let unspent = keys.check(token, &expect, &*self.registry).map_err(refused)?;
         let claims = unspent.claims();
@@ -188,7 +222,7 @@ impl Court {
             now: now(),
             leeway: LEEWAY,
         };
-        let claims = self.keys().hear(token, &expect, &*self.registry).map_err(refused)?;
+        let claims = self.keys()?.hear(token, &expect, &*self.registry).map_err(refused)?;
         // The copies may be left out; what is sent must be one.
         for (name, claim, word) in [
             (CONTENT_DIGEST, digest.to_string(), "digest_header"),
@@ -205,9 +239,9 @@ impl Court {
     /// The claims of the verdict that a client got with its answer, if it is about that turn. It may be old: its key is still known
     /// for as long as gateways keep what they could not tell.
     ///
-    /// Errors: [`Code::VerdictInvalid`].
+    /// Errors: [`Code::VerdictInvalid`]; a 503 where there are no keys to judge by.
     pub(crate) fn open(&self, verdict: &str, whose: &Whose<'_>) -> Result<Claims, Fault> {
-        let claims = self.keys().open(verdict, now()).map_err(refused)?;
+        let claims = self.keys()?.open(verdict, now()).map_err(refused)?;
         let fits = [
             (claims.iss == self.issuer, "output_issuer"),
             (claims.aud == AUDIT && claims.dir == Direction::Output, "output_audience"),
@@ -221,8 +255,14 @@ impl Court {
         }
     }
 
-    fn keys(&self) -> Arc<Verifier> {
-        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn keys(&self) -> Result<Arc<Verifier>, Fault> {
+        let believed = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        match believed.until {
+            Some(until) if Instant::now() >= until => {
+                Err(Fault::us(Code::PolicyRegistryUnavailable).saying("the keys that verdicts are judged by cannot be fetched"))
+            }
+            Some(_) | None => Ok(Arc::clone(&believed.keys)),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The orchestrator acts on a verdict for these bytes, tenant, session and turn, once, and on no other.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use headgate_orchestrator::{Models, Settings};
 use headgate_policy::{Decision, Digest, Direction, Jti, Memory, Mode, Registry, Ring, Standing, Unavailable};
@@ -157,6 +157,27 @@ async fn a_key_counts_once_it_is_trusted_and_until_it_is_not() {
     assert_eq!(desk.turn("s1", "hello").text().await, "Hello");
     desk.ring = old;
     assert_eq!(desk.turn("s1", "hello").reply().await.status, 401);
+}
+
+#[tokio::test]
+async fn keys_that_nobody_brings_again_are_believed_no_longer_than_they_last() {
+    let model = model().await;
+    let desk = Desk::before(&model).await;
+    let refused = async || {
+        let reply = desk.turn("s1", "hello").reply().await;
+        (reply.status, reply.problem().unwrap())
+    };
+    let unavailable = (503, "policy_registry_unavailable".to_owned());
+    desk.orchestrator.wait_for_keys();
+    assert_eq!(refused().await, unavailable, "not fetched yet");
+    desk.orchestrator.trust_for(desk.ring.verifier(), Duration::from_secs(600));
+    assert_eq!(desk.turn("s1", "hello").text().await, "Hello");
+    assert!(desk.orchestrator.ready().is_ok());
+    desk.orchestrator.trust_for(desk.ring.verifier(), Duration::ZERO);
+    assert_eq!(refused().await, unavailable, "too old");
+    assert_eq!(desk.orchestrator.ready(), Err("the keys that verdicts are judged by cannot be fetched\n"));
+    desk.orchestrator.trust_for(desk.ring.verifier(), Duration::from_secs(600));
+    assert_eq!(desk.turn("s1", "hello").text().await, "Hello", "and here they are again");
 }
 
 #[tokio::test]
