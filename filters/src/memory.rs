@@ -41,7 +41,8 @@ pub(crate) struct Memory {
 }
 
 /// The authentication tag that AES-GCM gives a text without encrypting anything (GMAC). Two texts that are chosen without the
-/// key have the same with a chance of at most one in 2^128 for every 16 bytes of the longer one: NIST SP 800-38D, appendix A.
+/// key have the same with a chance of about one in 2^128 for every 16 bytes of the longer one: GHASH is almost XOR universal (McGrew
+/// and Viega, "The Security and Performance of the Galois/Counter Mode", 2004).
 pub(crate) type Digest = [u8; 16];
 /// The edits of a text; `None`: it is clean.
 type Found = Option<Arc<Edits>>;

@@ -24,6 +24,7 @@ struct Families {
     turns: Family<TurnLabels, Counter>,
     outcomes: Family<OutcomeLabels, Counter>,
     refusals: Family<CategoryLabels, Counter>,
+    texts: Family<JudgedLabels, Counter>,
     open: Family<RouteLabels, Gauge>,
     ttft: Family<RouteLabels, Histogram>,
     tpot: Family<RouteLabels, Histogram>,
@@ -68,6 +69,12 @@ struct OutcomeLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct JudgedLabels {
+    route: String,
+    judged: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct CategoryLabels {
     category: &'static str,
     stage: &'static str,
@@ -90,6 +97,8 @@ pub struct RouteMeters {
     pub(super) gaps: Histogram,
     pub(super) delays: Histogram,
     text: Counter,
+    known_texts: Counter,
+    new_texts: Counter,
 }
 
 impl Default for Meters {
@@ -99,6 +108,7 @@ impl Default for Meters {
         registry.register("headgate_turns", "Turns ended, by how", f.turns);
         registry.register("headgate_outcomes", "Answers that reached their end, by what policy did", f.outcomes);
         registry.register("headgate_findings", "Findings of filters, by category and stage", f.refusals);
+        registry.register("headgate_prompt_texts", "Texts of prompts that could be remembered, by when they were judged", f.texts);
         registry.register("headgate_open_turns", "Turns open now", f.open);
         registry.register("headgate_text", "Bytes of answer text sent", f.text);
         for (name, help, family) in [
@@ -123,6 +133,7 @@ impl Meters {
     /// The handles of a route.
     pub fn route(&self, name: &str) -> RouteMeters {
         let (families, labels) = (&self.families, RouteLabels { route: name.to_owned() });
+        let texts = |judged| families.texts.get_or_create(&JudgedLabels { route: name.to_owned(), judged }).clone();
         RouteMeters {
             route: name.to_owned(),
             open: families.open.get_or_create(&labels).clone(),
@@ -131,6 +142,8 @@ impl Meters {
             gaps: families.gaps.get_or_create(&labels).clone(),
             delays: families.delays.get_or_create(&labels).clone(),
             text: families.text.get_or_create(&labels).clone(),
+            known_texts: texts("before"),
+            new_texts: texts("now"),
             families: families.clone(),
         }
     }
@@ -177,6 +190,8 @@ impl RouteMeters {
     pub(super) fn turn(&self, end: &'static str, code: &'static str, record: &Record) {
         self.families.turns.get_or_create(&TurnLabels { route: self.route.clone(), end, code }).inc();
         self.text.inc_by(record.text_bytes);
+        self.known_texts.inc_by(record.known_texts);
+        self.new_texts.inc_by(record.new_texts);
         if end == "complete" || record.outcome == Outcome::Blocked {
             let labels = OutcomeLabels { route: self.route.clone(), outcome: record.outcome.as_str() };
             self.families.outcomes.get_or_create(&labels).inc();

@@ -69,8 +69,9 @@ async fn metrics_are_openmetrics_and_count_each_turn_once() {
     let asks = |model: &str, text: &str| {
         Request::post("/v1/chat/stream", &json!({"model": model, "messages": [{"role": "user", "content": text}]}))
     };
+    let long = "hi, it is me again, about the lamp on the shelf that was lit all through the night";
     for _ in 0..3 {
-        stream(gateway.addr, &asks("demo", "hi"), Kind::Client).await.unwrap().rest().await.unwrap();
+        stream(gateway.addr, &asks("demo", long), Kind::Client).await.unwrap().rest().await.unwrap();
     }
     stream(gateway.addr, &asks("cut", "hi"), Kind::Client).await.unwrap().rest().await.unwrap();
     assert_eq!(ask(gateway.addr, &asks("demo", "bluebird")).await.unwrap().status, 403);
@@ -89,6 +90,8 @@ async fn metrics_are_openmetrics_and_count_each_turn_once() {
     assert_eq!(value("headgate_turns_total", &["end=\"failed\"", "code=\"upstream_reset\""]), 1.0, "{text}");
     assert_eq!(value("headgate_turns_total", &["end=\"refused\"", "code=\"policy_denied\""]), 1.0, "{text}");
     assert_eq!(value("headgate_turns_total", &[]), 5.0, "{text}");
+    assert_eq!(value("headgate_prompt_texts_total", &["judged=\"now\""]), 1.0, "{text}");
+    assert_eq!(value("headgate_prompt_texts_total", &["judged=\"before\""]), 2.0, "{text}");
     assert_eq!(value("headgate_open_turns", &[]), 0.0, "{text}");
     assert_eq!(value("gen_ai_server_time_to_first_token_seconds_count", &[]), 4.0, "{text}");
     assert!(value("headgate_hold_seconds_count", &["filter=\"moderation\""]) > 0.0, "{text}");
