@@ -1,15 +1,19 @@
 //! Everything that is measured, once: criterion takes its time, valgrind counts its instructions.
 
-use std::hint::black_box;
+use std::{
+    hint::black_box,
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
 
 use headgate_contracts::{
-    Batch, Head, TurnId,
+    Batch, Head, Prompt, TurnId,
     wire::{chat, openai, sse},
 };
 use headgate_filters::{Chain, chain};
 use headgate_policy::{Decision, Digest, Facts};
 
-use crate::{MODERATION, NOW, batch_of, begun, built, chunk, issuer, ring, turn, unusual_chunk};
+use crate::{MODERATION, NOW, batch_of, begun, built, chunk, conversation, issuer, ring, turn, unusual_chunk};
 
 /// What one run of a case goes through.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +38,7 @@ const ONE: Size = Size::Events(1);
 pub fn measure(meter: &mut impl Meter) {
     read(meter);
     judge(meter);
+    judge_again(meter);
     write(meter);
     begin(meter);
     verdict(meter);
@@ -92,6 +97,40 @@ fn judge(meter: &mut impl Meter) {
     }
     pass(meter, "judge: gate alone", ONE, begun("- budget: { output_tokens: 1000000000 }"), &[CLEAN]);
     meter.measure("begin: with moderation", ONE, turn, |turn| drop(black_box(chain(black_box(&built[..first]), turn))));
+}
+
+/// Judges conversations that are sent whole for each of their turns, with memory and without.
+fn judge_again(meter: &mut impl Meter) {
+    let without = MODERATION.replace("- moderation: {", "- moderation: { remember: 0B,");
+    assert_ne!(without, MODERATION, "the setting found no place");
+    let (with, without) = (built(MODERATION), built(&without));
+    let long = [200, 1000].repeat(25);
+    for (what, bytes) in [("50 messages", long.as_slice()), ("a message of 64 bytes", &[64]), ("a message of 1 KB", &[1000])] {
+        let whole = Size::Bytes(bytes.iter().sum());
+        let mut number = 0;
+        // None of its messages was ever seen, or none but the last.
+        let mut prompt = |new: usize| {
+            number += 1;
+            conversation(bytes, new, number)
+        };
+        for (chain_is, built) in [("no memory", &without), ("all new", &with)] {
+            let mut chain = chain(built, &mut turn());
+            meter.measure(&format!("prompt: {what}, {chain_is}"), whole, || prompt(bytes.len()), |prompt| ask(&mut chain, prompt));
+        }
+        let mut chain = chain(&with, &mut turn());
+        ask(&mut chain, &mut prompt(0));
+        let name = format!("prompt: {what}, all known");
+        meter.measure(&name, whole, || prompt(0), |prompt| ask(&mut chain, prompt));
+        if bytes.len() > 1 {
+            meter.measure(&format!("prompt: {what}, two of them new"), whole, || prompt(2), |prompt| ask(&mut chain, prompt));
+        }
+    }
+}
+
+/// Shows a prompt to a chain in which nothing waits.
+fn ask(chain: &mut Chain, prompt: &mut Prompt) {
+    let said = pin!(chain.prompt(black_box(prompt))).poll(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(said, Poll::Ready(Ok(()))), "nothing to refuse, nothing to wait for");
 }
 
 fn write(meter: &mut impl Meter) {

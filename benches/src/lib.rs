@@ -4,7 +4,7 @@ pub mod cases;
 
 use std::sync::Arc;
 
-use headgate_contracts::{Batch, Head, Record, SessionId, Turn, TurnId, wire::openai};
+use headgate_contracts::{Batch, Head, Message, Prompt, Record, Role, SessionId, Turn, TurnId, wire::openai};
 use headgate_filters::{Built, Chain, PolicyInForce, Step, Tools, build_chain, chain};
 use headgate_policy::{Digest, Issuer, Policy, Ring};
 
@@ -72,6 +72,19 @@ pub const MODERATION: &str =
 /// The gates of a turn that has begun.
 pub fn begun(steps: &str) -> Chain {
     chain(&built(steps), &mut turn())
+}
+
+/// A conversation of clean messages of about so many bytes each, a person's and a model's in turn; of another `number`, the
+/// last `new` of them are others.
+pub fn conversation(bytes: &[u64], new: usize, number: u64) -> Prompt {
+    const WORDS: &str = "so we looked at the lamp on the shelf and thought about what it would take to light it again, ";
+    let message = |(at, &length): (usize, &u64)| {
+        let number = if at + new < bytes.len() { 0 } else { number };
+        let begins = format!("{at}, {number:x}: ");
+        let text: String = begins.chars().chain(WORDS.chars().cycle()).take(length as usize).collect();
+        Message::new(if at % 2 == 0 { Role::User } else { Role::Assistant }, text)
+    };
+    Prompt::new(TurnId::fresh(), SessionId::fresh(), bytes.iter().enumerate().map(message).collect())
 }
 
 /// A batch with one event for each text, decoded from its chunk.
