@@ -447,6 +447,7 @@ const ERROR: &[Member] = &[
     may("retry_after_ms", Of::Count),
     may("verdict", Of::Signed),
     may("ref", Of::Text),
+    may("policy", Of::Object(POLICY)),
 ];
 const HEADGATE: &[Member] = &[must("outcome", OUTCOMES), may("verdict", Of::Signed)];
 const CHUNK: &[Member] = &[
