@@ -181,6 +181,18 @@ fn components() -> SchemaGenerator {
     SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = "/components/schemas".into()).into_generator()
 }
 
+/// What may go wrong when an admin asks for training mode.
+const TRAINING: &[Code] = &[
+    Code::Unauthenticated,
+    Code::TokenExpired,
+    Code::PermissionDenied,
+    Code::RateLimited,
+    Code::Overloaded,
+    Code::PolicyRegistryUnavailable,
+    Code::EventLogUnavailable,
+    Code::InternalError,
+];
+
 /// What may go wrong before a turn, on any call of a client.
 const BEFORE: &[Code] = &[
     Code::InvalidRequest,
@@ -230,6 +242,7 @@ const DISPATCH: &[Code] = &[
     Code::VerdictInvalid,
     Code::VerdictReplayed,
     Code::VersionConflict,
+    Code::StaleFence,
     Code::TurnConflict,
     Code::PayloadTooLarge,
     Code::UnsupportedMediaType,
@@ -318,6 +331,7 @@ fn openapi() -> Value {
     components.subschema_for::<StepAnswer>();
     components.subschema_for::<DeliveryReport>();
     components.subschema_for::<DenialReport>();
+    components.subschema_for::<TrainingState>();
     components.subschema_for::<Problem>();
 
     let traced = [header("traceparent", "W3C Trace Context"), header("tracestate", "W3C Trace Context")];
@@ -341,6 +355,8 @@ fn openapi() -> Value {
         traced[0],
         traced[1],
     ]);
+    let state =
+        json!({"200": {"description": "the tenant's state", "content": {"application/json": {"schema": reference("TrainingState")}}}});
     let gateway = json!(["gateway"]);
     let orchestrator = json!(["orchestrator"]);
     let probes = json!(["gateway", "orchestrator"]);
@@ -403,6 +419,18 @@ fn openapi() -> Value {
             "/v1/conversation/turns/{turn_id}/verdict": {
                 "post": {"operationId": "reportDenial", "summary": "a prompt that policy refused, so that it became no turn; told again, it counts once", "tags": orchestrator, "parameters": report, "requestBody": body("DenialReport"),
                     "responses": responses(json!({"202": {"description": "it is kept"}}), &[REPORT])},
+            },
+            "/v1/training": {
+                "get": {"operationId": "training", "summary": "whether the tenant of an admin's token is in training mode", "tags": orchestrator, "parameters": traced,
+                    "responses": responses(state.clone(), &[TRAINING])},
+            },
+            "/v1/training/enable": {
+                "post": {"operationId": "enableTraining", "summary": "turns training mode on, for one admin of the tenant at a time", "tags": orchestrator, "parameters": traced,
+                    "responses": responses(state.clone(), &[TRAINING, &[Code::TrainingLocked]])},
+            },
+            "/v1/training/disable": {
+                "post": {"operationId": "disableTraining", "summary": "turns training mode off", "tags": orchestrator, "parameters": traced,
+                    "responses": responses(state, &[TRAINING])},
             },
         },
         "components": {
