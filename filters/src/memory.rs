@@ -1,8 +1,8 @@
 //! Remembers what was found in texts of prompts, so that a long conversation costs only what is new in it.
 //!
 //! A memory is a part of one compiled rule and goes with it: other lists have another memory, which is empty. It knows a text
-//! by a digest under a key of this process and a nonce of whoever sent it. So what one principal sends is never found by
-//! another, nobody can make two texts that are taken for one, and text itself is not kept. What is denied is not remembered either:
+//! by a digest under a key of its own and a nonce of whoever sent it. So what one principal sends is never found by another,
+//! nobody can make two texts that are taken for one, and text itself is not kept. What is denied is not remembered either:
 //! each refusal comes from the lists.
 
 use std::{borrow::Cow, fmt, hash::RandomState, sync::Arc};
