@@ -238,8 +238,10 @@ async fn an_admin_turns_training_mode_on_and_off_and_turns_between_are_marked() 
     // Any admin may turn it off, at any orchestrator.
     let off = call(&second, "/disable", &bob).await;
     assert_eq!((off.status, off.json()), (200, json!({"tenant": "acme", "mode": "enforce"})));
-    let enforced = async { while house.turn(&gateway).await.fence.is_some() {} };
+    // A turn that is signed in the moment in which the lock is given back is refused.
+    let enforced = async { while ask(gateway.at, &Request::turn("hi").bearer(KEY)).await.unwrap().status != 200 {} };
     soon(enforced, "a turn as always").await;
+    assert_eq!(house.turn(&gateway).await.fence, None);
 
     let marks: Vec<(Value, Value)> = house
         .events("first")
