@@ -1302,6 +1302,12 @@ fn stand_in(issuer: Issuer) -> PolicyInForce {
     PolicyInForce { signer: Arc::new(Nobody), issuer }
 }
 
+/// Whether Kafka takes it as the name of a topic.
+fn is_topic(name: &str) -> bool {
+    let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=249).contains(&name.len()) && name.bytes().all(is_legal) && name != "." && name != ".."
+}
+
 /// Where no endpoint may be: what clouds tell their machines, secrets among it, is found at such addresses.
 fn forbidden(uri: &http::Uri) -> Option<Problem> {
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.').to_ascii_lowercase();
@@ -1341,9 +1347,3 @@ fn itself(file: &File, uri: &http::Uri) -> Option<Problem> {
 fn is_near(host: &str) -> bool {
     host == "localhost" || host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
-/// Whether Kafka takes it as the name of a topic.
-fn is_topic(name: &str) -> bool {
-    let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    (1..=249).contains(&name.len()) && name.bytes().all(is_legal) && name != "." && name != ".."
-}
-
