@@ -219,9 +219,11 @@ async fn an_admin_turns_training_mode_on_and_off_and_turns_between_are_marked() 
     };
     assert_eq!(soon(marked, "a turn in training mode").await, fence);
     let shown = async {
-        while !ask(gateway.admin, &Request::get("/metrics")).await.unwrap().text().contains("training_mode_state{tenant=\"acme\"} 1\n") {}
+        for admin in [gateway.admin, first.admin] {
+            while !ask(admin, &Request::get("/metrics")).await.unwrap().text().contains("training_mode_state{tenant=\"acme\"} 1\n") {}
+        }
     };
-    soon(shown, "the gauge of training mode").await;
+    soon(shown, "the gauge of training mode at gateway and orchestrator").await;
     let state = call(&second, "", &bob).await.json();
     assert_eq!((&state["mode"], &state["fence"], &state["owner"]), (&json!("training"), &json!(fence), &json!("ann")));
     assert_eq!(enabled(&second, &ann).await, fence, "the owner may ask again, anywhere");

@@ -39,7 +39,7 @@ impl Part {
     fn of(self, mut plan: Plan) -> Plan {
         if self == Part::Orchestrator {
             plan.routes.clear();
-            (plan.listen, plan.admin, plan.slm) = (None, None, None);
+            (plan.listen, plan.slm) = (None, None);
             // The gateway's own: a spool has one process that writes to it.
             plan.spool = None;
         }
