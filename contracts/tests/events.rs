@@ -73,8 +73,7 @@ fn written() -> Vec<(Kind, Value)> {
     let cancelled = Cancelled { reason: Cancelled::reason(Gone::Left).into(), progress: progress.clone() };
     let completed = Completed { finish: Finish::Stop, progress: progress.clone() };
     let denied = Denied { code: Code::PolicyDenied, categories: vec![Category::Hate], progress };
-    let segment =
-        Segment { subject: "kE3xW1V0eC2mQbG5uX9fTA".parse().unwrap(), last: true, sealed: "AAECAwQFBgcICQoLDA0ODwAAAAE".into() };
+    let segment = Segment { subject: "kE3xW1V0eC2mQbG5uX9fTA".parse().unwrap(), last: true, sealed: "AAECAwQFBgcICQoLDA0ODwAAAAE".into() };
     fn value<D: Serialize>(event: Event<D>) -> Value {
         serde_json::to_value(event).unwrap()
     }

@@ -16,8 +16,8 @@ use crate::{
     live::{Live, Route},
     registry::{OurPolicy, Policies},
     telemetry::Meters,
-    training::{self, Seen},
     tls::{Tls, Unusable},
+    training::{self, Seen},
 };
 
 /// Why a plan that was checked cannot run here.

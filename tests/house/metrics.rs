@@ -6,8 +6,9 @@ use crate::tree::{ending, quoted, text};
 
 /// Code that makes metrics: everything in the shipped programs that knows the library for them.
 fn makers() -> impl Iterator<Item = &'static str> {
-    let shipped =
-        |path: &str| ["gateway/src/", "orchestrator/src/", "store/src/"].iter().any(|home| path.starts_with(home)) && !path.ends_with("/tests.rs");
+    let shipped = |path: &str| {
+        ["gateway/src/", "orchestrator/src/", "store/src/"].iter().any(|home| path.starts_with(home)) && !path.ends_with("/tests.rs")
+    };
     let code = ending(".rs").filter(move |(path, code)| shipped(path) && code.contains("prometheus_client"));
     code.map(|(_, code)| code.split("#[cfg(test)]\nmod tests").next().unwrap_or(code))
 }

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::members::{MAX_MODEL_BYTES, Members, Others};
 use super::log::Delivered;
+use super::members::{MAX_MODEL_BYTES, Members, Others};
 use super::openai::Completion;
 use super::problem::to_vec;
 use crate::{Code, Fault, Finish, Head, Message, Prompt, SessionId, Settings, Subject, TenantId, TurnId, Usage};

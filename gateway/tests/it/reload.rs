@@ -124,11 +124,12 @@ async fn a_file_that_changes_while_it_is_read_is_read_again() {
     let in_force = async {
         while ask(gateway.addr, &Request::turn("third")).await.unwrap().status != 403 {
             // The watch begins with the task: until it is there a change is not seen, so it is made again.
-            let was_read = was_read.lock().unwrap();
-            if !*was_read {
-                std::fs::write(&list, "other\n").unwrap();
+            {
+                let was_read = was_read.lock().unwrap();
+                if !*was_read {
+                    std::fs::write(&list, "other\n").unwrap();
+                }
             }
-            drop(was_read);
             tokio::task::yield_now().await;
         }
     };
