@@ -13,12 +13,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+#[cfg(feature = "kafka")]
+use headgate_contracts::wire::log::rfc3339;
 use headgate_contracts::{
     Code, Trace,
-    wire::{
-        log::rfc3339,
-        training::{Outcome, TrainingFacts},
-    },
+    wire::training::{Outcome, TrainingFacts},
 };
 use headgate_policy::audit;
 use tokio::{sync::Mutex, time::timeout};
@@ -28,6 +27,7 @@ use super::Fences;
 /// How long a record may take; what waits for it is an admin, not a turn.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bits of a fence that are a place in a topic; those above are its epoch. Together they fit a JSON number.
+#[cfg(feature = "kafka")]
 const OFFSET_BITS: u32 = 40;
 /// Who is not known.
 pub(super) const UNKNOWN: &str = "unknown";

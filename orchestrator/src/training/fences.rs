@@ -136,7 +136,8 @@ impl Fences {
         Ok(weighed)
     }
 
-    /// Where the chain of `tenant` ends.
+    /// Where the chain of `tenant` ends in the topic.
+    #[cfg(feature = "kafka")]
     pub(crate) fn head(&self, tenant: &str) -> Option<(u64, Digest)> {
         self.kept().tenants.get(tenant).and_then(|of| of.head)
     }
@@ -144,6 +145,7 @@ impl Fences {
     /// The chain of `tenant` goes on from here. Blocks.
     ///
     /// Errors: the disk did not take it.
+    #[cfg(feature = "kafka")]
     pub(crate) fn advance(&self, tenant: &str, seq: u64, hash: Digest) -> io::Result<()> {
         self.change(tenant, |of| of.head = Some((seq, hash)))
     }
