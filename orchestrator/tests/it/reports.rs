@@ -177,19 +177,23 @@ async fn a_report_that_is_forged_foreign_or_about_nothing_is_refused_and_changes
     assert_eq!(report.tell().await.status, 202);
 }
 
+/// A turn that has reached its model, by its id, and the connection it came on.
+async fn asked(desk: &Desk, model: &Upstream) -> (Http1, String) {
+    let turn = desk.turn("s1", "hello");
+    let before = model.opened();
+    let mut gateway = Http1::connect(desk.addr).await;
+    gateway.send(&turn.request()).await;
+    model.request(before).await;
+    (gateway, turn.id.clone())
+}
+
 #[tokio::test]
 async fn an_answer_that_policy_cut_is_a_denied_turn_whichever_is_seen_first_the_leaving_or_the_word() {
     let model = Upstream::always(Script::new().read().sse().stall()).await;
     for leaves_first in [true, false] {
         let folder = tempfile::tempdir().unwrap();
         let mut desk = keeping(&model, folder.path()).await;
-        let turn = desk.turn("s1", "hello");
-        let before = model.opened();
-        let mut gateway = Http1::connect(desk.addr).await;
-        gateway.send(&turn.request()).await;
-        model.request(before).await;
-        let id = turn.id.clone();
-        drop(turn);
+        let (gateway, id) = asked(&desk, &model).await;
         if leaves_first {
             drop(gateway);
             desk.idle().await;
@@ -218,13 +222,8 @@ async fn why_a_turn_was_left_is_the_gateways_word() {
     ] {
         let folder = tempfile::tempdir().unwrap();
         let mut desk = keeping(&model, folder.path()).await;
-        let turn = desk.turn("s1", "hello");
-        let before = model.opened();
-        let mut gateway = Http1::connect(desk.addr).await;
-        gateway.send(&turn.request()).await;
-        model.request(before).await;
-        let id = turn.id.clone();
-        drop((turn, gateway));
+        let (gateway, id) = asked(&desk, &model).await;
+        drop(gateway);
         assert_eq!(Report::delivery(&desk, &id, "cut", Some(code)).tell().await.status, 202);
         desk.shut_down().await.unwrap();
         let events = kept(folder.path(), &id);
