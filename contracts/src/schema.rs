@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::drift::VERSION;
-use crate::wire::chat::{Done, ErrorEvent, Gap, Open, TurnRequest};
+use crate::wire::chat::{Confirmation, Done, ErrorEvent, Gap, Open, TurnRequest};
 use crate::wire::conversation::{self, DeliveryReport, DenialReport, StepAnswer};
 use crate::wire::frames::{ClientFrameShape, SUBPROTOCOL};
 use crate::wire::hop::DispatchFrame;
@@ -25,6 +25,8 @@ pub fn documents() -> Vec<(&'static str, String)> {
         ("open.json", schema::<Open>()),
         ("text.json", schema::<TextEvent>()),
         ("tool.json", schema::<ToolEvent>()),
+        ("confirm.json", schema::<ConfirmEvent>()),
+        ("confirmation.json", schema::<Confirmation>()),
         ("usage.json", schema::<Usage>()),
         ("gap.json", schema::<Gap>()),
         ("done.json", schema::<Done>()),
@@ -123,6 +125,22 @@ struct ToolEvent {
     /// Which answer of several; absent: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     choice: Option<u16>,
+}
+
+/// A person is asked whether a tool may be called; nothing of the call comes before the answer.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "the schema is all it is for; the codec writes straight into a buffer")]
+struct ConfirmEvent {
+    /// Which question.
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9_.:-]+$"))]
+    id: String,
+    /// What the person reads: a model had a hand in it, and every filter has read it.
+    prompt: String,
+    /// The tool that would be called.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9_-]+$"))]
+    tool: Option<String>,
 }
 
 /// A request for a chat completion: the members that are understood. Others are dropped.
@@ -272,6 +290,9 @@ const REPORT: &[Code] = &[
     Code::InternalError,
 ];
 
+/// What may be wrong with what somebody says to a question.
+const CONFIRM: &[Code] = &[Code::SessionNotFound, Code::AlreadyAnswered];
+
 /// The responses of a call: the good ones, and a problem per status of `codes`.
 fn responses(good: Value, codes: &[&[Code]]) -> Value {
     let mut by_status: BTreeMap<u16, Vec<Code>> = BTreeMap::new();
@@ -331,6 +352,7 @@ fn openapi() -> Value {
     components.subschema_for::<StepAnswer>();
     components.subschema_for::<DeliveryReport>();
     components.subschema_for::<DenialReport>();
+    components.subschema_for::<Confirmation>();
     components.subschema_for::<TrainingState>();
     components.subschema_for::<Problem>();
 
@@ -369,7 +391,7 @@ fn openapi() -> Value {
         "paths": {
             "/v1/chat/stream": {
                 "post": {"operationId": "sendTurn", "summary": "sends a turn and streams its answer", "tags": gateway, "parameters": of_turn, "requestBody": body("TurnRequest"),
-                    "responses": responses(json!({"200": event_stream("the events of the answer: `open`, then `text`, `tool` and `usage`, then exactly one of `done` and `error`")}), &[BEFORE, TURN])},
+                    "responses": responses(json!({"200": event_stream("the events of the answer: `open`, then `text`, `tool`, `confirm` and `usage`, then exactly one of `done` and `error`")}), &[BEFORE, TURN])},
                 "get": {"operationId": "openSocket", "summary": "opens a WebSocket for many turns", "tags": gateway, "parameters": [
                         header("Upgrade", "websocket; or HTTP/2 extended CONNECT"),
                         header("Sec-WebSocket-Protocol", &format!("{SUBPROTOCOL}; and, where no header can be set, bearer.<token>")),
@@ -385,12 +407,19 @@ fn openapi() -> Value {
                 "post": {"operationId": "stopTurn", "summary": "stops a turn; its safe prefix stays", "tags": gateway, "parameters": [turn_id()],
                     "responses": responses(json!({"202": {"description": "the turn ends with `error`, code `stopped`"}}), &[BEFORE, &[Code::SessionNotFound]])},
             },
+            "/v1/chat/stream/{turn_id}/confirm": {
+                "post": {"operationId": "confirmTurn", "summary": "answers the open question of a turn; the first answer counts", "tags": gateway, "parameters": [turn_id()], "requestBody": body("Confirmation"),
+                    "responses": responses(json!({"202": {"description": "the turn goes on by it"}}), &[BEFORE, CONFIRM, &[
+                        Code::PayloadTooLarge, Code::UnsupportedMediaType, Code::EncodingRefused,
+                        Code::UpstreamConnectFailed, Code::UpstreamReset, Code::UpstreamProtocolError, Code::UpstreamRefused, Code::UpstreamTimeoutFirstByte,
+                    ]])},
+            },
             "/v1/chat/completions": {
                 "post": {"operationId": "createChatCompletion", "summary": "OpenAI's chat completions, streamed or not", "tags": gateway, "parameters": of_turn, "requestBody": body("ChatCompletionRequest"),
                     "responses": responses(json!({"200": {
                         "description": "the answer, in OpenAI's form; its last chunk, or the answer itself, has a member `headgate` with `outcome` and `verdict`",
                         "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}},
-                    }}), &[BEFORE, TURN, &[Code::UpstreamStalled]])},
+                    }}), &[BEFORE, TURN, &[Code::UpstreamStalled, Code::Declined]])},
             },
             "/v1/models": {
                 "get": {"operationId": "listModels", "summary": "the models of the route, in OpenAI's form", "tags": gateway,
@@ -402,7 +431,7 @@ fn openapi() -> Value {
             },
             "/v1/conversation/step": {
                 "post": {"operationId": "stepConversation", "summary": "runs a turn and answers in one object", "tags": orchestrator, "parameters": dispatch, "requestBody": body("ConversationRequest"),
-                    "responses": responses(json!({"200": {"description": "the answer", "content": {"application/json": {"schema": reference("StepAnswer")}}}}), &[DISPATCH, &[Code::UpstreamStalled]])},
+                    "responses": responses(json!({"200": {"description": "the answer", "content": {"application/json": {"schema": reference("StepAnswer")}}}}), &[DISPATCH, &[Code::UpstreamStalled, Code::Declined]])},
             },
             "/healthz": {"get": {"operationId": "isAlive", "summary": "whether the process is alive", "security": [], "tags": probes,
                 "responses": {"200": {"description": "it is"}}}},
@@ -411,6 +440,13 @@ fn openapi() -> Value {
             "/v1/conversation/turns/{turn_id}/cancel": {
                 "post": {"operationId": "cancelConversation", "summary": "cancels a turn, whether or not it is known", "tags": orchestrator, "parameters": [turn_id()],
                     "responses": responses(json!({"202": {"description": "it is not running any more, or will not be soon"}}), &[&[Code::InvalidRequest]])},
+            },
+            "/v1/conversation/turns/{turn_id}/confirm": {
+                "post": {"operationId": "confirmConversation", "summary": "what a person says to a question of a turn, signed over these bytes", "tags": orchestrator, "parameters": report, "requestBody": body("Confirmation"),
+                    "responses": responses(json!({"202": {"description": "the turn goes on by it"}}), &[CONFIRM, &[
+                        Code::InvalidRequest, Code::MalformedJson, Code::NotFound, Code::VerdictInvalid, Code::VersionConflict, Code::PayloadTooLarge,
+                        Code::UnsupportedMediaType, Code::PolicyRegistryUnavailable, Code::InternalError,
+                    ]])},
             },
             "/v1/conversation/turns/{turn_id}/delivery": {
                 "post": {"operationId": "reportDelivery", "summary": "what the user got of a turn, signed over these bytes; told again, it counts once", "tags": orchestrator, "parameters": report, "requestBody": body("DeliveryReport"),
@@ -427,6 +463,10 @@ fn openapi() -> Value {
             "/v1/training/enable": {
                 "post": {"operationId": "enableTraining", "summary": "turns training mode on, for one admin of the tenant at a time", "tags": orchestrator, "parameters": traced,
                     "responses": responses(state.clone(), &[TRAINING, &[Code::TrainingLocked]])},
+            },
+            "/v1/training/approve": {
+                "post": {"operationId": "approveTraining", "summary": "lets another admin go on who has turned training mode on", "tags": orchestrator, "parameters": traced,
+                    "responses": responses(state.clone(), &[TRAINING, &[Code::StaleFence]])},
             },
             "/v1/training/disable": {
                 "post": {"operationId": "disableTraining", "summary": "turns training mode off", "tags": orchestrator, "parameters": traced,
@@ -449,6 +489,7 @@ fn asyncapi() -> Value {
     message("open", "the answer begins", components.subschema_for::<Open>().to_value());
     message("text", "a piece of one lane", components.subschema_for::<TextEvent>().to_value());
     message("tool", "a tool call begins", components.subschema_for::<ToolEvent>().to_value());
+    message("confirm", "a person is asked", components.subschema_for::<ConfirmEvent>().to_value());
     message("usage", "tokens used so far", components.subschema_for::<Usage>().to_value());
     message("gap", "events that are no longer kept", components.subschema_for::<Gap>().to_value());
     message("done", "the answer is complete, or was cut by policy", components.subschema_for::<Done>().to_value());
@@ -457,9 +498,12 @@ fn asyncapi() -> Value {
     message("frame", "a frame from the client", components.subschema_for::<ClientFrameShape>().to_value());
     message("dispatch", "a frame from the gateway", components.subschema_for::<DispatchFrame>().to_value());
     message("conversation", "a dispatch of the gateway", components.subschema_for::<conversation::Body<'static>>().to_value());
+    let records = records(&mut components);
+    let kinds: Vec<&str> = log::Kind::ALL.iter().map(|kind| kind.as_str()).collect();
+    messages.extend(records.into_iter().map(|(kind, record)| (kind.to_owned(), record)));
 
-    let events = ["open", "text", "tool", "usage", "gap", "done", "error"];
-    let upstream_events = ["open", "text", "tool", "usage", "done", "error"];
+    let events = ["open", "text", "tool", "confirm", "usage", "gap", "done", "error"];
+    let upstream_events = ["open", "text", "tool", "confirm", "usage", "done", "error"];
     let channel = |address: &str, description: &str, names: &[&str]| {
         let messages: Map<String, Value> =
             names.iter().map(|name| ((*name).to_owned(), json!({"$ref": format!("#/components/messages/{name}")}))).collect();
@@ -482,6 +526,10 @@ fn asyncapi() -> Value {
             "chatSocket": channel("/v1/chat/stream", &format!("many turns over one WebSocket, subprotocol {SUBPROTOCOL}"), &with("frame", &events)),
             "conversationSocket": channel("/v1/conversation/stream", "several dispatches over one WebSocket", &with("dispatch", &upstream_events)),
             "conversationStream": channel("/v1/conversation/stream", "one dispatch to the orchestrator, answered by server-sent events", &with("conversation", &upstream_events)),
+            "conversationEvents": channel("conversation.events", "a Kafka topic: what became of each turn, in order within a session. A record that is there again has the same \
+                `ce_id` and counts once. The topic may have another name: `orchestrator.events.kafka.topic`", &kinds),
+            "trainingAudit": channel("training.audit", "a Kafka topic: every attempt at training mode and what became of its lock. The topic may have another name: \
+                `orchestrator.training.topic`", &[AUDIT]),
         },
         "operations": {
             "receiveTurn": operation("receive", "chatStream", "a client sends a turn", &["turn"]),
@@ -491,10 +539,81 @@ fn asyncapi() -> Value {
             "receiveDispatches": operation("receive", "conversationSocket", "the orchestrator takes dispatches, stops them and sends as much as it has credit for", &["dispatch"]),
             "sendDispatchEvents": operation("send", "conversationSocket", "the orchestrator answers them", &upstream_events),
             "receiveConversation": operation("receive", "conversationStream", "the orchestrator takes a dispatch", &["conversation"]),
+            "sendRecords": operation("send", "conversationEvents", "the orchestrator tells what became of each turn", &kinds),
+            "sendAudit": operation("send", "trainingAudit", "the orchestrator tells of training mode", &[AUDIT]),
             "sendConversationEvents": operation("send", "conversationStream", "the orchestrator answers it", &upstream_events),
         },
         "components": {"messages": messages, "schemas": components.take_definitions(true)},
     })
+}
+
+/// The type of the records of the audit of training mode.
+const AUDIT: &str = "training.audit.v1";
+
+/// What stands in topics, by type: CloudEvents in Kafka's binary mode, whose attributes are headers.
+fn records(components: &mut SchemaGenerator) -> Vec<(&'static str, Value)> {
+    let record = |kind: &str, summary: &str, key: &str, payload: Value, more: Value| {
+        let text = |description: &str| json!({"type": "string", "description": description});
+        let constant = |value: &str| json!({"type": "string", "const": value});
+        let mut headers = json!({
+            "ce_specversion": constant(log::SPEC_VERSION),
+            "ce_id": text("unique, and the same when the record is written again"),
+            "ce_type": constant(kind),
+            "ce_source": text("who wrote it"),
+            "ce_time": {"type": "string", "format": "date-time", "description": "when it happened, in UTC"},
+            "ce_partitionkey": text("the record's key again"),
+            "ce_dataschema": constant(&format!("urn:headgate:events:{kind}")),
+            "content-type": constant("application/json"),
+            "tenant_id": text("the tenant"),
+            "schema_version": constant(kind.rsplit_once(".v").map_or("1", |(_, version)| version)),
+        });
+        let always: Vec<String> = headers.as_object().into_iter().flatten().map(|(name, _)| name.clone()).collect();
+        if let (Some(headers), Value::Object(more)) = (headers.as_object_mut(), more) {
+            headers.extend(more);
+            headers.insert("traceparent".into(), text("W3C Trace Context of the call that led to it"));
+        }
+        json!({"name": kind, "summary": summary, "contentType": "application/json",
+            "headers": {"type": "object", "properties": headers, "required": always},
+            "payload": payload,
+            "bindings": {"kafka": {"key": {"type": "string", "description": key}, "bindingVersion": "0.5.0"}}})
+    };
+    let of_turn = json!({
+        "ce_subject": {"type": "string", "format": "uuid", "description": "the turn"},
+        "ce_sequence": {"type": "string", "pattern": "^[0-9]{20}$", "description": "the record's place within its turn: compared as text, it orders"},
+    });
+    let mut turns = |kind: log::Kind, summary: &str| {
+        let payload = match kind {
+            log::Kind::Accepted => components.subschema_for::<log::Accepted>(),
+            log::Kind::InputVerdict => components.subschema_for::<log::InputVerdict>(),
+            log::Kind::InputSegment | log::Kind::OutputSegment => components.subschema_for::<log::Segment>(),
+            log::Kind::Completed => components.subschema_for::<log::Completed>(),
+            log::Kind::Cancelled => components.subschema_for::<log::Cancelled>(),
+            log::Kind::Denied => components.subschema_for::<log::Denied>(),
+            log::Kind::Failed => components.subschema_for::<log::Failed>(),
+            log::Kind::OutputVerdict => components.subschema_for::<log::OutputVerdict>(),
+            log::Kind::Delivery => components.subschema_for::<log::Delivery>(),
+        };
+        (kind.as_str(), record(kind.as_str(), summary, "`{tenant}/{session}`", payload.to_value(), of_turn.clone()))
+    };
+    let mut all: Vec<(&'static str, Value)> = log::Kind::ALL.iter().map(|kind| turns(*kind, summary(*kind))).collect();
+    let audit = components.subschema_for::<TrainingRecord>().to_value();
+    all.push((AUDIT, record(AUDIT, "an attempt at training mode, or what became of its lock", "the tenant", audit, json!({}))));
+    all
+}
+
+fn summary(kind: log::Kind) -> &'static str {
+    match kind {
+        log::Kind::Accepted => "a turn was taken",
+        log::Kind::InputVerdict => "what the gateway had decided about its prompt",
+        log::Kind::InputSegment => "a piece of its prompt, sealed",
+        log::Kind::OutputSegment => "a piece of what the model wrote, sealed",
+        log::Kind::Completed => "it came to its proper end",
+        log::Kind::Cancelled => "nobody wanted it any more",
+        log::Kind::Denied => "policy ended it",
+        log::Kind::Failed => "it broke",
+        log::Kind::OutputVerdict => "what the gateway had decided about its answer",
+        log::Kind::Delivery => "what the user got of it",
+    }
 }
 
 fn errors() -> String {
@@ -522,7 +641,7 @@ fn errors() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Batch, Channel, Event, Lane, What, wire::chat};
+    use crate::{Batch, Channel, Event, Lane, Question, What, wire::chat};
 
     #[test]
     fn the_documents_in_the_repository_are_fresh() {
@@ -605,11 +724,13 @@ mod tests {
         let (id, name) = (batch.keep_text("call_1"), batch.keep_text("f"));
         batch.push(Event { what: What::Tool { choice: 1, index: 2, id, name }, raw: None });
         batch.push(Event { what: What::Usage(Usage::default()), raw: None });
+        batch.push_question(Question { id: "q", tool: "f", prompt: "f()?" });
         for event in batch.events() {
             let mut out = Vec::new();
             match chat::encode(&batch, event, &mut out).unwrap() {
                 "text" => drop(serde_json::from_slice::<TextEvent>(&out).unwrap()),
                 "tool" => drop(serde_json::from_slice::<ToolEvent>(&out).unwrap()),
+                "confirm" => drop(serde_json::from_slice::<ConfirmEvent>(&out).unwrap()),
                 "usage" => drop(serde_json::from_slice::<Usage>(&out).unwrap()),
                 other => panic!("{other} has no schema"),
             }

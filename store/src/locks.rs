@@ -5,9 +5,10 @@
 //!
 //! | key in Redis | what |
 //! |---|---|
-//! | `training:{tenant}:lock` | a hash, gone by itself: owner, session, when it was taken, the fence once there is one |
+//! | `training:{tenant}:lock` | a hash, gone by itself: owner, session, when it was taken, until when, who approved, the fence once there is one |
 //! | `training:{tenant}:last` | the same without an end: who must be said to have lost it, if it is gone without a word |
-//! | `training:{tenant}:gone` | the session that gave the lock back last, for ten minutes: for whoever renews it
+//! | `training:{tenant}:gone` | the session that gave the lock back last, for ten minutes: for whoever renews it |
+//! | `training:{tenant}:stay` | whose time runs, and since when: gone once the owner has left the lock alone for as long as one may have it |
 //! | `training:{tenant}:high` | the highest fence that a lock was held with |
 //! | `training:tenants` | the tenants with any of these, for those who look at all |
 //! | `training:changes` | a channel: something changed |
@@ -31,35 +32,55 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const TENANTS: &str = "training:tenants";
 const CHANGES: &str = "training:changes";
 
-/// KEYS: lock, last. ARGV: owner, session, now, ttl. Gives what is there where it is taken, else who had it and said no word.
+/// KEYS: lock, last, stay. ARGV: owner, session, now, ttl, the longest. 1: taken; 0: it is somebody's; 2: its owner has had it for as
+/// long as one may, less a ttl at most, and has so many milliseconds to wait. With it: who has it, or else who had it and said no word.
 const ACQUIRE: &str = "
 if redis.call('EXISTS', KEYS[1]) == 1 then
-  return {0, redis.call('HMGET', KEYS[1], 'owner', 'session', 'since', 'fence'), redis.call('PTTL', KEYS[1])}
+  return {0, redis.call('HMGET', KEYS[1], 'owner', 'session', 'since', 'until', 'approved', 'fence'), redis.call('PTTL', KEYS[1])}
 end
-local last = redis.call('HMGET', KEYS[2], 'owner', 'session', 'since', 'fence')
-for _, key in ipairs(KEYS) do
-  redis.call('DEL', key)
-  redis.call('HSET', key, 'owner', ARGV[1], 'session', ARGV[2], 'since', ARGV[3])
+local begun = ARGV[3]
+local stay = redis.call('HMGET', KEYS[3], 'owner', 'begun')
+if stay[1] == ARGV[1] then
+  begun = stay[2]
+  if ARGV[3] * 1000 + ARGV[4] > (begun + ARGV[5]) * 1000 then return {2, {}, redis.call('PTTL', KEYS[3])} end
+end
+local over = begun + ARGV[5]
+redis.call('HSET', KEYS[3], 'owner', ARGV[1], 'begun', begun)
+redis.call('PEXPIRE', KEYS[3], ARGV[5] * 1000 + 2 * ARGV[4])
+local last = redis.call('HMGET', KEYS[2], 'owner', 'session', 'since', 'until', 'approved', 'fence')
+for i = 1, 2 do
+  redis.call('DEL', KEYS[i])
+  redis.call('HSET', KEYS[i], 'owner', ARGV[1], 'session', ARGV[2], 'since', ARGV[3], 'until', over)
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return {1, last, 0}";
 
-/// KEYS: lock, last, high. ARGV: session, fence, ttl. 1: held; 0: it is another's, or nobody's; -1: a higher fence was given before.
+/// KEYS: lock, last, high. ARGV: session, fence, now, ttl. 1: held; 0: it is another's, or nobody's; -1: a higher fence was given before.
 const FENCE: &str = "
 if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 0 end
 if tonumber(redis.call('GET', KEYS[3]) or '0') >= tonumber(ARGV[2]) then return -1 end
 redis.call('SET', KEYS[3], ARGV[2])
 redis.call('HSET', KEYS[1], 'fence', ARGV[2])
 redis.call('HSET', KEYS[2], 'fence', ARGV[2])
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[1], math.max(0, math.min(tonumber(ARGV[4]), (redis.call('HGET', KEYS[1], 'until') - ARGV[3]) * 1000)))
 return 1";
 
-/// KEYS: lock, gone. ARGV: session, fence, ttl. 1: held; 0: lost; -1: given back.
+/// KEYS: lock, gone, stay. ARGV: session, fence, now, ttl, the longest. Until when it is held; 0: lost; -1: given back.
 const RENEW: &str = "
 if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then
   return redis.call('GET', KEYS[2]) == ARGV[1] and -1 or 0
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
+local over = tonumber(redis.call('HGET', KEYS[1], 'until'))
+redis.call('PEXPIRE', KEYS[1], math.max(0, math.min(tonumber(ARGV[4]), (over - ARGV[3]) * 1000)))
+redis.call('PEXPIRE', KEYS[3], ARGV[5] * 1000 + ARGV[4])
+return over";
+
+/// KEYS: lock, last, stay. ARGV: session, who approves, now, the longest. 1: done; 0: it is another's, or nobody's.
+const APPROVE: &str = "
+if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 0 end
+for i = 1, 2 do redis.call('HSET', KEYS[i], 'approved', ARGV[2], 'until', ARGV[3] + ARGV[4]) end
+redis.call('HSET', KEYS[3], 'owner', redis.call('HGET', KEYS[1], 'owner'), 'begun', ARGV[3])
+redis.call('PEXPIRE', KEYS[3], ARGV[4] * 2000)
 return 1";
 
 /// KEYS: lock, last, gone. ARGV: session.
@@ -72,7 +93,7 @@ return 1";
 /// KEYS: lock, last. Gives who lost the lock and was not said to have.
 const EXPIRED: &str = "
 if redis.call('EXISTS', KEYS[1]) == 1 then return {0, {}, 0} end
-local last = redis.call('HMGET', KEYS[2], 'owner', 'session', 'since', 'fence')
+local last = redis.call('HMGET', KEYS[2], 'owner', 'session', 'since', 'until', 'approved', 'fence')
 redis.call('DEL', KEYS[2])
 return {1, last, 0}";
 
@@ -85,6 +106,10 @@ pub struct Held {
     pub session: String,
     /// When it was taken, Unix seconds by the owner's clock.
     pub since: u64,
+    /// When it is over however it is renewed, Unix seconds by the same clock.
+    pub until: u64,
+    /// Who approved of it last, which moved its end.
+    pub approved: Option<String>,
     /// The fence; `None` while it is not known, and then the lock is not held yet.
     pub fence: Option<u64>,
     /// How long it lasts unless it is renewed; zero where it is over.
@@ -98,6 +123,9 @@ pub enum Acquired {
     Ours(Option<Held>),
     /// It is somebody's already.
     Taken(Held),
+    /// This owner has had it for as long as one may, pauses shorter than that included: another may take it now, this one after so
+    /// long.
+    Spent(Duration),
 }
 
 /// What became of writing a fence.
@@ -114,8 +142,8 @@ pub enum Fenced {
 /// What became of renewing a lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Renewed {
-    /// Its time begins anew.
-    Held,
+    /// Its time begins anew, and ends at this Unix second at the latest.
+    Held(u64),
     /// Somebody gave it back for us.
     GivenBack,
     /// It ran out, or was forgotten.
@@ -133,7 +161,11 @@ pub enum Locks {
 
 /// The locks of one process.
 #[derive(Debug, Default)]
-pub struct Here(Mutex<HashMap<String, Kept>>);
+pub struct Here {
+    kept: Mutex<HashMap<String, Kept>>,
+    /// Whose time runs, since when, and until when that is remembered.
+    stays: Mutex<HashMap<String, (String, u64, Instant)>>,
+}
 
 #[derive(Debug, Clone)]
 struct Kept {
@@ -147,16 +179,28 @@ impl Kept {
         let left = self.until.saturating_duration_since(Instant::now());
         (!left.is_zero()).then(|| Held { left, ..self.held.clone() })
     }
+
+    fn begin_anew(&mut self, now: u64, ttl: Duration) {
+        self.until = Instant::now() + ttl.min(Duration::from_secs(self.held.until.saturating_sub(now)));
+    }
 }
 
 impl Here {
     fn all(&self) -> MutexGuard<'_, HashMap<String, Kept>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is remembered of those whose time runs; what is over is forgotten.
+    fn stays(&self) -> MutexGuard<'_, HashMap<String, (String, u64, Instant)>> {
+        let mut stays = self.stays.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        stays.retain(|_, (_, _, until)| *until > now);
+        stays
     }
 }
 
-fn keys(tenant: &str) -> [String; 4] {
-    ["lock", "last", "high", "gone"].map(|kind| format!("training:{{{tenant}}}:{kind}"))
+fn keys(tenant: &str) -> [String; 5] {
+    ["lock", "last", "high", "gone", "stay"].map(|kind| format!("training:{{{tenant}}}:{kind}"))
 }
 
 impl Locks {
@@ -170,46 +214,68 @@ impl Locks {
         Locks::Here(Arc::default())
     }
 
-    /// Takes the lock of `tenant` for `ttl`, unless somebody has it. `now`: Unix seconds.
+    /// Takes the lock of `tenant` for `ttl`, unless somebody has it, or `owner` has had it for `longest`. `now`: Unix seconds.
     ///
-    /// Errors: Redis does not say. It may have been taken: it is over after `ttl`.
-    pub async fn acquire(&self, tenant: &str, owner: &str, session: &str, now: u64, ttl: Duration) -> Result<Acquired, Unanswered> {
+    /// Takings of one owner with less than `longest` between them count as one. Errors: Redis does not say. It may have been taken: it
+    /// is over after `ttl`.
+    pub async fn acquire(
+        &self,
+        tenant: &str,
+        owner: &str,
+        session: &str,
+        now: u64,
+        ttl: Duration,
+        longest: Duration,
+    ) -> Result<Acquired, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, last, ..] = keys(tenant);
+                let [lock, last, _, _, stay] = keys(tenant);
                 // First, so that whoever looks at all tenants finds what is taken next.
                 redis.ask::<()>(cmd("SADD").arg(TENANTS).arg(tenant)).await?;
                 let mut command = cmd("EVAL");
-                command.arg(ACQUIRE).arg(2).arg(&lock).arg(&last).arg(owner).arg(session).arg(now).arg(ms(ttl));
-                let Answer(ours, held) = redis.ask(&command).await?;
-                Ok(match (ours, held) {
-                    (true, before) => Acquired::Ours(before),
-                    (false, Some(held)) => Acquired::Taken(held),
-                    (false, None) => return Err(Unanswered::Refused("a lock without an owner".to_owned())),
+                command.arg(ACQUIRE).arg(3).arg(&lock).arg(&last).arg(&stay).arg(owner).arg(session).arg(now);
+                let Answer(taken, held, left) = redis.ask(command.arg(ms(ttl)).arg(longest.as_secs())).await?;
+                Ok(match (taken, held) {
+                    (1, before) => Acquired::Ours(before),
+                    (0, Some(held)) => Acquired::Taken(held),
+                    (2, _) => Acquired::Spent(left),
+                    _ => return Err(Unanswered::Refused("a lock without an owner".to_owned())),
                 })
             }
             Locks::Here(here) => {
-                let mut all = here.all();
+                let (mut all, mut stays) = (here.all(), here.stays());
                 let before = all.get(tenant).cloned();
                 if let Some(held) = before.as_ref().and_then(Kept::live) {
                     return Ok(Acquired::Taken(held));
                 }
-                let held = Held { owner: owner.to_owned(), session: session.to_owned(), since: now, fence: None, left: ttl };
+                let begun = match stays.get(tenant) {
+                    Some((who, begun, until)) if who == owner => {
+                        if Duration::from_secs(now) + ttl > Duration::from_secs(*begun) + longest {
+                            return Ok(Acquired::Spent(until.saturating_duration_since(Instant::now())));
+                        }
+                        *begun
+                    }
+                    _ => now,
+                };
+                stays.insert(tenant.to_owned(), (owner.to_owned(), begun, Instant::now() + longest + 2 * ttl));
+                let (owner, session, until) = (owner.to_owned(), session.to_owned(), begun + longest.as_secs());
+                let held = Held { owner, session, since: now, until, approved: None, fence: None, left: ttl };
                 all.insert(tenant.to_owned(), Kept { held, until: Instant::now() + ttl });
                 Ok(Acquired::Ours(before.map(|kept| Held { left: Duration::ZERO, ..kept.held })))
             }
         }
     }
 
-    /// Writes the fence of a lock that was taken, if it is still ours, and begins its time anew.
+    /// Writes the fence of a lock that was taken, if it is still ours, and begins its time anew, which does not go beyond its end.
+    /// `now`: Unix seconds.
     ///
     /// Errors: Redis does not say. It may be held.
-    pub async fn fence(&self, tenant: &str, session: &str, fence: u64, ttl: Duration) -> Result<Fenced, Unanswered> {
+    pub async fn fence(&self, tenant: &str, session: &str, fence: u64, now: u64, ttl: Duration) -> Result<Fenced, Unanswered> {
         match self {
             Locks::Shared(redis) => {
                 let mut command = cmd("EVAL");
-                let [lock, last, high, _] = keys(tenant);
-                command.arg(FENCE).arg(3).arg(&lock).arg(&last).arg(&high).arg(session).arg(fence).arg(ms(ttl));
+                let [lock, last, high, ..] = keys(tenant);
+                command.arg(FENCE).arg(3).arg(&lock).arg(&last).arg(&high).arg(session).arg(fence).arg(now).arg(ms(ttl));
                 let fenced = match redis.ask::<i64>(&command).await? {
                     1 => Fenced::Held,
                     -1 => Fenced::Low,
@@ -221,7 +287,7 @@ impl Locks {
             Locks::Here(here) => Ok(match here.all().get_mut(tenant) {
                 Some(kept) if kept.held.session == session && kept.live().is_some() => {
                     kept.held.fence = Some(fence);
-                    kept.until = Instant::now() + ttl;
+                    kept.begin_anew(now, ttl);
                     Fenced::Held
                 }
                 _ => Fenced::Lost,
@@ -229,32 +295,73 @@ impl Locks {
         }
     }
 
-    /// Begins the time of a held lock anew, if it is still ours.
+    /// Begins the time of a held lock anew, if it is still ours; it does not go beyond the lock's end. `now` and `longest`: as for
+    /// [`Locks::acquire`].
     ///
     /// Errors: Redis does not say.
-    pub async fn renew(&self, tenant: &str, session: &str, fence: u64, ttl: Duration) -> Result<Renewed, Unanswered> {
+    pub async fn renew(
+        &self,
+        tenant: &str,
+        session: &str,
+        fence: u64,
+        now: u64,
+        ttl: Duration,
+        longest: Duration,
+    ) -> Result<Renewed, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, _, _, gone] = keys(tenant);
+                let [lock, _, _, gone, stay] = keys(tenant);
                 let mut command = cmd("EVAL");
-                command.arg(RENEW).arg(2).arg(&lock).arg(&gone).arg(session).arg(fence).arg(ms(ttl));
-                match redis.ask::<i64>(&command).await? {
-                    1 => {
+                command.arg(RENEW).arg(3).arg(&lock).arg(&gone).arg(&stay).arg(session).arg(fence).arg(now);
+                match redis.ask::<i64>(command.arg(ms(ttl)).arg(longest.as_secs())).await? {
+                    -1 => Ok(Renewed::GivenBack),
+                    0 => Ok(Renewed::Lost),
+                    until => {
                         // Whoever tidied up while the lock was being taken is outlived.
                         redis.ask::<()>(cmd("SADD").arg(TENANTS).arg(tenant)).await?;
-                        Ok(Renewed::Held)
+                        Ok(Renewed::Held(until.unsigned_abs()))
                     }
-                    -1 => Ok(Renewed::GivenBack),
-                    _ => Ok(Renewed::Lost),
                 }
             }
-            Locks::Here(here) => Ok(match here.all().get_mut(tenant) {
-                Some(kept) if kept.held.session == session && kept.held.fence == Some(fence) && kept.live().is_some() => {
-                    kept.until = Instant::now() + ttl;
-                    Renewed::Held
-                }
-                _ => Renewed::Lost,
-            }),
+            Locks::Here(here) => {
+                let (mut all, mut stays) = (here.all(), here.stays());
+                Ok(match all.get_mut(tenant) {
+                    Some(kept) if kept.held.session == session && kept.held.fence == Some(fence) && kept.live().is_some() => {
+                        kept.begin_anew(now, ttl);
+                        if let Some((_, _, until)) = stays.get_mut(tenant) {
+                            *until = Instant::now() + longest + ttl;
+                        }
+                        Renewed::Held(kept.held.until)
+                    }
+                    _ => Renewed::Lost,
+                })
+            }
+        }
+    }
+
+    /// Moves the end of a lock to `longest` from `now`, if it is still that of `session`; whether it was. `who` approves: another
+    /// than its owner, whom the caller has seen.
+    ///
+    /// Errors: Redis does not say. It may have been moved.
+    pub async fn approve(&self, tenant: &str, session: &str, who: &str, now: u64, longest: Duration) -> Result<bool, Unanswered> {
+        match self {
+            Locks::Shared(redis) => {
+                let [lock, last, _, _, stay] = keys(tenant);
+                let mut command = cmd("EVAL");
+                command.arg(APPROVE).arg(3).arg(&lock).arg(&last).arg(&stay);
+                redis.ask(command.arg(session).arg(who).arg(now).arg(longest.as_secs())).await
+            }
+            Locks::Here(here) => {
+                let (mut all, mut stays) = (here.all(), here.stays());
+                Ok(match all.get_mut(tenant) {
+                    Some(kept) if kept.held.session == session && kept.live().is_some() => {
+                        (kept.held.approved, kept.held.until) = (Some(who.to_owned()), now + longest.as_secs());
+                        stays.insert(tenant.to_owned(), (kept.held.owner.clone(), now, Instant::now() + 2 * longest));
+                        true
+                    }
+                    _ => false,
+                })
+            }
         }
     }
 
@@ -264,7 +371,7 @@ impl Locks {
     pub async fn release(&self, tenant: &str, session: &str) -> Result<bool, Unanswered> {
         match self {
             Locks::Shared(redis) => {
-                let [lock, last, _, gone] = keys(tenant);
+                let [lock, last, _, gone, _] = keys(tenant);
                 let mut command = cmd("EVAL");
                 command.arg(RELEASE).arg(3).arg(&lock).arg(&last).arg(&gone).arg(session);
                 let ours = redis.ask::<bool>(&command).await?;
@@ -351,11 +458,11 @@ impl Locks {
                 let [lock, last, ..] = keys(tenant);
                 let mut command = cmd("EVAL");
                 command.arg(EXPIRED).arg(2).arg(&lock).arg(&last);
-                let Answer(gone, last) = redis.ask(&command).await?;
-                if gone {
+                let Answer(gone, last, _) = redis.ask(&command).await?;
+                if gone == 1 {
                     redis.ask::<()>(cmd("SREM").arg(TENANTS).arg(tenant)).await?;
                 }
-                Ok(last.filter(|_| gone))
+                Ok(last.filter(|_| gone == 1))
             }
             Locks::Here(here) => {
                 let mut all = here.all();
@@ -385,21 +492,22 @@ impl Locks {
     }
 }
 
-const FIELDS: [&str; 4] = ["owner", "session", "since", "fence"];
-type Fields = (Option<String>, Option<String>, Option<u64>, Option<u64>);
+const FIELDS: [&str; 6] = ["owner", "session", "since", "until", "approved", "fence"];
+type Fields = (Option<String>, Option<String>, Option<u64>, Option<u64>, Option<String>, Option<u64>);
 
-fn held((owner, session, since, fence): Fields, left: i64) -> Option<Held> {
+fn held((owner, session, since, until, approved, fence): Fields, left: i64) -> Option<Held> {
     let left = Duration::from_millis(u64::try_from(left).unwrap_or(0));
-    Some(Held { owner: owner?, session: session?, since: since?, fence, left })
+    Some(Held { owner: owner?, session: session?, since: since?, until: until?, approved, fence, left })
 }
 
-/// What the scripts answer: a yes or no, and a lock.
-struct Answer(bool, Option<Held>);
+/// What the scripts answer: what became of it, a lock, and a time.
+struct Answer(i64, Option<Held>, Duration);
 
 impl FromRedisValue for Answer {
     fn from_redis_value(value: Value) -> Result<Answer, redis::ParsingError> {
-        let (yes, fields, left) = <(bool, Value, i64)>::from_redis_value(value)?;
-        Ok(Answer(yes, Fields::from_redis_value(fields).ok().and_then(|fields| held(fields, left))))
+        let (became, fields, left) = <(i64, Value, i64)>::from_redis_value(value)?;
+        let held = Fields::from_redis_value(fields).ok().and_then(|fields| held(fields, left));
+        Ok(Answer(became, held, Duration::from_millis(u64::try_from(left).unwrap_or(0))))
     }
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Code, Subject, TenantId};
 
-/// How a tenant's turns run now: the answer of `GET /v1/training` and of both of its calls.
+/// How a tenant's turns run now: the answer of `GET /v1/training` and of each of its calls.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TrainingState {
     /// The tenant of the token.
@@ -21,9 +21,12 @@ pub struct TrainingState {
     /// Since when, in Unix seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
-    /// The lock is over by then, in Unix seconds, however it is renewed.
+    /// The lock is over by then, in Unix seconds, however it is renewed, unless another admin approves before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<u64>,
+    /// Who approved of it last, if anybody: another than the owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approved_by: Option<Subject>,
 }
 
 /// How policy is applied to turns.
@@ -55,8 +58,8 @@ pub struct TrainingRecord {
     pub seq: u64,
     /// Unix seconds.
     pub time: u64,
-    /// `training.enable`, `training.disable`, `training.status`: a call, with its outcome. `training.lock.acquired`, `.released`,
-    /// `.expired`, `.lost`: what became of the lock.
+    /// `training.enable`, `training.approve`, `training.disable`, `training.status`: a call, with its outcome.
+    /// `training.lock.acquired`, `.approved`, `.released`, `.expired`, `.lost`: what became of the lock.
     pub action: String,
     /// Who: the token's subject, or `unknown`.
     pub actor: String,

@@ -54,7 +54,7 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// What training mode is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// The folder of the event log: fences are remembered there.
     pub folder: PathBuf,
@@ -110,8 +110,11 @@ struct Hold {
     owner: String,
     session: String,
     fence: u64,
-    begun: Instant,
     renewed: Instant,
+    /// The lock's end, as everybody is told it, in Unix seconds.
+    until: u64,
+    /// The same by our own clock, as it was when we were told.
+    over: Instant,
     /// From here on it may be another's: by our own clock, from before we asked.
     deadline: Instant,
 }
@@ -154,6 +157,7 @@ struct Attempt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Call {
     Enable,
+    Approve,
     Disable,
     Status,
 }
@@ -162,6 +166,7 @@ impl Call {
     fn action(self) -> &'static str {
         match self {
             Call::Enable => "training.enable",
+            Call::Approve => "training.approve",
             Call::Disable => "training.disable",
             Call::Status => "training.status",
         }
@@ -262,6 +267,7 @@ impl Training {
         let (call, expected) = match path.strip_prefix(PATH)? {
             "" => (Call::Status, Method::GET),
             "/enable" => (Call::Enable, Method::POST),
+            "/approve" => (Call::Approve, Method::POST),
             "/disable" => (Call::Disable, Method::POST),
             _ => return None,
         };
@@ -309,6 +315,7 @@ impl Training {
         };
         match call {
             Call::Enable => self.enable(&caller).await,
+            Call::Approve => self.approve(&caller).await,
             Call::Disable => self.disable(&caller).await,
             Call::Status => self.state(&caller.tenant).await.map_err(unlocked),
         }
@@ -354,8 +361,9 @@ impl Training {
     async fn enable(&self, caller: &Caller) -> Result<TrainingState, Fault> {
         let (tenant, owner) = (caller.tenant.as_str(), caller.subject.as_str());
         let of = |action, outcome| Entry { trace: Some(&caller.trace), ..Entry::of(action, owner, tenant, outcome) };
-        let (session, asked) = (SessionId::fresh().to_string(), Instant::now());
-        let taken = match self.locks().acquire(tenant, owner, &session, unix_now(), self.settings.ttl).await {
+        let Settings { ttl, max_hold, .. } = self.settings;
+        let (session, now) = (SessionId::fresh().to_string(), unix_now());
+        let taken = match self.locks().acquire(tenant, owner, &session, now, ttl, max_hold).await {
             Ok(taken) => taken,
             Err(error) => {
                 let fault = unlocked(error);
@@ -366,8 +374,15 @@ impl Training {
         let before = match taken {
             Acquired::Ours(before) => before,
             Acquired::Taken(held) => return self.taken(caller, held).await,
+            Acquired::Spent(wait) => {
+                let entry =
+                    Entry { code: Some(Code::TrainingLocked), reason: Some("max_hold"), ..of(Call::Enable.action(), Outcome::Denied) };
+                self.audit.write(&entry).await.map_err(unaudited)?;
+                let fault = Fault::client(Code::TrainingLocked).after(wait);
+                return Err(fault.saying("you have had training mode on for as long as one admin may: it is another's turn to turn it on"));
+            }
         };
-        let fence = match self.hold(caller, &session, before, asked).await {
+        let fence = match self.hold(caller, &session, before).await {
             Ok(fence) => fence,
             Err(fault) => {
                 // It would be over by itself; nobody should have to wait for that.
@@ -382,7 +397,7 @@ impl Training {
     }
 
     /// From a lock that was taken to one that is held: its fence.
-    async fn hold(&self, caller: &Caller, session: &str, before: Option<Held>, asked: Instant) -> Result<u64, Fault> {
+    async fn hold(&self, caller: &Caller, session: &str, before: Option<Held>) -> Result<u64, Fault> {
         let (tenant, owner, ttl) = (caller.tenant.as_str(), caller.subject.as_str(), self.settings.ttl);
         if let Some(before) = before {
             self.expired(tenant, &before).await.map_err(unaudited)?;
@@ -401,7 +416,7 @@ impl Training {
             return Err(rewound());
         }
         let renewed = Instant::now();
-        match self.locks().fence(tenant, session, fence, ttl).await.map_err(unlocked)? {
+        match self.locks().fence(tenant, session, fence, unix_now(), ttl).await.map_err(unlocked)? {
             Fenced::Held => {}
             Fenced::Low => return Err(rewound()),
             Fenced::Lost => {
@@ -417,7 +432,9 @@ impl Training {
             Ok(Weighed::Stale) => return Err(Fault::client(Code::StaleFence)),
             Err(error) => return Err(Fault::us(Code::EventLogUnavailable).after(TRY_AGAIN).caused_by(error)),
         }
-        let hold = Hold { owner: owner.to_owned(), session: session.to_owned(), fence, begun: asked, renewed, deadline };
+        // Not known yet: renewed at once, and told then.
+        let (until, over) = (0, renewed);
+        let hold = Hold { owner: owner.to_owned(), session: session.to_owned(), fence, renewed, until, over, deadline };
         self.holds().insert(tenant.to_owned(), hold);
         Ok(fence)
     }
@@ -442,6 +459,43 @@ impl Training {
         }
         tracing::warn!(tenant, owner, holder = held.owner, "training mode: denied, another admin holds the lock");
         Err(Fault::client(Code::TrainingLocked).after(held.left.max(TRY_AGAIN)))
+    }
+
+    /// Another admin than the owner lets the owner go on: the lock's end is `max_hold` from now.
+    async fn approve(&self, caller: &Caller) -> Result<TrainingState, Fault> {
+        let (tenant, who) = (caller.tenant.as_str(), caller.subject.as_str());
+        let of = |action, outcome| Entry { trace: Some(&caller.trace), ..Entry::of(action, who, tenant, outcome) };
+        let held = match self.locks().read(tenant).await {
+            Ok(held) => held.filter(|held| held.fence.is_some()),
+            Err(error) => {
+                let fault = unlocked(error);
+                self.failed(of(Call::Approve.action(), Outcome::Failed), &fault).await;
+                return Err(fault);
+            }
+        };
+        let off = || Fault::client(Code::StaleFence).saying("training mode is off: there is nothing to approve of");
+        let Some(held) = held else {
+            let entry = Entry { code: Some(Code::StaleFence), reason: Some("off"), ..of(Call::Approve.action(), Outcome::Denied) };
+            self.audit.write(&entry).await.map_err(unaudited)?;
+            return Err(off());
+        };
+        let about = |entry| Entry { fence: held.fence, owner: Some(&held.owner), session: Some(&held.session), ..entry };
+        if held.owner == who {
+            let entry = Entry { code: Some(Code::PermissionDenied), reason: Some("owner"), ..of(Call::Approve.action(), Outcome::Denied) };
+            self.audit.write(&about(entry)).await.map_err(unaudited)?;
+            return Err(Fault::client(Code::PermissionDenied).saying("another admin than the one who turned it on must approve"));
+        }
+        self.audit.write(&about(of("training.lock.approved", Outcome::Allowed))).await.map_err(unaudited)?;
+        let fault = match self.locks().approve(tenant, &held.session, who, unix_now(), self.settings.max_hold).await {
+            Ok(true) => {
+                tracing::info!(tenant, owner = who, holder = held.owner, fence = held.fence, "training mode may go on");
+                return self.state(&caller.tenant).await.map_err(unlocked);
+            }
+            Ok(false) => off(),
+            Err(error) => unlocked(error),
+        };
+        self.failed(about(of(Call::Approve.action(), Outcome::Failed)), &fault).await;
+        Err(fault)
     }
 
     /// Any admin of the tenant may turn training mode off: that is the safe side.
@@ -479,10 +533,12 @@ impl Training {
     async fn state(&self, tenant: &TenantId) -> Result<TrainingState, Unanswered> {
         let held = self.locks().read(tenant.as_str()).await?.filter(|held| held.fence.is_some());
         let mode = if held.is_some() { Mode::Training } else { Mode::Enforce };
-        let until = held.as_ref().map(|held| held.since.saturating_add(self.settings.max_hold.as_secs()));
-        let (fence, since) = (held.as_ref().and_then(|held| held.fence), held.as_ref().map(|held| held.since));
-        let owner = held.and_then(|held| held.owner.parse().ok());
-        Ok(TrainingState { tenant: tenant.clone(), mode, fence, owner, since, until })
+        let tenant = tenant.clone();
+        let Some(held) = held else {
+            return Ok(TrainingState { tenant, mode, fence: None, owner: None, since: None, until: None, approved_by: None });
+        };
+        let (owner, approved_by) = (held.owner.parse().ok(), held.approved.and_then(|who| who.parse().ok()));
+        Ok(TrainingState { tenant, mode, fence: held.fence, owner, since: Some(held.since), until: Some(held.until), approved_by })
     }
 
     /// Writes, if it can be written, that something could not be done.
@@ -556,16 +612,21 @@ impl Training {
         if asked >= hold.deadline {
             return self.end(tenant, hold, Ending::Lost("it was not renewed in time"));
         }
-        if asked.saturating_duration_since(hold.begun) >= max_hold {
-            return self.end(tenant, hold, Ending::GivenBack("max_hold"));
-        }
-        if asked.saturating_duration_since(hold.renewed) < ttl / 3 {
+        let is_near = |over: Instant| over.saturating_duration_since(asked) <= self.margin();
+        // Somebody may have approved, which only the lock knows.
+        if asked.saturating_duration_since(hold.renewed) < ttl / 3 && !is_near(hold.over) {
             return;
         }
-        match self.locks().renew(&tenant, &hold.session, hold.fence, ttl).await {
-            Ok(Renewed::Held) => {
+        match self.locks().renew(&tenant, &hold.session, hold.fence, unix_now(), ttl, max_hold).await {
+            Ok(Renewed::Held(until)) => {
+                // The clock on the wall is looked at once for each end: whoever turns it back gains nothing.
+                let over = if until == hold.until { hold.over } else { asked + from_now(until).min(max_hold) };
+                if is_near(over) {
+                    return self.end(tenant, hold, Ending::GivenBack("max_hold"));
+                }
                 if let Some(kept) = self.holds().get_mut(&tenant).filter(|kept| kept.session == hold.session) {
-                    (kept.renewed, kept.deadline) = (asked, asked + ttl - self.margin());
+                    let deadline = (asked + ttl - self.margin()).min(over);
+                    *kept = Hold { renewed: asked, until, over, deadline, ..hold };
                 }
             }
             // Whoever did that has it on record.
@@ -650,6 +711,12 @@ impl fmt::Debug for Training {
 
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// How long until that Unix second; none, where it is over.
+fn from_now(until: u64) -> Duration {
+    let until = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(until)).unwrap_or(SystemTime::UNIX_EPOCH);
+    until.duration_since(SystemTime::now()).unwrap_or_default()
 }
 
 fn unlocked(error: Unanswered) -> Fault {

@@ -12,6 +12,8 @@ use crate::connected;
 
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(200);
+/// The longest that one owner has a lock.
+const HOURS: Duration = Duration::from_secs(4 * 3600);
 
 async fn gone(locks: &Locks, tenant: &str) {
     let gone = async { while locks.read(tenant).await.unwrap().is_some() {} };
@@ -23,26 +25,26 @@ async fn a_lock_has_one_owner_for_a_time_and_its_end_is_told_once() {
     let Some(server) = services::redis().await.or_skip("a_lock_has_one_owner_for_a_time") else { return };
     let redis = connected(&server).await;
     for locks in [Locks::shared(&redis), Locks::here()] {
-        assert_eq!(locks.acquire("acme", "ann", "s1", 7, LONG).await.unwrap(), Acquired::Ours(None));
-        let Acquired::Taken(held) = locks.acquire("acme", "bob", "s2", 8, LONG).await.unwrap() else { panic!("it is ann's") };
+        assert_eq!(locks.acquire("acme", "ann", "s1", 7, LONG, HOURS).await.unwrap(), Acquired::Ours(None));
+        let Acquired::Taken(held) = locks.acquire("acme", "bob", "s2", 8, LONG, HOURS).await.unwrap() else { panic!("it is ann's") };
         assert_eq!((held.owner.as_str(), held.session.as_str(), held.since, held.fence), ("ann", "s1", 7, None));
         assert!(!held.left.is_zero() && held.left <= LONG);
-        assert!(matches!(locks.acquire("other", "bob", "s3", 8, LONG).await.unwrap(), Acquired::Ours(None)), "of another tenant");
-        assert_eq!(locks.fence("acme", "s2", 5, LONG).await.unwrap(), Fenced::Lost);
-        assert_eq!(locks.renew("acme", "s1", 5, LONG).await.unwrap(), Renewed::Lost, "it is not held without a fence");
-        assert_eq!(locks.fence("acme", "s1", 5, LONG).await.unwrap(), Fenced::Held);
-        assert_eq!(locks.renew("acme", "s1", 5, SHORT).await.unwrap(), Renewed::Held);
+        assert!(matches!(locks.acquire("other", "bob", "s3", 8, LONG, HOURS).await.unwrap(), Acquired::Ours(None)), "of another tenant");
+        assert_eq!(locks.fence("acme", "s2", 5, 10, LONG).await.unwrap(), Fenced::Lost);
+        assert_eq!(locks.renew("acme", "s1", 5, 10, LONG, HOURS).await.unwrap(), Renewed::Lost, "it is not held without a fence");
+        assert_eq!(locks.fence("acme", "s1", 5, 10, LONG).await.unwrap(), Fenced::Held);
+        assert_eq!(locks.renew("acme", "s1", 5, 10, SHORT, HOURS).await.unwrap(), Renewed::Held(7 + 14_400));
         gone(&locks, "acme").await;
         // It ran out without a word.
-        assert_eq!(locks.renew("acme", "s1", 5, LONG).await.unwrap(), Renewed::Lost);
+        assert_eq!(locks.renew("acme", "s1", 5, 10, LONG, HOURS).await.unwrap(), Renewed::Lost);
         let last = locks.expired("acme").await.unwrap().unwrap();
         assert_eq!((last.owner.as_str(), last.fence), ("ann", Some(5)));
         assert_eq!(locks.expired("acme").await.unwrap(), None, "it is told once");
         // Whoever comes next is told, where nobody was.
-        assert_eq!(locks.acquire("acme", "ann", "s4", 9, SHORT).await.unwrap(), Acquired::Ours(None));
-        assert_eq!(locks.fence("acme", "s4", 6, SHORT).await.unwrap(), Fenced::Held);
+        assert_eq!(locks.acquire("acme", "ann", "s4", 9, SHORT, HOURS).await.unwrap(), Acquired::Ours(None));
+        assert_eq!(locks.fence("acme", "s4", 6, 10, SHORT).await.unwrap(), Fenced::Held);
         gone(&locks, "acme").await;
-        let Acquired::Ours(Some(last)) = locks.acquire("acme", "bob", "s5", 10, LONG).await.unwrap() else { panic!("it was ann's") };
+        let Acquired::Ours(Some(last)) = locks.acquire("acme", "bob", "s5", 10, LONG, HOURS).await.unwrap() else { panic!("it was ann's") };
         assert_eq!((last.owner.as_str(), last.session.as_str(), last.fence), ("ann", "s4", Some(6)));
         assert!(!locks.release("acme", "s4").await.unwrap(), "it is bob's");
         assert!(locks.release("acme", "s5").await.unwrap());
@@ -51,13 +53,56 @@ async fn a_lock_has_one_owner_for_a_time_and_its_end_is_told_once() {
         assert_eq!(held.keys().collect::<Vec<_>>(), ["other"]);
     }
     let locks = Locks::shared(&redis);
-    assert!(matches!(locks.acquire("acme", "bob", "s6", 10, LONG).await.unwrap(), Acquired::Ours(None)));
-    assert_eq!(locks.fence("acme", "s6", 6, LONG).await.unwrap(), Fenced::Low, "no fence is given twice");
-    assert_eq!(locks.fence("acme", "s6", 7, LONG).await.unwrap(), Fenced::Held);
+    assert!(matches!(locks.acquire("acme", "bob", "s6", 10, LONG, HOURS).await.unwrap(), Acquired::Ours(None)));
+    assert_eq!(locks.fence("acme", "s6", 6, 10, LONG).await.unwrap(), Fenced::Low, "no fence is given twice");
+    assert_eq!(locks.fence("acme", "s6", 7, 10, LONG).await.unwrap(), Fenced::Held);
     assert!(locks.release("acme", "s6").await.unwrap());
-    assert_eq!(locks.renew("acme", "s6", 7, LONG).await.unwrap(), Renewed::GivenBack);
+    assert_eq!(locks.renew("acme", "s6", 7, 10, LONG, HOURS).await.unwrap(), Renewed::GivenBack);
     let ttl: i64 = redis.ask(cmd("PTTL").arg("training:{other}:lock")).await.unwrap();
     assert!(ttl > 0, "a lock that nobody renews is over");
+}
+
+#[tokio::test]
+async fn one_owner_has_a_lock_for_so_long_and_no_longer_unless_another_approves() {
+    let Some(server) = services::redis().await.or_skip("one_owner_has_a_lock_for_so_long") else { return };
+    let redis = connected(&server).await;
+    let (ttl, longest) = (Duration::from_secs(60), Duration::from_secs(1000));
+    for locks in [Locks::shared(&redis), Locks::here()] {
+        let acquire = async |owner: &str, session: &str, now: u64| locks.acquire("acme", owner, session, now, ttl, longest).await.unwrap();
+        let renew = async |session: &str, fence: u64, now: u64| locks.renew("acme", session, fence, now, ttl, longest).await.unwrap();
+        let left = async || locks.read("acme").await.unwrap().map(|held| held.left.as_secs_f64().round());
+        assert_eq!(acquire("ann", "s1", 100).await, Acquired::Ours(None));
+        assert_eq!(locks.fence("acme", "s1", 1, 100, ttl).await.unwrap(), Fenced::Held);
+        assert_eq!((renew("s1", 1, 1000).await, left().await), (Renewed::Held(1100), Some(60.0)));
+        assert_eq!((renew("s1", 1, 1080).await, left().await), (Renewed::Held(1100), Some(20.0)), "not beyond its end");
+        assert!(locks.release("acme", "s1").await.unwrap());
+
+        // Whoever gives it back and takes it again has no more time than before.
+        let Acquired::Spent(wait) = acquire("ann", "s2", 1041).await else { panic!("it would be over before it could be renewed") };
+        assert!(wait > longest && wait <= longest + 2 * ttl, "{wait:?}");
+        assert_eq!(acquire("ann", "s2", 1040).await, Acquired::Ours(None));
+        assert_eq!(locks.fence("acme", "s2", 2, 1040, ttl).await.unwrap(), Fenced::Held);
+        assert_eq!(renew("s2", 2, 1041).await, Renewed::Held(1100));
+        assert!(!locks.approve("acme", "s1", "bob", 1050, longest).await.unwrap(), "that taking is over");
+        assert!(locks.approve("acme", "s2", "bob", 1050, longest).await.unwrap());
+        assert_eq!((renew("s2", 2, 1090).await, left().await), (Renewed::Held(2050), Some(60.0)));
+        let held = locks.read("acme").await.unwrap().unwrap();
+        assert_eq!((held.owner.as_str(), held.approved.as_deref(), held.since, held.until), ("ann", Some("bob"), 1040, 2050));
+        assert_eq!((renew("s2", 2, 2050).await, left().await), (Renewed::Held(2050), None), "it is over");
+        assert_eq!(locks.expired("acme").await.unwrap().unwrap().approved.as_deref(), Some("bob"));
+
+        // Another may take it, and then the first again.
+        assert!(matches!(acquire("ann", "s3", 2051).await, Acquired::Spent(_)));
+        assert_eq!(acquire("bob", "s4", 2052).await, Acquired::Ours(None));
+        assert!(locks.release("acme", "s4").await.unwrap());
+        assert_eq!(acquire("ann", "s5", 2053).await, Acquired::Ours(None));
+        assert_eq!(locks.read("acme").await.unwrap().unwrap().until, 3053);
+        assert_eq!(locks.fence("acme", "s5", 5, 3043, ttl).await.unwrap(), Fenced::Held);
+        assert_eq!(left().await, Some(10.0), "a fence that comes late gains no time");
+    }
+    // What is remembered of an owner is forgotten in time.
+    let ttl: i64 = redis.ask(cmd("PTTL").arg("training:{acme}:stay")).await.unwrap();
+    assert!((1_000_000..=1_120_000).contains(&ttl), "{ttl}");
 }
 
 #[tokio::test]
@@ -67,10 +112,10 @@ async fn a_mode_is_unknown_while_its_lock_may_be_held_and_nobody_can_say() {
     let locks = Locks::shared(&redis);
     let modes = Modes::new(locks.clone());
     let ttl = Duration::from_secs(5);
-    locks.acquire("acme", "ann", "s1", 7, ttl).await.unwrap();
+    locks.acquire("acme", "ann", "s1", 7, ttl, HOURS).await.unwrap();
     modes.look().await.unwrap();
     assert_eq!(modes.of("acme"), ModeNow::Enforce, "a lock without a fence is not held");
-    locks.fence("acme", "s1", 5, ttl).await.unwrap();
+    locks.fence("acme", "s1", 5, 10, ttl).await.unwrap();
     modes.look().await.unwrap();
     assert_eq!((modes.of("acme"), modes.of("other")), (ModeNow::Training(5), ModeNow::Enforce));
     assert!(modes.holds("acme", 5).await.unwrap() && !modes.holds("acme", 4).await.unwrap());
