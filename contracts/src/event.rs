@@ -30,6 +30,9 @@ pub enum Channel {
     Refusal,
     /// The arguments of the tool call with this index.
     ToolArguments(u16),
+    /// What a person is asked: the prompt of the question with this number, as gates count them. It comes whole, as a part of its
+    /// own event, so no text event has this channel.
+    Question(u16),
 }
 
 /// One channel of text inside an answer: choice x channel. Text of different lanes never forms one word.
@@ -97,6 +100,16 @@ pub enum What {
         /// The function's name, in the batch's text: letters, digits, `_` and `-` only.
         name: Span,
     },
+    /// A person is asked whether a tool may be called: [`Batch::question`] has the words.
+    Confirm {
+        /// The question's id, and right behind it the name of the tool, in the batch's text. Two spans and not three, so that an
+        /// event stays as small as text needs it.
+        named: Span,
+        /// How long the id is, in bytes.
+        id_bytes: u8,
+        /// What the person reads, in the batch's text.
+        prompt: Span,
+    },
     /// A choice is finished.
     Finish {
         /// Which choice.
@@ -118,6 +131,17 @@ pub struct Event {
     /// The payload it came in, in the batch's wire bytes, as long as nobody has changed what it says. `None`: it must be
     /// written anew. A payload with members we do not know never keeps its raw form: text could hide there.
     pub raw: Option<Span>,
+}
+
+/// What a person is asked. Its words have no Debug form.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Question<'a> {
+    /// Its name, for the answer to it: 1 to 64 of letters, digits, `_`, `-`, `.` and `:`.
+    pub id: &'a str,
+    /// The tool that would be called; empty where it is about none.
+    pub tool: &'a str,
+    /// What the person reads.
+    pub prompt: &'a str,
 }
 
 /// Which vocabulary the raw payloads of a batch are written in.
@@ -245,6 +269,21 @@ impl Batch {
         }
     }
 
+    /// Adds a question, with no raw form. Its id has at most 64 bytes.
+    pub fn push_question(&mut self, question: Question<'_>) {
+        let id_bytes = question.id.len() as u8;
+        let named = self.keep_text_with(|text| text.extend([question.id, question.tool]));
+        let prompt = self.keep_text(question.prompt);
+        self.events.push(Event { what: What::Confirm { named, id_bytes, prompt }, raw: None });
+    }
+
+    /// What an event asks, where it asks something.
+    pub fn question(&self, event: &Event) -> Option<Question<'_>> {
+        let What::Confirm { named, id_bytes, prompt } = event.what else { return None };
+        let (id, tool) = self.text(named).split_at_checked(id_bytes.into())?;
+        Some(Question { id, tool, prompt: self.text(prompt) })
+    }
+
     /// Changes what the event at `index` says; its raw form is gone.
     pub fn restate(&mut self, index: usize, what: What) {
         if let Some(event) = self.events.get_mut(index) {
@@ -260,6 +299,9 @@ impl Batch {
             What::Text { lane, text } => What::Text { lane, text: self.keep_text(from.text(text)) },
             What::Tool { choice, index, id, name } => {
                 What::Tool { choice, index, id: self.keep_text(from.text(id)), name: self.keep_text(from.text(name)) }
+            }
+            What::Confirm { named, id_bytes, prompt } => {
+                What::Confirm { named: self.keep_text(from.text(named)), id_bytes, prompt: self.keep_text(from.text(prompt)) }
             }
             plain @ (What::Finish { .. } | What::Usage(_) | What::Note) => plain,
         };
@@ -291,7 +333,7 @@ impl Batch {
             match &mut event.what {
                 What::Text { lane, .. } => lane.choice = to,
                 What::Tool { choice, .. } | What::Finish { choice, .. } => *choice = to,
-                What::Usage(_) | What::Note => {}
+                What::Confirm { .. } | What::Usage(_) | What::Note => {}
             }
         }
     }
@@ -354,6 +396,17 @@ mod tests {
         to.push_from(&from, from.events()[0]);
         let Event { what: What::Text { text, .. }, raw: Some(raw) } = to.events()[1] else { panic!("a text with its raw form") };
         assert_eq!((to.text(text), to.wire(raw)), ("hé", &b"{\"text\":\"h\xc3\xa9\"}"[..]));
+    }
+
+    #[test]
+    fn a_question_moved_to_another_batch_asks_the_same_and_an_event_stays_small() {
+        let asked = Question { id: "q", tool: "pay", prompt: "Pay 5 €?" };
+        let (mut from, mut to) = (Batch::new(), Batch::new());
+        from.push_text(Lane::DEFAULT, "before");
+        from.push_question(asked);
+        to.push_from(&from, from.events()[1]);
+        assert!(to.question(&to.events()[0]) == Some(asked) && from.question(&from.events()[0]).is_none());
+        assert_eq!(size_of::<Event>(), 40);
     }
 
     #[test]

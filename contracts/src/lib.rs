@@ -9,6 +9,7 @@
 //! | **prompt**: the request of a turn, parsed | [`Prompt`], [`Message`] |
 //! | **answer**: a **head**, then **events** in **batches** | [`Head`], [`Event`], [`Batch`] |
 //! | **lane**: one channel of text inside an answer | [`Lane`], [`Channel`] |
+//! | **question**: what a person is asked within an answer, before a tool is called | [`Question`], [`What::Confirm`] |
 //! | **finding**: one hit of a filter; never the matched text | [`Finding`], [`Category`] |
 //! | **refusal**: policy said no | [`Refusal`] |
 //! | **fault**: something broke | [`Fault`] |
@@ -34,7 +35,7 @@ pub mod wire;
 
 pub use address::may_serve;
 pub use code::{Code, ErrorType, Retry};
-pub use event::{Batch, Channel, Dialect, Event, Head, Lane, Span, Usage, What};
+pub use event::{Batch, Channel, Dialect, Event, Head, Lane, Question, Span, Usage, What};
 pub use finding::{Category, Finding, Source, Stage};
 pub use ids::{InvalidId, SessionId, Subject, TenantId, TurnId};
 pub use prompt::{Content, Credential, Dispatch, Message, Part, Principal, Prompt, Role, Seal, Secret, Settings};

@@ -34,8 +34,9 @@ impl Stop {
     pub fn word(&self) -> &'static str {
         match self {
             Stop::Refused(_) => "refused",
+            // An orchestrator says of its turn, as it says of a fault, that its person did not agree: nothing broke.
+            Stop::Failed(Fault { code: Code::Declined | Code::Unanswered, .. }) | Stop::Gone(_) => "cancelled",
             Stop::Failed(_) => "failed",
-            Stop::Gone(_) => "cancelled",
         }
     }
 }
@@ -240,7 +241,7 @@ impl Error for Fault {
     }
 }
 
-/// Why nobody is listening any more.
+/// Why nobody is listening any more, or nobody wants what would come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gone {
     /// The client closed its connection (and its grace, if any, ran out).
@@ -251,6 +252,10 @@ pub enum Gone {
     Slow,
     /// This instance is shutting down and its drain time ran out.
     Drained,
+    /// The person who was asked said no, or could not be asked.
+    Declined,
+    /// The person who was asked said nothing in time.
+    Unanswered,
 }
 
 impl Gone {
@@ -261,6 +266,8 @@ impl Gone {
             Gone::Stopped => Code::Stopped,
             Gone::Slow => Code::SlowConsumer,
             Gone::Drained => Code::Draining,
+            Gone::Declined => Code::Declined,
+            Gone::Unanswered => Code::Unanswered,
         }
     }
 }

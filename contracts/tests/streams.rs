@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, fs, path::Path};
 
 use headgate_contracts::{
-    Batch, Channel, Dialect, Head, Lane, TurnId, What,
+    Batch, Channel, Dialect, Head, Lane, Question, TurnId, What,
     wire::{
         Step, chat,
         openai::{self, DONE, Envelope},
@@ -32,11 +32,16 @@ fn read<'a>(dialect: Dialect, pieces: impl IntoIterator<Item = &'a [u8]>) -> Str
                             Channel::Reasoning => "reasoning".to_owned(),
                             Channel::Refusal => "refusal".to_owned(),
                             Channel::ToolArguments(index) => format!("arguments {index}"),
+                            Channel::Question(_) => panic!("a question is no text event"),
                         };
                         writeln!(said, "{choice} {channel} {:?}{raw}", batch.text(text))
                     }
                     What::Tool { choice, index, id, name } => {
                         writeln!(said, "{choice} tool {index} {} {}{raw}", batch.text(id), batch.text(name))
+                    }
+                    What::Confirm { .. } => {
+                        let Question { id, tool, prompt } = batch.question(event).expect("a question");
+                        writeln!(said, "confirm {id} {tool} {prompt:?}{raw}")
                     }
                     What::Finish { choice, finish } => writeln!(said, "{choice} finish {}{raw}", finish.as_str()),
                     What::Usage(usage) => writeln!(said, "usage {} {}{raw}", usage.input_tokens, usage.output_tokens),
@@ -44,7 +49,7 @@ fn read<'a>(dialect: Dialect, pieces: impl IntoIterator<Item = &'a [u8]>) -> Str
                 };
             }
             let _ = match step {
-                Ok(Step::More) => Ok(()),
+                Ok(Step::More | Step::Asked) => Ok(()),
                 Ok(Step::Done) => writeln!(said, "done"),
                 Ok(Step::Failed(fault)) => writeln!(said, "failed {}", fault.chain()),
                 Err(malformed) => writeln!(said, "malformed {malformed}"),

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Batch, Code, Event, Fault, Head, Lane, Outcome, Prompt, Record, Stop, What};
+use headgate_contracts::{Batch, Channel, Code, Event, Fault, Head, Lane, Outcome, Prompt, Question, Record, Stop, What};
 use tokio::time::{Instant, Sleep};
 
 use crate::{
@@ -30,6 +30,8 @@ pub struct Gate {
     terms: Terms,
     textless: bool,
     lanes: Vec<Track>,
+    /// Questions seen.
+    questions: u16,
     /// Most gates of a chain never hold anything.
     desk: Option<Box<Desk>>,
     /// Bytes of text that wait.
@@ -63,6 +65,13 @@ struct Wait {
     start: At,
     since: Instant,
     gone: bool,
+    /// Which question it is, where it is one.
+    question: u16,
+}
+
+/// The lane of a question's prompt: each has its own, which begins and ends with it.
+fn asked(question: u16) -> Lane {
+    Lane { choice: 0, channel: Channel::Question(question) }
 }
 
 /// How far one lane has come.
@@ -168,6 +177,7 @@ impl Gate {
             terms,
             textless: false,
             lanes: Vec::new(),
+            questions: 0,
             desk: None,
             held_bytes: 0,
             stop: None,
@@ -299,6 +309,7 @@ impl Gate {
                         }
                     }
                     What::Finish { .. } if !self.lanes.is_empty() => break,
+                    What::Confirm { .. } => break,
                     What::Finish { .. } | What::Tool { .. } | What::Usage(_) | What::Note => {}
                 }
                 clean += 1;
@@ -320,7 +331,7 @@ impl Gate {
             if self.stop.is_some() {
                 break;
             }
-            let mut start = At::default();
+            let (mut start, mut question) = (At::default(), 0);
             match event.what {
                 What::Text { lane, text } => {
                     let words = batch.text(text);
@@ -330,11 +341,21 @@ impl Gate {
                     };
                     self.held_bytes += words.len() as u64;
                 }
+                What::Confirm { prompt, .. } => {
+                    let words = batch.text(prompt);
+                    question = self.next_question();
+                    start = self.judge(asked(question), words).0;
+                    self.held_bytes += words.len() as u64;
+                    // A prompt comes whole.
+                    if let Some(index) = self.track(asked(question)) {
+                        self.last_word(index);
+                    }
+                }
                 What::Finish { choice, .. } => self.finish(choice),
                 What::Tool { .. } | What::Usage(_) | What::Note => {}
             }
             desk.held.push_from(batch, *event);
-            desk.waits.push(Wait { start, since: now, gone: false });
+            desk.waits.push(Wait { start, since: now, gone: false, question });
             self.release(&mut desk, now);
             self.keep_bounds(&mut desk, now);
         }
@@ -371,6 +392,11 @@ impl Gate {
         self.release(&mut desk, Instant::now());
         desk.hand_over(batch);
         self.desk = Some(desk);
+    }
+
+    fn next_question(&mut self) -> u16 {
+        self.questions = self.questions.saturating_add(1);
+        self.questions
     }
 
     /// A choice has no more text: what is held of it is settled now.
@@ -451,8 +477,12 @@ impl Gate {
     /// Shows a batch to a shadowed filter, which changes nothing.
     fn watch(&mut self, batch: &Batch) {
         for event in batch.events() {
-            if let What::Text { lane, text } = event.what
-                && !self.open
+            let (lane, text) = match event.what {
+                What::Text { lane, text } => (lane, text),
+                What::Confirm { prompt, .. } => (asked(self.next_question()), prompt),
+                What::Finish { .. } | What::Tool { .. } | What::Usage(_) | What::Note => continue,
+            };
+            if !self.open
                 && !text.is_empty()
                 && let Some(track) = self.track(lane).and_then(|index| self.lanes.get_mut(index))
             {
@@ -628,7 +658,7 @@ impl Gate {
         let mut blocked = 0_u64;
         let mut frame_stays = false;
         for index in 0..desk.waits.len() {
-            let (Some(Event { what, raw }), Some(&Wait { start, since, gone })) =
+            let (Some(Event { what, raw }), Some(&Wait { start, since, gone, question })) =
                 (desk.held.events().get(index).copied(), desk.waits.get(index))
             else {
                 continue;
@@ -671,6 +701,19 @@ impl Gate {
                         false
                     }
                 }
+                // Asked whole or not at all: nobody can agree to half a question.
+                What::Confirm { prompt, .. } => {
+                    let Some(place) = self.track(asked(question)) else { continue };
+                    let track = &mut self.lanes[place];
+                    let goes = track.seen <= track.cleared;
+                    if goes {
+                        ask(track, &desk.held, Event { what, raw }, &mut desk.out);
+                        self.held_bytes -= prompt.len() as u64;
+                    } else {
+                        blocked |= 1 << place;
+                    }
+                    goes
+                }
                 // A choice is not finished while text of it waits; what speaks of the whole answer comes after that.
                 What::Finish { choice, .. } => {
                     let waits =
@@ -681,14 +724,14 @@ impl Gate {
                 What::Tool { .. } => true,
             };
             if goes {
-                if !matches!(what, What::Text { .. }) {
+                if !matches!(what, What::Text { .. } | What::Confirm { .. }) {
                     desk.out.push_from(&desk.held, Event { what, raw });
                 }
                 if let Some(wait) = desk.waits.get_mut(index) {
                     wait.gone = true;
                 }
                 desk.gone += 1;
-                if since != now && matches!(what, What::Text { .. }) {
+                if since != now && matches!(what, What::Text { .. } | What::Confirm { .. }) {
                     self.holds.add(now - since);
                 }
             } else if !matches!(what, What::Text { .. }) {
@@ -696,6 +739,19 @@ impl Gate {
             }
         }
     }
+}
+
+/// Writes a cleared question, with its edits.
+fn ask(track: &mut Track, held: &Batch, event: Event, out: &mut Batch) {
+    let Some(question) = held.question(&event).filter(|_| !track.edits.is_empty()) else { return out.push_from(held, event) };
+    let mut prompt = Batch::new();
+    emit(track, At(0), question.prompt, &mut prompt);
+    // Pieces that follow each other are put together as they are written.
+    let words = match prompt.events() {
+        [Event { what: What::Text { text, .. }, .. }] => prompt.text(*text),
+        _ => "",
+    };
+    out.push_question(Question { prompt: words, ..question });
 }
 
 /// Writes a cleared piece of a lane with the edits that fall into it.

@@ -1051,7 +1051,7 @@ fn events_without_text_wait_only_for_the_text_they_are_about() {
             What::Text { text, .. } => batch.text(text).to_owned(),
             What::Tool { id, name, .. } => format!("<{} {}>", batch.text(id), batch.text(name)),
             What::Finish { finish, .. } => format!("<{}>", finish.as_str()),
-            What::Usage(_) | What::Note => "<>".to_owned(),
+            What::Confirm { .. } | What::Usage(_) | What::Note => "<>".to_owned(),
         })
         .collect();
     // A call may begin while text waits; a finish comes after all text of its choice.

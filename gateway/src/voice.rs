@@ -107,21 +107,24 @@ impl Voice {
     pub(crate) fn write(&mut self, batch: &Batch, bytes: &mut Vec<u8>, add: Add<'_>) {
         for event in batch.events() {
             match event.what {
-                What::Text { text, .. } => {
-                    let words = batch.text(text);
-                    self.digest.update(words.as_bytes());
-                    self.text_bytes += words.len() as u64;
-                    self.events += 1;
-                }
+                What::Text { text, .. } => self.count(batch.text(text)),
                 // An orchestrator says it with its last event again.
                 What::Usage(usage) if self.usage == Some(usage) => continue,
                 What::Usage(usage) => self.usage = Some(usage),
                 What::Finish { choice, finish } => self.finishes.push((choice, finish)),
                 What::Tool { .. } => self.events += 1,
-                What::Note => continue,
+                // What a person reads is text, wherever it stands. No other dialect has a word for it.
+                What::Confirm { prompt, .. } if matches!(self.manner, Manner::Chat) => self.count(batch.text(prompt)),
+                What::Confirm { .. } | What::Note => continue,
             }
             self.manner.write(batch, event, bytes, add);
         }
+    }
+
+    fn count(&mut self, words: &str) {
+        self.digest.update(words.as_bytes());
+        self.text_bytes += words.len() as u64;
+        self.events += 1;
     }
 
     /// The record with what was sent in it.
@@ -252,7 +255,7 @@ impl Manner {
                 let choice = match event.what {
                     What::Text { lane, .. } => lane.choice,
                     What::Tool { choice, .. } => choice,
-                    What::Finish { .. } | What::Usage(_) | What::Note => return,
+                    What::Confirm { .. } | What::Finish { .. } | What::Usage(_) | What::Note => return,
                 };
                 chunks.speak(choice, bytes, add);
                 let Chunks { envelope: Some(envelope), passes, .. } = &**chunks else { return };

@@ -296,7 +296,7 @@ impl Body {
                 self.ended = true;
                 Err(fault)
             }
-            Step::More | Step::Done => {
+            Step::More | Step::Asked | Step::Done => {
                 self.finish = finish_of(batch, 0).unwrap_or(self.finish);
                 self.ended = true;
                 Ok(())
@@ -308,7 +308,7 @@ impl Body {
 /// What a decoded event means for the answer; events from `good` on came with it, and go with it where it is malformed.
 fn took(step: Result<Step, Malformed>, good: usize, batch: &mut Batch, finish: &mut Finish, ended: &mut bool) -> Result<(), Fault> {
     match step {
-        Ok(step @ (Step::More | Step::Done)) => {
+        Ok(step @ (Step::More | Step::Asked | Step::Done)) => {
             *finish = finish_of(batch, good).unwrap_or(*finish);
             *ended = matches!(step, Step::Done);
             Ok(())
@@ -328,7 +328,7 @@ fn took(step: Result<Step, Malformed>, good: usize, batch: &mut Batch, finish: &
 fn finish_of(batch: &Batch, from: usize) -> Option<Finish> {
     batch.events().get(from..).unwrap_or_default().iter().rev().find_map(|event| match event.what {
         What::Finish { choice: 0, finish } => Some(finish),
-        What::Finish { .. } | What::Text { .. } | What::Tool { .. } | What::Usage(_) | What::Note => None,
+        What::Finish { .. } | What::Text { .. } | What::Tool { .. } | What::Confirm { .. } | What::Usage(_) | What::Note => None,
     })
 }
 

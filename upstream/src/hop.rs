@@ -545,7 +545,7 @@ impl Place {
         let object = self.taken.text.get(..end)?;
         let fault = match chat::decode("error", object, &mut Head::default(), &mut Batch::new()) {
             Ok(Step::Failed(fault)) => fault,
-            Ok(Step::More | Step::Done) => protocol_error(Broken::Nameless),
+            Ok(Step::More | Step::Asked | Step::Done) => protocol_error(Broken::Nameless),
             Err(malformed) => malformed.into(),
         };
         let is_here_alone =

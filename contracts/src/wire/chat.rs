@@ -3,13 +3,14 @@
 use serde::{Serialize, de::MapAccess};
 use serde_json::{Map, Value};
 
+use super::frames::MAX_REF_BYTES;
 use super::members::{MAX_MODEL_BYTES, Members, Others, is_call_id, is_tool_name};
 use super::problem::{self, ErrorObject, PolicyObject, to_vec};
 use super::walk::{Kept, Number, Object, Shape, is_label, is_one_line, walk};
 use super::{MAX_INDEX, Malformed, Step, json};
 use crate::{
-    Batch, Category, Channel, Code, Dialect, Event, Fault, Finish, Head, Lane, Message, Outcome, Refusal, SessionId, Settings, Span, Stop,
-    TurnId, Usage, What,
+    Batch, Category, Channel, Code, Dialect, Event, Fault, Finish, Head, Lane, Message, Outcome, Question, Refusal, SessionId, Settings, Span,
+    Stop, TurnId, Usage, What,
 };
 
 /// A turn, as sent to `/v1/chat/stream`: 1 to 256 messages, at most 16 stop strings of 1 to 256 bytes, at most 16 KiB of
@@ -174,6 +175,40 @@ pub struct ErrorEvent {
     pub policy: Option<PolicyObject>,
 }
 
+/// What a client says to a question: the body of `POST /v1/chat/stream/{turn_id}/confirm`, and of the call by which the gateway tells the
+/// orchestrator. A member that is not here is refused by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[schemars(deny_unknown_fields)]
+pub struct Confirmation {
+    /// Which question: the `id` of its event.
+    #[schemars(length(min = 1, max = 128))]
+    pub id: String,
+    /// The answer.
+    pub accept: bool,
+}
+
+impl Confirmation {
+    /// Reads an answer.
+    ///
+    /// Errors: a client's fault that names the member and what was expected, never what was found.
+    pub fn parse(body: &[u8]) -> Result<Confirmation, Fault> {
+        let mut members = Members::parse(body, Others::Refused)?;
+        let confirmation = Confirmation::take(&mut members)?;
+        members.end()?;
+        Ok(confirmation)
+    }
+
+    pub(super) fn take(members: &mut Members) -> Result<Confirmation, Fault> {
+        let (id, accept) = (members.text("id", MAX_REF_BYTES)?, members.flag("accept")?);
+        Ok(Confirmation { id: members.need("id", id)?, accept: members.need("accept", accept)? })
+    }
+
+    /// The body, as JSON.
+    pub fn body(&self) -> Vec<u8> {
+        to_vec(self)
+    }
+}
+
 /// Events that are no longer kept, when a client comes back for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Gap {
@@ -243,6 +278,7 @@ pub fn encode(batch: &Batch, event: &Event, out: &mut Vec<u8>) -> Option<&'stati
     let name = match event.what {
         What::Text { .. } => "text",
         What::Tool { .. } => "tool",
+        What::Confirm { .. } => "confirm",
         What::Usage(_) => "usage",
         What::Finish { .. } | What::Note => return None,
     };
@@ -255,7 +291,8 @@ pub fn encode(batch: &Batch, event: &Event, out: &mut Vec<u8>) -> Option<&'stati
             out.extend_from_slice(b"{\"text\":");
             json::string(out, batch.text(text));
             match lane.channel {
-                Channel::Content => {}
+                // No text event is one of a question: it would be the answer's.
+                Channel::Content | Channel::Question(_) => {}
                 Channel::Reasoning => out.extend_from_slice(b",\"lane\":\"reasoning\""),
                 Channel::Refusal => out.extend_from_slice(b",\"lane\":\"refusal\""),
                 Channel::ToolArguments(index) => {
@@ -273,6 +310,17 @@ pub fn encode(batch: &Batch, event: &Event, out: &mut Vec<u8>) -> Option<&'stati
             json::member(out, "index");
             json::number(out, index.into());
             write_choice(out, choice);
+        }
+        What::Confirm { .. } => {
+            let Question { id, tool, prompt } = batch.question(event)?;
+            out.extend_from_slice(b"{\"id\":");
+            json::string(out, id);
+            json::member(out, "prompt");
+            json::string(out, prompt);
+            if !tool.is_empty() {
+                json::member(out, "tool");
+                json::string(out, tool);
+            }
         }
         What::Usage(Usage { input_tokens, output_tokens }) => {
             out.extend_from_slice(b"{\"input_tokens\":");
@@ -306,6 +354,7 @@ pub fn decode(name: &str, data: &str, head: &mut Head, batch: &mut Batch) -> Res
         "open" => read_open(data, head, batch),
         "text" => read_text(data, batch),
         "tool" => read_tool(data, batch),
+        "confirm" => read_confirm(data, batch),
         "usage" => read_usage(data, batch),
         "done" => read_done(data, batch),
         "error" => Ok(Step::Failed(problem::parse_in_stream(data))),
@@ -455,6 +504,51 @@ fn read_tool(data: &str, batch: &mut Batch) -> Result<Step, Malformed> {
     Ok(Step::More)
 }
 
+struct ConfirmShape<'b> {
+    batch: &'b mut Batch,
+    plain: bool,
+    id: Option<Span>,
+    prompt: Option<Span>,
+    tool: Option<Span>,
+}
+
+impl<'de> Shape<'de> for ConfirmShape<'_> {
+    const NAMES: &'static [&'static str] = &["id", "prompt", "tool"];
+    fn plain(&mut self) -> &mut bool {
+        &mut self.plain
+    }
+    fn member<A: MapAccess<'de>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
+        let words = map.next_value_seed(Kept(self.batch))?;
+        match name {
+            "id" => self.id = words.map(|words| words.span),
+            "prompt" => {
+                self.plain &= words.as_ref().is_some_and(|words| words.exact);
+                self.prompt = words.map(|words| words.span);
+            }
+            _ => self.tool = words.map(|words| words.span),
+        }
+        Ok(())
+    }
+}
+
+fn read_confirm(data: &str, batch: &mut Batch) -> Result<Step, Malformed> {
+    let mark = batch.mark();
+    let shape = ConfirmShape { batch: &mut *batch, plain: is_one_line(data), id: None, prompt: None, tool: None };
+    let ConfirmShape { plain, id, prompt, tool, .. } = walk(data, shape)?;
+    let (Some(id), Some(prompt)) = (id, prompt) else { return Err(Malformed::new("a confirm event without id or prompt", data)) };
+    let (id, tool) = (batch.text(id).to_owned(), tool.map(|tool| batch.text(tool).to_owned()));
+    if !is_call_id(&id) || tool.as_deref().is_some_and(|tool| !is_tool_name(tool)) {
+        return Err(Malformed::new("a question's id or tool is none", data));
+    }
+    let prompt = batch.text(prompt).to_owned();
+    batch.rewind(mark);
+    batch.push_question(Question { id: &id, tool: tool.as_deref().unwrap_or_default(), prompt: &prompt });
+    if plain {
+        batch.keep_raw_since(mark, data);
+    }
+    Ok(Step::Asked)
+}
+
 struct UsageShape {
     plain: bool,
     input: Option<u64>,
@@ -551,6 +645,10 @@ mod tests {
             match event.what {
                 What::Text { lane, text } => format!("{} {:?} {:?}{raw}", lane.choice, lane.channel, batch.text(text)),
                 What::Tool { choice, index, id, name } => format!("{choice} tool {index} {} {}{raw}", batch.text(id), batch.text(name)),
+                What::Confirm { .. } => {
+                    let Question { id, tool, prompt } = batch.question(event).unwrap();
+                    format!("confirm {id} {tool:?} {prompt:?}{raw}")
+                }
                 What::Finish { choice, finish } => format!("{choice} finish {}{raw}", finish.as_str()),
                 What::Usage(usage) => format!("usage {} {}{raw}", usage.input_tokens, usage.output_tokens),
                 What::Note => format!("note{raw}"),
@@ -579,6 +677,8 @@ mod tests {
         check("text", r#"{"text":"a","lane":"refusal"}"#, &["0 Refusal \"a\" raw"]);
         check("tool", r#"{"id":"call_1","name":"f","index":1,"choice":2}"#, &["2 tool 1 call_1 f raw"]);
         check("usage", r#"{"input_tokens":1,"output_tokens":2}"#, &["usage 1 2 raw"]);
+        check("confirm", r#"{"prompt":"pay?","id":"q:1","tool":"pay"}"#, &["confirm q:1 \"pay\" \"pay?\" raw"]);
+        check("confirm", r#"{"id":"q","prompt":""}"#, &["confirm q \"\" \"\" raw"]);
     }
 
     #[test]
@@ -590,6 +690,8 @@ mod tests {
         check("tool", r#"{"id":"a","name":"f","arguments":"secret"}"#, &["0 tool 0 a f"]);
         check("usage", r#"{"input_tokens":1,"output_tokens":2,"note":"secret"}"#, &["usage 1 2"]);
         check("text", r#"{"text":""}"#, &[]);
+        check("confirm", r#"{"id":"q","prompt":"pay?","why":"secret"}"#, &["confirm q \"\" \"pay?\""]);
+        check("confirm", r#"{"id":"q","prompt":"no","prompt":"\ud83d"}"#, &["confirm q \"\" \"\u{fffd}\""]);
     }
 
     #[test]
@@ -632,6 +734,10 @@ mod tests {
             ("tool", r#"{"id":"a"}"#),
             ("tool", r#"{"id":"a","name":"my secret"}"#),
             ("usage", r#"{"input_tokens":1}"#),
+            ("confirm", r#"{"id":"q"}"#),
+            ("confirm", r#"{"prompt":"secret"}"#),
+            ("confirm", r#"{"id":"my secret","prompt":"secret"}"#),
+            ("confirm", r#"{"id":"q","prompt":"secret","tool":"my secret"}"#),
             ("done", r#"{"finish":1}"#),
             ("open", r#"{"model":1}"#),
         ] {
@@ -660,6 +766,7 @@ mod tests {
             let (id, name) = (batch.keep_text("call_1"), batch.keep_text("f"));
             batch.push(Event { what: What::Tool { choice: lane.choice, index: 5, id, name }, raw: None });
             batch.push(Event { what: What::Usage(Usage { input_tokens: usage.0, output_tokens: usage.1 }), raw: None });
+            batch.push_question(Question { id: "q.1", tool: if usage.0 % 2 == 0 { "f" } else { "" }, prompt: &words });
             let mut again = Batch::new();
             for event in batch.events() {
                 let mut out = Vec::new();

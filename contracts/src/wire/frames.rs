@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::chat::TurnRequest;
+use super::chat::{Confirmation, TurnRequest};
 use super::json;
 use super::members::{Members, Others};
 use crate::{Code, Fault, Secret, TurnId};
@@ -39,10 +39,8 @@ pub enum ClientFrame {
     Confirm {
         /// Which turn.
         turn_id: TurnId,
-        /// Which question.
-        id: String,
-        /// The answer.
-        accept: bool,
+        /// Which question, and the answer to it.
+        said: Confirmation,
     },
     /// Lets more events come.
     Credit {
@@ -81,17 +79,7 @@ impl ClientFrame {
                 turn_id: turn_id(&mut members)?,
                 after: members.integer("after", 0..=i64::MAX)?.and_then(|after| u64::try_from(after).ok()),
             },
-            "confirm" => ClientFrame::Confirm {
-                turn_id: turn_id(&mut members)?,
-                id: {
-                    let id = members.text("id", MAX_REF_BYTES)?;
-                    members.need("id", id)?
-                },
-                accept: {
-                    let accept = members.flag("accept")?;
-                    members.need("accept", accept)?
-                },
-            },
+            "confirm" => ClientFrame::Confirm { turn_id: turn_id(&mut members)?, said: Confirmation::take(&mut members)? },
             "credit" => ClientFrame::Credit {
                 turn_id: turn_id(&mut members)?,
                 events: {
@@ -288,7 +276,7 @@ mod tests {
         ));
         assert!(matches!(parse(&format!(r#"{{"type":"credit","turn_id":"{TURN}","events":10}}"#)), ClientFrame::Credit { events: 10, .. }));
         let confirm = parse(&format!(r#"{{"type":"confirm","turn_id":"{TURN}","id":"q","accept":true}}"#));
-        assert!(matches!(confirm, ClientFrame::Confirm { accept: true, .. }));
+        assert!(matches!(confirm, ClientFrame::Confirm { said: Confirmation { accept: true, .. }, .. }));
         let auth = parse(r#"{"type":"auth","token":"hunter2"}"#);
         assert!(!format!("{auth:?}").contains("hunter2"));
         let ClientFrame::Auth { token } = auth else { panic!("auth") };

@@ -10,6 +10,7 @@ use serde::{
 
 use super::{
     Malformed,
+    chat::Confirmation,
     frames::{self, MAX_REF_BYTES},
     json,
 };
@@ -163,6 +164,15 @@ pub fn credit(out: &mut Vec<u8>, turn: &TurnId, bytes: u32) {
     json::member(out, "bytes");
     json::number(out, bytes.into());
     out.push(b'}');
+}
+
+/// Appends the frame that answers a question of a turn.
+pub fn confirm(out: &mut Vec<u8>, turn: &TurnId, said: &Confirmation) {
+    begin(out, "confirm", turn);
+    json::member(out, "id");
+    json::string(out, &said.id);
+    json::member(out, "accept");
+    out.extend_from_slice(if said.accept { b"true}" } else { b"false}" });
 }
 
 fn begin(out: &mut Vec<u8>, name: &str, turn: &TurnId) {

@@ -389,7 +389,8 @@ pub struct Completed {
 /// Nobody wanted the turn any more.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Cancelled {
-    /// `left`, `stopped`, `slow`, `drained`, or `limit`: the gateway's own for a turn.
+    /// `left`, `stopped`, `slow`, `drained`; `declined` or `unanswered` by the person who was asked about a tool; or `limit`: the
+    /// gateway's own for a turn.
     pub reason: String,
     /// What was done.
     #[serde(flatten)]
@@ -404,6 +405,8 @@ impl Cancelled {
             Gone::Stopped => "stopped",
             Gone::Slow => "slow",
             Gone::Drained => "drained",
+            Gone::Declined => "declined",
+            Gone::Unanswered => "unanswered",
         }
     }
 }

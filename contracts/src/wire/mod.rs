@@ -37,6 +37,8 @@ use crate::{Code, Fault};
 pub enum Step {
     /// There is more to come.
     More,
+    /// A person is asked: until there is an answer, silence is theirs and not the peer's.
+    Asked,
     /// The answer is complete; why it finished and what it used are events of the batch.
     Done,
     /// The peer says that the answer failed.

@@ -265,6 +265,7 @@ fn as_upstream(code: Code) -> Code {
         | Code::MethodNotAllowed
         | Code::NotAcceptable
         | Code::IdempotencyMismatch
+        | Code::AlreadyAnswered
         | Code::StaleFence
         | Code::PayloadTooLarge
         | Code::UnsupportedMediaType
@@ -275,6 +276,8 @@ fn as_upstream(code: Code) -> Code {
         Code::InternalError | Code::ClientClosed | Code::RequestTimeout => Code::UpstreamReset,
         Code::RateLimited | Code::QuotaExceeded => Code::Overloaded,
         Code::PolicyDenied
+        | Code::Declined
+        | Code::Unanswered
         | Code::SessionNotFound
         | Code::TurnConflict
         | Code::TrainingLocked

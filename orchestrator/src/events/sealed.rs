@@ -102,7 +102,7 @@ impl Text {
                     self.since.get_or_insert_with(Instant::now);
                     self.flush(ANSWER_PIECE);
                 }
-                What::Finish { .. } | What::Usage(_) | What::Note => {}
+                What::Confirm { .. } | What::Finish { .. } | What::Usage(_) | What::Note => {}
             }
         }
         if self.since.is_some_and(|since| since.elapsed() >= LONGEST_WAIT) {
@@ -122,7 +122,8 @@ impl Text {
         if self.line != Some(lane) {
             self.end_line();
             let mut line = match lane.channel {
-                Channel::Content => json!({}),
+                // A question is ours, and no text of the model's.
+                Channel::Content | Channel::Question(_) => json!({}),
                 Channel::Reasoning => json!({"lane": "reasoning"}),
                 Channel::Refusal => json!({"lane": "refusal"}),
                 Channel::ToolArguments(tool) => json!({"lane": "tool_arguments", "tool": tool}),

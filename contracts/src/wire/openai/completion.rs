@@ -60,7 +60,8 @@ impl Completion {
             What::Text { lane, text } => {
                 let choice = self.choices.entry(lane.choice).or_default();
                 let lane = match lane.channel {
-                    Channel::Content => &mut choice.content,
+                    // No text event is one of a question: it would be the answer's.
+                    Channel::Content | Channel::Question(_) => &mut choice.content,
                     Channel::Reasoning => &mut choice.reasoning,
                     Channel::Refusal => &mut choice.refusal,
                     Channel::ToolArguments(index) => &mut choice.tools.entry(index).or_default().arguments,
@@ -74,7 +75,7 @@ impl Completion {
             }
             What::Finish { choice, finish } => self.finish(choice, finish),
             What::Usage(usage) => self.usage = Some(usage),
-            What::Note => {}
+            What::Confirm { .. } | What::Note => {}
         }
     }
 

@@ -33,7 +33,7 @@ pub fn decode(data: &str, head: &mut Head, batch: &mut Batch) -> Result<Step, Ma
 pub fn decode_answer(body: &[u8], head: &mut Head, batch: &mut Batch) -> Result<Step, Malformed> {
     let text = std::str::from_utf8(body).map_err(|error| Malformed { what: "not UTF-8", at: error.valid_up_to(), bytes: body.len() })?;
     match decode_any(text, Form::Whole, head, batch)? {
-        Step::More => Ok(Step::Done),
+        Step::More | Step::Asked => Ok(Step::Done),
         end @ (Step::Done | Step::Failed(_)) => Ok(end),
     }
 }
@@ -452,6 +452,7 @@ mod tests {
                 }
                 What::Finish { choice, finish } => format!("{choice} finish {}{raw}", finish.as_str()),
                 What::Usage(usage) => format!("usage {} {}{raw}", usage.input_tokens, usage.output_tokens),
+                What::Confirm { .. } => unreachable!("the dialect has no questions"),
                 What::Note => format!("note{raw}"),
             }
         };

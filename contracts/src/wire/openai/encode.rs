@@ -56,7 +56,7 @@ impl Envelope {
     }
 
     /// Writes the chunk of one event; whether there is one. A [`What::Note`] has none, since a role is written by
-    /// [`Envelope::role`]. Raw payloads are the caller's to prefer: see [`Event::raw`].
+    /// [`Envelope::role`], nor has a question, for which the dialect has no word. Raw payloads are the caller's to prefer: see [`Event::raw`].
     ///
     /// Nothing is allocated beyond `out`.
     pub fn event(&self, out: &mut Vec<u8>, batch: &Batch, event: &Event) -> bool {
@@ -64,7 +64,8 @@ impl Envelope {
             What::Text { lane, text } => {
                 self.delta(out, lane.choice);
                 match lane.channel {
-                    Channel::Content => out.extend_from_slice(b"\"content\":"),
+                    // No text event is one of a question: it would be the answer's.
+                    Channel::Content | Channel::Question(_) => out.extend_from_slice(b"\"content\":"),
                     Channel::Reasoning => out.extend_from_slice(b"\"reasoning_content\":"),
                     Channel::Refusal => out.extend_from_slice(b"\"refusal\":"),
                     Channel::ToolArguments(index) => {
@@ -91,7 +92,7 @@ impl Envelope {
             }
             What::Finish { choice, finish } => self.finish(out, choice, finish, None),
             What::Usage(usage) => self.usage(out, Some(usage), None),
-            What::Note => return false,
+            What::Confirm { .. } | What::Note => return false,
         }
         true
     }
