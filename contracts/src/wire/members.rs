@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use memchr::memchr2;
 use serde_json::{Map, Value};
 
 use crate::{Code, Content, Fault, Message, Part, Role};
@@ -392,22 +393,26 @@ fn tool(mut members: Members) -> Result<Value, Fault> {
 
 /// Whether a document nests deeper than `most`; right for every valid document, and never too low for any other.
 fn is_deeper_than(body: &[u8], most: usize) -> bool {
-    let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
-    for byte in body {
-        match (in_string, byte) {
-            (true, _) if escaped => escaped = false,
-            (true, b'\\') => escaped = true,
-            (true, b'"') => in_string = false,
-            (true, _) => {}
-            (false, b'"') => in_string = true,
-            (false, b'{' | b'[') => {
+    let (mut depth, mut rest) = (0usize, body.iter());
+    while let Some(byte) = rest.next() {
+        match byte {
+            b'"' => {
+                // Strings are most of a request.
+                while let Some(at) = memchr2(b'"', b'\\', rest.as_slice()) {
+                    if rest.nth(at) == Some(&b'"') {
+                        break;
+                    }
+                    rest.next();
+                }
+            }
+            b'{' | b'[' => {
                 depth += 1;
                 if depth > most {
                     return true;
                 }
             }
-            (false, b'}' | b']') => depth = depth.saturating_sub(1),
-            (false, _) => {}
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            _ => {}
         }
     }
     false
