@@ -39,6 +39,7 @@ pub struct Modes {
     locks: Locks,
     seen: RwLock<Seen>,
     states: Family<Tenant, Gauge>,
+    unknown: Gauge,
 }
 
 #[derive(Default)]
@@ -57,7 +58,9 @@ struct Tenant {
 impl Modes {
     /// Those that `locks` say, once [`Modes::follow`] runs.
     pub fn new(locks: Locks) -> Arc<Modes> {
-        Arc::new(Modes { locks, seen: RwLock::default(), states: Family::default() })
+        let unknown = Gauge::default();
+        unknown.set(1);
+        Arc::new(Modes { locks, seen: RwLock::default(), states: Family::default(), unknown })
     }
 
     /// The locks that they are read from.
@@ -66,7 +69,8 @@ impl Modes {
     }
 
     /// How a turn of `tenant` that begins now runs, by what was seen last. A lock that cannot be read any more counts as unknown
-    /// until its time is over, and then as given up: it could not be renewed either.
+    /// until its time is over, and then as given up: it could not be renewed either. Where no lock was ever read, turns run as always:
+    /// what is not marked is used for nothing that training mode is for.
     pub fn of(&self, tenant: &str) -> ModeNow {
         let seen = self.seen.read().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -88,13 +92,23 @@ impl Modes {
 
     /// Looks at the locks, and looks again, for as long as it is polled.
     pub async fn follow(&self) {
-        let mut changes = None;
+        let (mut changes, begun, mut is_said) = (None, Instant::now(), false);
         loop {
             if changes.is_none() {
                 changes = self.locks.changes().await.ok();
             }
             if self.look().await.is_err() {
                 changes = None;
+            }
+            let at = self.seen.read().unwrap_or_else(PoisonError::into_inner).at;
+            let is_unknown = at.unwrap_or(begun).elapsed() > FRESH;
+            self.unknown.set((is_unknown || at.is_none()).into());
+            match (is_unknown, std::mem::replace(&mut is_said, is_unknown)) {
+                (true, false) => {
+                    tracing::warn!(mode = "unknown", "nobody can say which tenants are in training mode: no turn is signed as one of it")
+                }
+                (false, true) => tracing::info!("it can be said again which tenants are in training mode"),
+                _ => {}
             }
             let Some(messages) = &mut changes else {
                 sleep(LOOK_AGAIN).await;
@@ -136,6 +150,8 @@ impl Modes {
     pub fn register(&self, registry: &mut prometheus_client::registry::Registry) {
         let help = "1 while the tenant is in training mode; the first 100 tenants that were";
         registry.register("training_mode_state", help, self.states.clone());
+        let help = "1 while nobody can say which tenants are in training mode";
+        registry.register("training_mode_unknown", help, self.unknown.clone());
     }
 }
 

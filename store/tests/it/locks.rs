@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use headgate_store::{Acquired, Fenced, Locks, ModeNow, Modes, Renewed, cmd};
+use headgate_store::{Acquired, Fenced, Locks, ModeNow, Modes, Redis, Renewed, cmd};
 use headgate_testkit::{
     services::{self, OrSkip, Signal},
     soon,
 };
 
-use crate::connected;
+use crate::{BUDGET, connected};
 
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(200);
@@ -132,4 +132,41 @@ async fn a_mode_is_unknown_while_its_lock_may_be_held_and_nobody_can_say() {
     assert!(modes.look().await.is_err() && modes.holds("acme", 5).await.is_err());
     assert_eq!(modes.of("other"), ModeNow::Enforce, "who was not training is not kept waiting");
     says(ModeNow::Enforce).await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_began_without_redis_signs_as_always_says_so_and_catches_up() {
+    let addr = services::free_addr();
+    let modes = Modes::new(Locks::shared(&Redis::connect(&format!("redis://{addr}"), BUDGET).unwrap()));
+    let following = tokio::spawn({
+        let modes = modes.clone();
+        async move { modes.follow().await }
+    });
+    let mut registry = prometheus_client::registry::Registry::default();
+    modes.register(&mut registry);
+    let unknown = || {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        text.contains("training_mode_unknown 1\n")
+    };
+    assert!(unknown() && modes.of("acme") == ModeNow::Enforce);
+    let Some(Ok(server)) = services::redis_at(addr).await.or_skip("a_gateway_that_began_without_redis") else { return };
+    let locks = Locks::shared(&connected(&server).await);
+    locks.acquire("acme", "ann", "s1", 7, LONG, HOURS).await.unwrap();
+    locks.fence("acme", "s1", 5, 7, LONG).await.unwrap();
+    let caught_up = async {
+        while modes.of("acme") != ModeNow::Training(5) || unknown() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    soon(caught_up, "the lock to be seen").await;
+    // Nobody knows any more.
+    server.signal(Signal::Stop);
+    let noticed = async {
+        while modes.of("acme") != ModeNow::Unknown || !unknown() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    soon(noticed, "the silence of Redis").await;
+    following.abort();
 }
