@@ -1,5 +1,7 @@
 //! The answer of a turn as it moves through the chain: a head, then events in batches.
 
+use std::cell::RefCell;
+
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 
@@ -163,6 +165,25 @@ pub struct Batch {
     events: Vec<Event>,
     text: String,
     wire: Vec<u8>,
+    frame: Option<TextFrame>,
+}
+
+/// Where the words stand in the payload of an event: one piece of text, spelled there as it is.
+#[derive(Debug, Clone, Copy)]
+struct TextFrame {
+    /// Which event.
+    index: u32,
+    /// Bytes of its payload before the words, and after them.
+    before: u32,
+    after: u32,
+}
+
+/// The most batches whose room a thread keeps, and the largest: a turn uses three at a time at most.
+const MAX_LENT: usize = 4;
+const MAX_LENT_BYTES: usize = 64 << 10;
+
+thread_local! {
+    static LENT: RefCell<Vec<Batch>> = const { RefCell::new(Vec::new()) };
 }
 
 // What is in it is message text, which has no Debug form.
@@ -191,11 +212,34 @@ impl Batch {
         Batch::default()
     }
 
+    /// An empty batch, with the room of one that this thread has no more use for, where there is one.
+    ///
+    /// Batches come and go within one step of a turn; an answer that waits for its next event keeps none of their room.
+    pub fn lent() -> Batch {
+        LENT.try_with(|lent| lent.borrow_mut().pop()).ok().flatten().unwrap_or_default()
+    }
+
+    /// Forgets everything, and leaves the room to the thread's next batch.
+    pub fn give_back(&mut self) {
+        let mut batch = std::mem::take(self);
+        let bytes = batch.events.capacity() * size_of::<Event>() + batch.text.capacity() + batch.wire.capacity();
+        if (1..=MAX_LENT_BYTES).contains(&bytes) {
+            batch.clear();
+            let _ = LENT.try_with(|lent| {
+                let mut lent = lent.borrow_mut();
+                if lent.len() < MAX_LENT {
+                    lent.push(batch);
+                }
+            });
+        }
+    }
+
     /// Forgets everything but the capacity.
     pub fn clear(&mut self) {
         self.events.clear();
         self.text.clear();
         self.wire.clear();
+        self.frame = None;
     }
 
     /// The events, in the order they came.
@@ -318,6 +362,7 @@ impl Batch {
         self.events.truncate(mark.events);
         self.text.truncate(mark.text);
         self.wire.truncate(mark.wire);
+        self.frame = None;
     }
 
     /// Forgets words, if they are the last that were kept.
@@ -358,6 +403,23 @@ impl Batch {
     /// Keeps the first `n` events.
     pub fn truncate(&mut self, n: usize) {
         self.events.truncate(n);
+        self.frame = None;
+    }
+
+    /// Notes that the last event's payload has its words between so many bytes, as they are.
+    pub(crate) fn note_frame(&mut self, before: usize, after: usize) {
+        let last = self.events.len().checked_sub(1);
+        self.frame = last.map(|index| TextFrame { index: index as u32, before: before as u32, after: after as u32 });
+    }
+
+    /// The last event's lane, and its payload before its words and after them, where that is known.
+    pub(crate) fn frame(&self) -> Option<(Lane, &[u8], &[u8])> {
+        let TextFrame { index, before, after } = self.frame?;
+        let [index, before, after] = [index, before, after].map(|it| it as usize);
+        let Event { what: What::Text { lane, .. }, raw: Some(raw) } = self.events.get(index)? else { return None };
+        let payload = self.wire(*raw);
+        let is_last = index + 1 == self.events.len();
+        is_last.then_some((*lane, payload.get(..before)?, payload.get(payload.len().checked_sub(after)?..)?))
     }
 
     /// The part of a span of text that its bytes `range` make.
@@ -407,6 +469,19 @@ mod tests {
         to.push_from(&from, from.events()[1]);
         assert!(to.question(&to.events()[0]) == Some(asked) && from.question(&from.events()[0]).is_none());
         assert_eq!(size_of::<Event>(), 40);
+    }
+
+    #[test]
+    fn a_batch_is_lent_with_room_and_without_words_and_one_that_grew_too_large_is_not() {
+        let mut batch = Batch::new();
+        batch.push_text(Lane::DEFAULT, "words");
+        batch.give_back();
+        assert_eq!((batch.is_empty(), batch.text.capacity()), (true, 0));
+        let mut again = Batch::lent();
+        assert!(again.is_empty() && again.bytes() == 0 && again.text.capacity() >= 5);
+        again.keep_wire(&[b' '; MAX_LENT_BYTES + 1]);
+        again.give_back();
+        assert_eq!(Batch::lent().wire.capacity(), 0);
     }
 
     #[test]

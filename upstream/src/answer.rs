@@ -243,10 +243,10 @@ impl Body {
     fn decode(&mut self, data: &[u8], head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
         match &mut self.form {
             Form::Events(frames) => {
-                frames.push(data);
+                let mut rest = data;
                 loop {
                     let good = batch.events().len();
-                    let step = match frames.next() {
+                    let step = match frames.read(&mut rest) {
                         Ok(Some(frame)) => match self.protocol {
                             Protocol::OpenAi => wire::openai::decode(frame.data, head, batch),
                             Protocol::Orchestrator => wire::chat::decode(frame.event, frame.data, head, batch),

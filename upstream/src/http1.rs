@@ -267,6 +267,11 @@ impl Framing {
 impl Chunk {
     /// As [`Framing::strip`], and whether the body has ended.
     fn strip<'a>(&mut self, input: &'a [u8]) -> Result<(usize, &'a [u8], bool), Malformed> {
+        if let Chunk::Size { digits: 0, .. } = self
+            && let Some((used, data)) = whole(input)
+        {
+            return Ok((used, data, false));
+        }
         let mut used = 0;
         while let Some(&byte) = input.get(used) {
             if let Chunk::Data { left } = *self {
@@ -310,6 +315,21 @@ impl Chunk {
         }
         Ok((used, &[], false))
     }
+}
+
+/// A chunk that is here from its size to the end of its line, as nearly all are, and how many bytes it takes; not the last one.
+fn whole(input: &[u8]) -> Option<(usize, &[u8])> {
+    let (mut size, mut digits) = (0, 0);
+    while let Some(digit) = char::from(*input.get(digits)?).to_digit(16) {
+        // 7 digits are 28 bits; nothing as large is here whole.
+        if digits == 7 {
+            return None;
+        }
+        (size, digits) = (size << 4 | digit as usize, digits + 1);
+    }
+    let rest = input.get(digits..)?.strip_prefix(b"\r\n")?;
+    let (data, rest) = rest.split_at_checked(size)?;
+    rest.strip_prefix(b"\r\n").filter(|_| size > 0).map(|rest| (input.len() - rest.len(), data))
 }
 
 fn extra(bytes: u16) -> Result<u16, Malformed> {

@@ -157,6 +157,33 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// The next whole frame of what is unfinished and of `bytes`, which lose what it takes. `None`: they are all taken, and what they
+    /// leave unfinished is kept. As [`Decoder::push`] and [`Decoder::next`], but that nearly no frame is copied.
+    pub fn read<'a, 'b: 'a>(&'a mut self, bytes: &mut &'b [u8]) -> Result<Option<Frame<'a>>, SseError> {
+        if let Some((frame, behind)) = self.whole(bytes) {
+            *bytes = behind;
+            return Ok(Some(frame));
+        }
+        if !bytes.is_empty() {
+            self.push(std::mem::take(bytes));
+        }
+        self.next()
+    }
+
+    /// A frame at the front of `bytes` and what is behind it, where nothing is unfinished and it is whole and one line of data.
+    fn whole<'a>(&mut self, bytes: &'a [u8]) -> Option<(Frame<'a>, &'a [u8])> {
+        let is_between = matches!(self.fields, Fields { data: Data::None, event: None, id: None });
+        if !is_between || self.line != self.buffer.len() || self.after_cr || self.failed.is_some() {
+            return None;
+        }
+        let line = bytes.get(..memchr2(b'\n', b'\r', bytes)?)?;
+        let behind = bytes.get(line.len()..)?.strip_prefix(b"\n\n")?;
+        let data = line.strip_prefix(b"data:").filter(|_| line.len() <= self.limits.max_line.min(self.limits.max_event))?;
+        let data = std::str::from_utf8(data.strip_prefix(b" ").unwrap_or(data)).ok()?;
+        self.begun = true;
+        Some((Frame { event: "message", data, id: None }, behind))
+    }
+
     /// The next whole frame, if there is one.
     ///
     /// Errors: the stream breaks its limits; every later call says so again. Frames before that are given first.
@@ -407,13 +434,24 @@ pub fn comment(out: &mut Vec<u8>) {
 mod tests {
     use super::*;
 
-    fn read(limits: Limits, pieces: &mut dyn Iterator<Item = &[u8]>) -> (Vec<String>, Option<SseError>) {
+    type Frames = (Vec<String>, Option<SseError>);
+
+    /// The frames, which are the same whether the pieces are pushed or read where they stand.
+    #[track_caller]
+    fn read(limits: Limits, pieces: &mut dyn Iterator<Item = &[u8]>) -> Frames {
+        let pieces: Vec<&[u8]> = pieces.collect();
+        let pushed = read_with(limits, &pieces, |decoder, piece| decoder.push(std::mem::take(piece)));
+        assert_eq!(read_with(limits, &pieces, |_, _| ()), pushed, "read where they stand");
+        pushed
+    }
+
+    fn read_with(limits: Limits, pieces: &[&[u8]], mut first: impl FnMut(&mut Decoder, &mut &[u8])) -> Frames {
         let mut decoder = Decoder::new(limits);
         let mut frames = Vec::new();
-        for piece in pieces {
-            decoder.push(piece);
+        for mut piece in pieces.iter().copied() {
+            first(&mut decoder, &mut piece);
             loop {
-                match decoder.next() {
+                match decoder.read(&mut piece) {
                     Ok(Some(frame)) => frames.push(format!("{}|{}|{}", frame.event, frame.data, frame.id.unwrap_or("-"))),
                     Ok(None) => break,
                     Err(error) => return (frames, Some(error)),

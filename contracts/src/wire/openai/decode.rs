@@ -771,6 +771,27 @@ mod tests {
         }
 
         #[test]
+        fn a_chunk_like_the_one_before_it_says_what_it_says_alone((_, first) in usual_chunk(), words in ".{0,3}|.{0,3}[\"\\\\].{0,3}", edge in 0..3_usize) {
+            let (mut batch, mut alone) = (Batch::new(), Batch::new());
+            prop_assert!(decode_known(&first, &head(), &mut batch));
+            let Some((_, before, after)) = batch.frame() else { return Ok(()) };
+            let [before, after] = [before, after].map(|bytes| std::str::from_utf8(bytes).unwrap().to_owned());
+            // The frame itself, and two that are almost it.
+            let (before, after) = match edge {
+                0 => (before.as_str(), after.as_str()),
+                1 => (before.as_str(), after.split_at(after.len() - 1).0),
+                _ => (before.split_at(before.len() - 1).0, after.as_str()),
+            };
+            let second = format!("{before}{words}{after}");
+            let step = decode(&second, &mut head(), &mut batch).map(drop);
+            let expected = decode_any(&second, Form::Streamed, &mut head(), &mut alone).map(drop);
+            prop_assert_eq!(step.is_ok(), expected.is_ok());
+            prop_assert_eq!(&describe(&batch)[1..], &describe(&alone)[..]);
+            let raw = |event: &Event| event.raw.is_some();
+            prop_assert_eq!(batch.events()[1..].iter().map(raw).collect::<Vec<_>>(), alone.events().iter().map(raw).collect::<Vec<_>>());
+        }
+
+        #[test]
         fn the_reader_of_the_usual_shape_agrees_with_the_parser(data in nearly_a_chunk(), known_head: bool) {
             let given = if known_head { head() } else { Head::default() };
             let (mut head, mut parsed, mut known) = (given.clone(), Batch::new(), Batch::new());

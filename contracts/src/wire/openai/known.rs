@@ -4,6 +4,8 @@
 //! for anything else it gives up, and [`super::decode`] reads the payload again with a real parser. So it need not be
 //! complete, but it must agree: a property test holds the two against each other. It is here because it costs a fifth.
 
+use std::ops::Range;
+
 use memchr::memchr2;
 
 use crate::wire::walk::is_one_line;
@@ -14,13 +16,19 @@ pub(super) fn decode_known(data: &str, head: &Head, batch: &mut Batch) -> bool {
     if !is_one_line(data) {
         return false;
     }
+    if decode_alike(data, batch) {
+        return true;
+    }
     let mark = batch.mark();
     let mut cursor = Cursor { data, at: 0 };
     let said = chunk(&mut cursor, head, batch);
     match said.filter(|said| cursor.at == data.len() && !batch.text(said.text).is_empty()) {
-        Some(Said { choice, channel, text }) => {
+        Some(Said { choice, channel, text, place }) => {
             batch.push(Event { what: What::Text { lane: Lane { choice, channel }, text }, raw: None });
             batch.keep_raw_since(mark, data);
+            if place.len() == text.len() {
+                batch.note_frame(place.start, data.len() - place.end);
+            }
             true
         }
         None => {
@@ -30,17 +38,34 @@ pub(super) fn decode_known(data: &str, head: &Head, batch: &mut Batch) -> bool {
     }
 }
 
+/// Reads a chunk that differs from the one before it in its words alone, as nearly all of a burst do: what was true of that one's
+/// frame is true of this one's.
+fn decode_alike(data: &str, batch: &mut Batch) -> bool {
+    let Some((lane, before, after)) = batch.frame() else { return false };
+    let is_framed = data.as_bytes().strip_prefix(before).is_some_and(|rest| rest.ends_with(after));
+    let (before, after) = (before.len(), after.len());
+    let words = data.get(before..data.len().saturating_sub(after)).filter(|words| is_framed && !words.is_empty());
+    let Some(words) = words.filter(|words| memchr2(b'"', b'\\', words.as_bytes()).is_none()) else { return false };
+    let text = batch.keep_text(words);
+    let raw = Some(batch.keep_wire(data.as_bytes()));
+    batch.push(Event { what: What::Text { lane, text }, raw });
+    batch.note_frame(before, after);
+    true
+}
+
 struct Said {
     choice: u16,
     channel: Channel,
     text: crate::Span,
+    /// Where the words stand in the payload, between quotes.
+    place: Range<usize>,
 }
 
 /// Walks an object: `member` is called after each name, with its place in `names`, and must consume the value. Names are
 /// spelled as they stand on the wire, with quotes and colon. A name may come once.
 fn object<'a>(cursor: &mut Cursor<'a>, names: &[&str], mut member: impl FnMut(&mut Cursor<'a>, usize) -> Option<()>) -> Option<()> {
     let (mut seen, mut expected) = (0u32, 0);
-    cursor.eat("{")?;
+    cursor.eat_byte(b'{')?;
     loop {
         // Servers write their members in one order, mostly this one: the search begins behind the last one found.
         let (before, after) = names.split_at_checked(expected)?;
@@ -58,10 +83,10 @@ fn object<'a>(cursor: &mut Cursor<'a>, names: &[&str], mut member: impl FnMut(&m
         cursor.at += names.get(at)?.len();
         cursor.space();
         member(cursor, at)?;
-        if cursor.eat("}").is_some() {
+        if cursor.eat_byte(b'}').is_some() {
             return Some(());
         }
-        cursor.eat(",")?;
+        cursor.eat_byte(b',')?;
         cursor.space();
     }
 }
@@ -83,15 +108,15 @@ const DELTA: &[&str] =
 fn chunk(cursor: &mut Cursor<'_>, head: &Head, batch: &mut Batch) -> Option<Said> {
     let mut said = None;
     object(cursor, CHUNK, |cursor, name| match name {
-        0 => (cursor.bare_string()? == head.id).then_some(()),
+        0 => cursor.eat_string(&head.id),
         1 => cursor.eat("\"chat.completion.chunk\""),
         // The parser fills an empty head.
         2 => (head.created != 0).then(|| cursor.digits())?,
-        3 => (cursor.bare_string()? == head.model).then_some(()),
+        3 => cursor.eat_string(&head.model),
         4 => {
-            cursor.eat("[")?;
+            cursor.eat_byte(b'[')?;
             said = Some(choice(cursor, batch)?);
-            cursor.eat("]")
+            cursor.eat_byte(b']')
         }
         5 => cursor.eat("null").or_else(|| super::decode::is_name(cursor.bare_string()?).then_some(())),
         _ => cursor.eat("null"),
@@ -124,8 +149,8 @@ fn choice(cursor: &mut Cursor<'_>, batch: &mut Batch) -> Option<Said> {
         }),
         _ => cursor.eat("null"),
     })?;
-    let (channel, text) = said?;
-    Some(Said { choice, channel, text })
+    let (channel, (text, place)) = said?;
+    Some(Said { choice, channel, text, place })
 }
 
 struct Cursor<'a> {
@@ -140,6 +165,17 @@ impl<'a> Cursor<'a> {
 
     fn eat(&mut self, token: &str) -> Option<()> {
         self.rest().starts_with(token.as_bytes()).then(|| self.at += token.len())
+    }
+
+    fn eat_byte(&mut self, byte: u8) -> Option<()> {
+        (self.rest().first() == Some(&byte)).then(|| self.at += 1)
+    }
+
+    /// These words in quotes, which are words of a [`Head`]: nothing in them is ever escaped.
+    fn eat_string(&mut self, words: &str) -> Option<()> {
+        self.eat_byte(b'"')?;
+        self.eat(words)?;
+        self.eat_byte(b'"')
     }
 
     /// One space, as Python's `json.dumps` puts after `:` and `,`.
@@ -170,12 +206,12 @@ impl<'a> Cursor<'a> {
         self.data.get(start..start + end)
     }
 
-    /// A string, into the batch.
-    fn text(&mut self, batch: &mut Batch) -> Option<crate::Span> {
-        self.eat("\"")?;
-        let mut ok = None;
+    /// A string, into the batch, and where it stands.
+    fn text(&mut self, batch: &mut Batch) -> Option<(crate::Span, Range<usize>)> {
+        self.eat_byte(b'"')?;
+        let (start, mut ok) = (self.at, None);
         let span = batch.keep_text_with(|out| ok = self.unescape(out));
-        ok.map(|()| span)
+        ok.map(|()| (span, start..self.at - 1))
     }
 
     fn unescape(&mut self, out: &mut String) -> Option<()> {
