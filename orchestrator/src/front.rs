@@ -18,7 +18,7 @@ use hyper::body::{Body as _, Incoming};
 use tokio::time::timeout;
 
 use crate::{
-    Orchestrator,
+    Orchestrator, ask,
     metrics::{Call, Route},
     reports,
     run::Run,
@@ -35,7 +35,7 @@ pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
 pub(crate) const STREAM: &str = "/v1/conversation/stream";
 /// `POST`: a turn as one JSON answer.
 const STEP: &str = "/v1/conversation/step";
-/// `POST`, with `{id}/cancel` behind it: stops a turn; with `{id}/delivery` and `{id}/verdict`: hears of one.
+/// `POST`, with `{id}/cancel` behind it: stops a turn; with `{id}/confirm`: answers its question; with `{id}/delivery` and `{id}/verdict`: hears of one.
 const TURNS: &str = "/v1/conversation/turns/";
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -80,7 +80,11 @@ async fn route(orchestrator: Arc<Orchestrator>, caller: Request, request: http::
                 let turn = turn.to_owned();
                 reports::answer(&orchestrator, Call::Denial, &turn, request).await
             }
-            (Some((_, "cancel" | "delivery" | "verdict")), _) => method_not_allowed("POST"),
+            (Some((turn, "confirm")), &Method::POST) => {
+                let turn = turn.to_owned();
+                ask::answer(&orchestrator, &turn, request).await
+            }
+            (Some((_, "cancel" | "confirm" | "delivery" | "verdict")), _) => method_not_allowed("POST"),
             (_, _) if path == STEP => method_not_allowed("POST"),
             (_, _) if path == STREAM => method_not_allowed("GET, POST"),
             (_, method) => probe(&orchestrator, method, path).unwrap_or_else(|| refusal(&Fault::client(Code::NotFound).into(), None)),

@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use headgate_contracts::{Content, Message, Prompt, Role, SessionId, Subject, TenantId};
+use headgate_contracts::{Content, Message, Principal, Prompt, Role, SessionId, Subject, TenantId, TurnId};
 
 /// How much is remembered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +38,12 @@ pub(crate) struct Key {
 impl Key {
     pub(crate) fn of(prompt: &Prompt) -> Key {
         Key { tenant: prompt.principal.tenant.clone(), subject: prompt.principal.subject.clone(), session: prompt.session.clone() }
+    }
+
+    /// A prompt of nothing but whose it is: what a verdict about `turn` is judged by.
+    pub(crate) fn prompt(&self, turn: TurnId) -> Prompt {
+        let principal = Principal { tenant: self.tenant.clone(), subject: self.subject.clone(), ..Principal::anonymous() };
+        Prompt { principal, ..Prompt::new(turn, self.session.clone(), Vec::new()) }
     }
 }
 

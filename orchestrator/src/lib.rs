@@ -6,6 +6,7 @@
 //! | **history**: what was said in each session | `history` |
 //! | **runs**: the open turns, one per session | `runs` |
 //! | **run**: one open turn, from the dispatch to its end | `run` |
+//! | **calls**: those of tools that a person has to agree to | `ask` |
 //! | **partings**: turns that their gateway left, and will say why | `partings` |
 //! | **reports**: what gateways tell after the fact | `reports` |
 //! | **models**: who answers | [`Models`] |
@@ -16,6 +17,7 @@
 //! frame on a WebSocket at the first of these; `docs/wire.md` has the contract. The response's body reads the model itself, in the
 //! connection's own task: whoever stops reading, stops the model, before the first byte too.
 
+mod ask;
 pub mod events;
 mod front;
 mod history;
@@ -42,7 +44,7 @@ use headgate_store::Used;
 pub use history::Bounds;
 pub use models::Models;
 pub use serve::{serve, serve_admin};
-pub use settings::{Limits, Settings};
+pub use settings::{Confirm, Limits, Settings};
 pub use socket::Patience;
 
 /// Everything that all connections share.

@@ -91,7 +91,9 @@ async fn denial(orchestrator: &Orchestrator, turn: TurnId, headers: &HeaderMap, 
 /// How a turn ended for the gateway.
 fn end(report: &DeliveryReport, verdict: Option<&Claims>) -> End {
     let code = report.code.as_deref().and_then(Code::from_name);
-    let gone = [Gone::Left, Gone::Stopped, Gone::Slow, Gone::Drained].into_iter().find(|gone| Some(gone.code()) == code);
+    let gone = [Gone::Left, Gone::Stopped, Gone::Slow, Gone::Drained, Gone::Declined, Gone::Unanswered]
+        .into_iter()
+        .find(|gone| Some(gone.code()) == code);
     match (report.outcome, gone, code) {
         (Delivered::Denied, _, code) => {
             let mut refusal = Refusal::new(code.unwrap_or(Code::PolicyDenied), "gateway");

@@ -13,11 +13,15 @@ use headgate_contracts::{
 };
 use headgate_upstream::{Answer, Upstream};
 use serde_json::{Map, Value, json};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, Sleep, sleep_until, timeout},
+};
 use tracing::{Instrument, Span, field};
 
 use crate::{
     Orchestrator,
+    ask::{Call, Calls},
     events::{self, Account, Beginning},
     front::Admitted,
     history::Cut,
@@ -38,6 +42,7 @@ pub(crate) struct Run {
     keep: usize,
     text_bytes: usize,
     events: u64,
+    calls: Calls,
     orchestrator: Arc<Orchestrator>,
     route: Route,
     mode: Mode,
@@ -94,6 +99,7 @@ impl Run {
             },
             text_bytes: 0,
             events: 0,
+            calls: Calls::default(),
             orchestrator: orchestrator.clone(),
             route,
             mode: if claims.fence.is_some() { Mode::Training } else { Mode::Enforce },
@@ -140,27 +146,68 @@ impl Run {
         self.said.first().and_then(|choice| choice.finish).unwrap_or_default()
     }
 
-    /// Gives the next batch in `self.batch`: `false` is the proper end of the answer, and of the turn.
+    /// Gives the next batch in `self.batch`: `false` is the proper end of the answer, and of the turn. The first one may be empty.
     ///
     /// Errors: the turn has ended with this stop; what was read with it is not in the batch.
     pub(crate) async fn advance(&mut self, caller: Option<&Request>) -> Result<bool, Stop> {
-        match self.first.take() {
-            Some(more) => Ok(more),
-            None => self.read(caller).await,
+        if let Some(more) = self.first.take() {
+            return Ok(more);
+        }
+        loop {
+            // What belongs to a call that waits leaves nothing of a batch.
+            let more = self.read(caller).await?;
+            if !more || !self.batch.is_empty() {
+                return Ok(more);
+            }
         }
     }
 
     async fn read(&mut self, caller: Option<&Request>) -> Result<bool, Stop> {
         self.batch.clear();
-        let Some(answer) = &mut self.answer else { return Ok(false) };
-        let reading = answer.next(&mut self.batch).instrument(self.span.clone());
-        let read = within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator.metrics, reading).await;
-        match read.and_then(|more| self.take_note().map(|()| more)) {
-            Ok(true) => Ok(true),
-            Ok(false) => {
-                self.settle(Ok(()));
-                Ok(false)
+        if let Some((call, said)) = self.calls.take_asked() {
+            self.hear(call, said, caller).await?;
+        } else {
+            let Some(answer) = &mut self.answer else { return Ok(false) };
+            let reading = answer.next(&mut self.batch).instrument(self.span.clone());
+            let read = within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator.metrics, reading).await;
+            match read.and_then(|more| self.take_note().map(|()| more)) {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(stop) => return Err(self.end(stop)),
             }
+        }
+        // The model has said all: what waits is asked about.
+        if self.calls.are_held() {
+            if self.route == Route::Step {
+                // Who gets one answer at the end can be asked nothing before it.
+                return Err(self.end(Gone::Declined.into()));
+            }
+            let Run { calls, batch, orchestrator, turn, .. } = self;
+            calls.ask(batch, |id| orchestrator.runs.ask(*turn, id));
+        }
+        if self.batch.is_empty() {
+            self.settle(Ok(()));
+        }
+        Ok(!self.batch.is_empty())
+    }
+
+    /// Waits for what a person says to a call, and lets it go after a yes.
+    ///
+    /// Errors: the turn has ended with this stop.
+    async fn hear(&mut self, call: Call, said: oneshot::Receiver<bool>, caller: Option<&Request>) -> Result<(), Stop> {
+        let patience = self.orchestrator.settings.confirm.as_ref().map(|confirm| confirm.within).unwrap_or_default();
+        let waiting = async { Ok(timeout(patience, said).await) };
+        let heard = within(&mut self.lease, &mut self.deadline, caller, &self.orchestrator.metrics, waiting).await;
+        match heard {
+            Ok(Ok(Ok(true))) => {
+                for event in call.said().events() {
+                    self.batch.push_from(call.said(), *event);
+                }
+                self.keep_said();
+                Ok(())
+            }
+            Ok(Ok(Ok(false))) => Err(self.end(Gone::Declined.into())),
+            Ok(Ok(Err(_)) | Err(_)) => Err(self.end(Gone::Unanswered.into())),
             Err(stop) => Err(self.end(stop)),
         }
     }
@@ -188,21 +235,22 @@ impl Run {
 
     /// Notes what the batch says, as far as history, limits and the record want to know.
     fn take_note(&mut self) -> Result<(), Stop> {
+        if let Some(account) = &mut self.account {
+            account.add(&self.batch);
+        }
+        if let Some(confirm) = &self.orchestrator.settings.confirm {
+            let (events, bytes) = self.calls.hold(&confirm.tools, &mut self.batch)?;
+            (self.events, self.text_bytes) = (self.events + events, self.text_bytes + bytes);
+        }
         let mut text_came = false;
         for event in self.batch.events() {
             self.events += 1;
             if let What::Text { text, .. } = event.what {
                 text_came = true;
                 self.text_bytes += text.len();
-                if self.text_bytes > self.keep {
-                    continue;
-                }
             }
-            self.said.add_event(&self.batch, event);
         }
-        if let Some(account) = &mut self.account {
-            account.add(&self.batch);
-        }
+        self.keep_said();
         if text_came && self.first_text.is_none() {
             let waited = self.begun.elapsed();
             self.first_text = Some(waited);
@@ -212,6 +260,15 @@ impl Run {
             return Err(Fault::upstream(Code::StreamLimitExceeded).into());
         }
         Ok(())
+    }
+
+    /// Keeps what the batch says; text only as long as all of it is no more than anybody will ask for.
+    fn keep_said(&mut self) {
+        for event in self.batch.events() {
+            if self.text_bytes <= self.keep || !matches!(event.what, What::Text { .. }) {
+                self.said.add_event(&self.batch, event);
+            }
+        }
     }
 
     /// Ends the turn, once: the model is left, the answer remembered, the place given back, the facts written down.

@@ -6,9 +6,9 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Gone, TurnId};
+use headgate_contracts::{Code, Fault, Gone, TurnId, wire::chat::Confirmation};
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     time::{Instant, timeout_at},
 };
 
@@ -24,9 +24,23 @@ pub(crate) struct Runs {
 
 #[derive(Default)]
 struct Open {
-    turns: HashMap<TurnId, watch::Sender<Option<Gone>>>,
+    turns: HashMap<TurnId, Turn>,
     sessions: HashMap<Key, TurnId>,
     drained: bool,
+}
+
+/// One open turn.
+struct Turn {
+    key: Key,
+    stop: watch::Sender<Option<Gone>>,
+    asked: Option<Asked>,
+}
+
+/// What its person is asked.
+struct Asked {
+    id: String,
+    /// `None`: there has been an answer.
+    reply: Option<oneshot::Sender<bool>>,
 }
 
 /// Why no turn can be begun.
@@ -70,7 +84,7 @@ impl Runs {
             return Err(Busy::Refused(Refused::Draining));
         }
         if let Some(older) = open.sessions.get(key).and_then(|older| open.turns.get(older)) {
-            return Err(Busy::Open(older.subscribe()));
+            return Err(Busy::Open(older.stop.subscribe()));
         }
         if open.turns.len() >= self.max {
             return Err(Busy::Refused(Refused::Full));
@@ -78,7 +92,7 @@ impl Runs {
         let (stop, gone) = watch::channel(None);
         match open.turns.entry(turn) {
             Entry::Occupied(_) => return Err(Busy::Refused(Refused::Conflict)),
-            Entry::Vacant(place) => place.insert(stop),
+            Entry::Vacant(place) => place.insert(Turn { key: key.clone(), stop, asked: None }),
         };
         open.sessions.insert(key.clone(), turn);
         self.count.send_replace(open.turns.len());
@@ -87,14 +101,41 @@ impl Runs {
 
     /// Stops a turn, if there is one of that id. Ids are random and known to nobody but the gateway that made them.
     pub(crate) fn stop(&self, turn: TurnId) {
-        if let Some(stop) = self.open().turns.get(&turn) {
-            stop.send_replace(Some(Gone::Stopped));
+        if let Some(turn) = self.open().turns.get(&turn) {
+            turn.stop.send_replace(Some(Gone::Stopped));
         }
+    }
+
+    /// Whose turn it is, while it is open.
+    pub(crate) fn key(&self, turn: TurnId) -> Option<Key> {
+        self.open().turns.get(&turn).map(|turn| turn.key.clone())
+    }
+
+    /// A person is asked under this id; what they say comes out of the result. The question before it is over.
+    pub(crate) fn ask(&self, turn: TurnId, id: String) -> oneshot::Receiver<bool> {
+        let (reply, said) = oneshot::channel();
+        if let Some(turn) = self.open().turns.get_mut(&turn) {
+            turn.asked = Some(Asked { id, reply: Some(reply) });
+        }
+        said
+    }
+
+    /// Takes what a person says: the first answer to the question that is open counts.
+    ///
+    /// Errors: `session_not_found`, `not_found` where nothing is asked under that id, `already_answered`.
+    pub(crate) fn confirm(&self, turn: TurnId, said: &Confirmation) -> Result<(), Fault> {
+        let mut open = self.open();
+        let turn = open.turns.get_mut(&turn).ok_or_else(|| Fault::client(Code::SessionNotFound))?;
+        let asked = turn.asked.as_mut().filter(|asked| asked.id == said.id).ok_or_else(|| Fault::client(Code::NotFound))?;
+        let reply = asked.reply.take().ok_or_else(|| Fault::client(Code::AlreadyAnswered))?;
+        // Who asked may be about to end for another reason: then nobody hears it, and the call is not passed on.
+        let _ = reply.send(said.accept);
+        Ok(())
     }
 
     /// Stops a turn that nobody waits for, if there is one of that id, and resolves when it has ended. Cancel safe.
     pub(crate) async fn leave(&self, turn: TurnId) {
-        let ended = self.open().turns.get(&turn).map(|stop| {
+        let ended = self.open().turns.get(&turn).map(|Turn { stop, .. }| {
             stop.send_if_modified(|gone| {
                 let first = gone.is_none();
                 *gone = gone.or(Some(Gone::Left));
@@ -119,7 +160,7 @@ impl Runs {
 
     /// Tells every open turn that the drain time is over.
     pub(crate) fn drain(&self) {
-        for stop in self.open().turns.values() {
+        for Turn { stop, .. } in self.open().turns.values() {
             stop.send_replace(Some(Gone::Drained));
         }
     }
@@ -235,6 +276,25 @@ mod tests {
         assert_eq!(runs.begin(TurnId::fresh(), &key("t")).await.err(), Some(Refused::Draining));
         runs.drain();
         assert_eq!(first.gone().await, Gone::Drained);
+    }
+
+    #[tokio::test]
+    async fn the_first_answer_to_an_open_question_counts_and_no_other_changes_anything() {
+        let (runs, id) = (runs(10), TurnId::fresh());
+        let say =
+            |turn, question: &str, accept| runs.confirm(turn, &Confirmation { id: question.into(), accept }).map_err(|fault| fault.code);
+        assert_eq!(say(id, "q1", true), Err(Code::SessionNotFound));
+        let lease = runs.begin(id, &key("s")).await.unwrap();
+        assert_eq!(say(id, "q1", true), Err(Code::NotFound));
+        let first = runs.ask(id, "q1".into());
+        assert_eq!(say(id, "q2", true), Err(Code::NotFound));
+        assert_eq!([say(id, "q1", false), say(id, "q1", true)], [Ok(()), Err(Code::AlreadyAnswered)]);
+        assert!(!first.await.unwrap());
+        let second = runs.ask(id, "q2".into());
+        assert_eq!([say(id, "q1", true), say(id, "q2", true)], [Err(Code::NotFound), Ok(())]);
+        assert!(second.await.unwrap());
+        drop(lease);
+        assert_eq!(say(id, "q2", true), Err(Code::SessionNotFound));
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! What an orchestrator is told: whom to believe, how much to take, how long to wait.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use crate::{history::Bounds, socket::Patience};
 
@@ -19,6 +19,17 @@ pub struct Settings {
     pub drain: Duration,
     /// How long after a turn's end its gateway may take to say what the user got, before that is unknown.
     pub delivery: Duration,
+    /// Which calls a person has to agree to; `None`: none.
+    pub confirm: Option<Confirm>,
+}
+
+/// Which calls a person has to agree to before they are passed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Confirm {
+    /// Calls of these tools, by name.
+    pub tools: BTreeSet<String>,
+    /// How long the person may take.
+    pub within: Duration,
 }
 
 impl Default for Settings {
@@ -31,6 +42,7 @@ impl Default for Settings {
             history: Bounds::default(),
             drain: Duration::from_secs(60),
             delivery: Duration::from_secs(60),
+            confirm: None,
         }
     }
 }

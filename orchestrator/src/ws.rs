@@ -14,7 +14,7 @@ use futures_util::{
 use headgate_contracts::{
     Code, Fault, Gone, Stop, TurnId,
     wire::{
-        chat::{self, Done, ErrorEvent, Open},
+        chat::{self, Confirmation, Done, ErrorEvent, Open},
         frames,
         hop::{self, DispatchFrame, Headers},
     },
@@ -207,8 +207,13 @@ async fn write(
                     }
                     continue;
                 }
-                // No turn of ours asks anything: an answer is to a question that nobody waits for.
-                Asked::Frame(DispatchFrame::Confirm { .. }) => continue,
+                Asked::Frame(DispatchFrame::Confirm { turn_id, id, accept }) => {
+                    // Who dispatched a turn may answer for it. An answer that comes late, or twice, changes nothing.
+                    if open.contains_key(&turn_id) {
+                        let _ = orchestrator.runs.confirm(turn_id, &Confirmation { id, accept });
+                    }
+                    continue;
+                }
                 Asked::Complain(fault) => vec![complaint(fault.into(), None)],
             },
             written = turns.next(), if !turns.is_empty() => match written {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use headgate_contracts::{
-    Batch, Code, Dialect, Fault, Finish, Head, What,
+    Batch, Code, Dialect, Fault, Finish, Head, Prompt, What,
     wire::{self, Malformed, Step, sse},
 };
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -25,6 +25,7 @@ use crate::{
     exchange::{READ_BYTES, poll_read},
     hop::Place,
     http1::Framing,
+    line::Line,
     open::Opened,
     settings::{Limits, Protocol, Timeouts},
     stats::Count,
@@ -71,6 +72,7 @@ impl Answer {
             keep: begun.as_ref().is_some_and(|begun| begun.head.keep),
             form,
             finish: Finish::default(),
+            asked: Asked::Never,
             ended: false,
         };
         let endpoint = Arc::clone(lease.endpoint());
@@ -125,6 +127,19 @@ impl Answer {
         self.body.finish
     }
 
+    /// Whether a person was asked something so far.
+    pub fn asks(&self) -> bool {
+        self.body.asked != Asked::Never
+    }
+
+    /// The way back for what they say. `prompt`: whose answer this is, without its text; its seal proves the call, where one is made.
+    pub fn line(&self, prompt: Prompt) -> Line {
+        match &self.connection {
+            Some((Connection::Shared(place), _)) => place.line(),
+            Some((Connection::Own(_), _)) | None => Line::by_call(&self.shared, &self.endpoint, prompt),
+        }
+    }
+
     /// Host and port of the endpoint that answers, for the log.
     pub fn endpoint(&self) -> &str {
         &self.endpoint.name
@@ -143,7 +158,7 @@ impl Answer {
             Some((Connection::Own(io), _)) => io,
             Some((Connection::Shared(place), _)) => {
                 return match place.poll_ready(cx) {
-                    Poll::Pending => clock.poll(cx).map(Err),
+                    Poll::Pending => clock.poll(cx, body.asked == Asked::Now).map(Err),
                     Poll::Ready(Err(fault)) => Poll::Ready(Err(fault)),
                     Poll::Ready(Ok(())) => {
                         clock.last = Instant::now();
@@ -156,7 +171,7 @@ impl Answer {
             shared.stats.bytes.add(bytes.len() as u64);
             body.take(bytes, head, batch)
         }) {
-            Poll::Pending => clock.poll(cx).map(Err),
+            Poll::Pending => clock.poll(cx, body.asked == Asked::Now).map(Err),
             Poll::Ready(Ok(Some(taken))) => {
                 clock.last = Instant::now();
                 Poll::Ready(taken)
@@ -192,6 +207,15 @@ impl fmt::Debug for Answer {
     }
 }
 
+/// Whether a person is asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Never,
+    Before,
+    /// And nothing has come since: so long the upstream's silence is theirs.
+    Now,
+}
+
 /// In which form the answer comes.
 pub(crate) enum Form {
     /// As server-sent events.
@@ -210,6 +234,7 @@ struct Body {
     keep: bool,
     form: Form,
     finish: Finish,
+    asked: Asked,
     /// The terminal event has come.
     ended: bool,
 }
@@ -254,7 +279,7 @@ impl Body {
                         Ok(None) => return Ok(()),
                         Err(over) => return Err(over.into()),
                     };
-                    took(step, good, batch, &mut self.finish, &mut self.ended)?;
+                    took(step, good, batch, &mut self.finish, &mut self.asked, &mut self.ended)?;
                     if self.ended {
                         return Ok(());
                     }
@@ -278,7 +303,8 @@ impl Body {
             bytes.add(object.len() as u64);
             taken += object.len();
             let good = batch.events().len();
-            took(wire::chat::decode(name, object, head, batch), good, batch, &mut self.finish, &mut self.ended)?;
+            let step = wire::chat::decode(name, object, head, batch);
+            took(step, good, batch, &mut self.finish, &mut self.asked, &mut self.ended)?;
             if self.ended || taken >= READ_BYTES {
                 break;
             }
@@ -306,10 +332,22 @@ impl Body {
 }
 
 /// What a decoded event means for the answer; events from `good` on came with it, and go with it where it is malformed.
-fn took(step: Result<Step, Malformed>, good: usize, batch: &mut Batch, finish: &mut Finish, ended: &mut bool) -> Result<(), Fault> {
+fn took(
+    step: Result<Step, Malformed>,
+    good: usize,
+    batch: &mut Batch,
+    finish: &mut Finish,
+    asked: &mut Asked,
+    ended: &mut bool,
+) -> Result<(), Fault> {
     match step {
         Ok(step @ (Step::More | Step::Asked | Step::Done)) => {
             *finish = finish_of(batch, good).unwrap_or(*finish);
+            *asked = match (&step, *asked) {
+                (Step::Asked, _) => Asked::Now,
+                (_, Asked::Never) => Asked::Never,
+                (_, Asked::Before | Asked::Now) => Asked::Before,
+            };
             *ended = matches!(step, Step::Done);
             Ok(())
         }
@@ -372,12 +410,15 @@ impl Clock {
 
     /// When the answer must have begun.
     pub(crate) fn first(&self) -> Instant {
-        self.due().0
+        self.due(false).0
     }
 
-    fn due(&self) -> (Instant, Code) {
+    /// `asked`: what is waited for is a person, whom only the total time bounds here.
+    fn due(&self, asked: bool) -> (Instant, Code) {
         let total = self.opened + self.timeouts.total;
-        let (at, code) = if self.begun {
+        let (at, code) = if asked {
+            (total, Code::StreamLimitExceeded)
+        } else if self.begun {
             (self.last + self.timeouts.idle, Code::UpstreamStalled)
         } else {
             (self.opened + self.timeouts.first_byte, Code::UpstreamTimeoutFirstByte)
@@ -386,9 +427,9 @@ impl Clock {
     }
 
     /// Ready with the fault when a deadline has passed.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+    fn poll(&mut self, cx: &mut Context<'_>, asked: bool) -> Poll<Fault> {
         loop {
-            let (at, code) = self.due();
+            let (at, code) = self.due(asked);
             if self.timer.deadline() > at {
                 self.timer.as_mut().reset(at);
             }

@@ -22,7 +22,8 @@ use futures_util::{
 use headgate_contracts::{
     Batch, Code, Fault, Head, Prompt, TurnId, Who,
     wire::{
-        Step, chat,
+        Step,
+        chat::{self, Confirmation},
         hop::{self, AnswerFrame},
         problem,
     },
@@ -51,6 +52,7 @@ use crate::{
     connect::Io,
     endpoint::Endpoint,
     exchange::READ_BYTES,
+    line::Line,
     open::{Failed, Opened, connect},
     request::{TurnRequest, turn_path},
 };
@@ -241,7 +243,7 @@ fn unspoken(error: tungstenite::Error) -> Failed {
 }
 
 /// One socket, as its turns and its task see it.
-struct Socket {
+pub(crate) struct Socket {
     // Never contended where the runtime is one thread.
     state: Mutex<State>,
     /// Wakes the task: there is something to be sent.
@@ -255,7 +257,7 @@ struct State {
     turns: HashMap<TurnId, Slot>,
     /// It was given a turn since the clock was last looked at.
     has_served: bool,
-    /// What is to be sent, at most three of each turn.
+    /// What is to be sent, at most three of each turn and the answers to its questions.
     out: VecDeque<Out>,
     /// Takes no turns any more, for it has broken.
     is_over: bool,
@@ -267,6 +269,8 @@ enum Out {
     /// A turn's own frame.
     Turn(TurnId, Vec<u8>),
     Stop(TurnId),
+    /// What a person says to a question of it.
+    Confirm(TurnId, Vec<u8>),
     /// As much credit as is due when it is sent.
     Credit(TurnId),
 }
@@ -323,7 +327,7 @@ struct Frame {
 }
 
 /// The events there are. Others are passed over, as decoders do.
-const NAMES: [&str; 6] = ["open", "text", "tool", "usage", "done", "error"];
+const NAMES: [&str; 7] = ["open", "text", "tool", "confirm", "usage", "done", "error"];
 
 impl State {
     fn takes_turns(&self) -> bool {
@@ -341,6 +345,10 @@ impl State {
                     return Some(bytes);
                 }
                 Out::Stop(turn) => hop::stop(&mut frame, &turn),
+                Out::Confirm(turn, bytes) => match self.turns.contains_key(&turn) {
+                    true => return Some(bytes),
+                    false => continue,
+                },
                 Out::Credit(turn) => {
                     let Some(slot) = self.turns.get_mut(&turn).filter(|slot| slot.is_due) else { continue };
                     slot.is_due = false;
@@ -458,6 +466,20 @@ impl Socket {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sends what a person says to a question of `turn`; whether that still goes on here.
+    pub(crate) fn confirm(&self, turn: &TurnId, said: &Confirmation) -> bool {
+        let mut state = self.state();
+        let goes_on = state.turns.get(turn).is_some_and(|slot| !slot.is_ended && slot.broken.is_none() && slot.left.is_none());
+        if goes_on {
+            let mut frame = Vec::new();
+            hop::confirm(&mut frame, turn, said);
+            state.out.push_back(Out::Confirm(*turn, frame));
+            drop(state);
+            self.work.wake();
+        }
+        goes_on
+    }
+
     fn end(&self, fault: &Fault, is_untaken: bool) {
         let woken = self.state().end(fault, is_untaken);
         woken.into_iter().for_each(Waker::wake);
@@ -488,6 +510,11 @@ impl Place {
         state.has_served = true;
         drop(state);
         Some(Place { shared: Arc::clone(shared), socket: Arc::clone(socket), turn, taken: Frames::default(), read: 0, begin: 0 })
+    }
+
+    /// The way back for what a person says.
+    pub(crate) fn line(&self) -> Line {
+        Line::by_frame(self.turn, Arc::downgrade(&self.socket))
     }
 
     fn send(&self, frame: Vec<u8>) {

@@ -8,6 +8,7 @@
 //! | `request` | what is sent: made anew from the parsed prompt |
 //! | `exchange`, `http1` | HTTP/1.1 by hand, strict and small |
 //! | `endpoint`, `connect` | one endpoint, its connections kept and new |
+//! | `line` | a way back: what a person says to a question |
 //! | `hop` | many turns on one WebSocket to an orchestrator |
 //! | `forward` | a plain reverse proxy, on the same connections |
 //! | `balance` | which endpoint is next: pingora's balancer and health state |
@@ -43,6 +44,7 @@ mod exchange;
 mod forward;
 mod hop;
 mod http1;
+mod line;
 mod open;
 mod request;
 pub mod settings;
@@ -51,6 +53,7 @@ mod tell;
 
 pub use answer::Answer;
 pub use forward::{Forwarded, ForwardedBody, Outgoing, Tunnel};
+pub use line::Line;
 pub use settings::{Hop, Invalid, Protocol, Settings};
 pub use stats::{EndpointHealth, Stats};
 
