@@ -104,8 +104,8 @@ pub async fn run(args: Args) -> ExitCode {
         slm.pace = (args.pace > 0.0).then_some(args.pace);
     }
     plan.observability.otlp = args.otlp;
-    let flush = match begin_logs(&plan) {
-        Ok(flush) => flush,
+    let logs = match begin_logs(&plan) {
+        Ok(logs) => logs,
         Err(error) => return fail(&error, EX_CONFIG),
     };
     // Before anybody can see us run: a signal that nobody listens for ends the process, and leaves the events behind.
@@ -124,9 +124,7 @@ pub async fn run(args: Args) -> ExitCode {
     };
     // Nobody has a use for the events of a demo that is over.
     drop(std::fs::remove_dir_all(&events));
-    if let Some(flush) = flush {
-        flush.flush(std::time::Duration::from_secs(5)).await;
-    }
+    logs.end(std::time::Duration::from_secs(5)).await;
     if ended { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -196,7 +194,8 @@ pub async fn slm(args: SlmArgs) -> ExitCode {
             Err(error) => return fail(&error, EX_CONFIG),
         },
     };
-    drop(crate::telemetry::logs::begin(Default::default(), "info", None));
+    // Without a collector nothing can fail.
+    let _logs = crate::telemetry::logs::begin(Default::default(), "info", None);
     let listener = match TcpListener::bind(args.listen).await {
         Ok(listener) => listener,
         Err(error) => return fail(&io::Error::new(error.kind(), format!("cannot listen on {}: {error}", args.listen)), EX_UNAVAILABLE),

@@ -2,14 +2,14 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use headgate_config::{Environment, Plan, plan::Logs};
+use headgate_config::{Environment, Plan, plan::Logs as Manner};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{EX_CONFIG, EX_UNAVAILABLE, fail};
 use crate::{
     reload,
     shell::{Process, Sockets},
-    telemetry::logs::{self, Format},
+    telemetry::logs::{self, Format, Logs},
 };
 
 /// Which config, and for which environment.
@@ -57,8 +57,8 @@ pub async fn run(args: Args, part: Part) -> ExitCode {
         Ok(plan) => plan,
         Err(faults) => return fail(&faults, EX_CONFIG),
     };
-    let flush = match begin_logs(&plan) {
-        Ok(flush) => flush,
+    let logs = match begin_logs(&plan) {
+        Ok(logs) => logs,
         Err(error) => return fail(&error, EX_CONFIG),
     };
     // Before anybody can see us run: a signal that nobody listens for ends the process where it stands.
@@ -87,17 +87,15 @@ pub async fn run(args: Args, part: Part) -> ExitCode {
         ended = process.stop() => ended,
         () = signals.stop() => false,
     };
-    if let Some(flush) = flush {
-        flush.flush(Duration::from_secs(5)).await;
-    }
+    logs.end(Duration::from_secs(5)).await;
     if ended { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-pub(super) fn begin_logs(plan: &Plan) -> Result<Option<crate::telemetry::Flush>, opentelemetry_otlp::ExporterBuildError> {
+pub(super) fn begin_logs(plan: &Plan) -> Result<Logs, opentelemetry_otlp::ExporterBuildError> {
     let eyes = &plan.observability;
     let format = match eyes.logs {
-        Logs::Json => Format::Json,
-        Logs::Text => Format::Text,
+        Manner::Json => Format::Json,
+        Manner::Text => Format::Text,
     };
     let collector = eyes.otlp.as_ref().map(ToString::to_string);
     logs::begin(format, &eyes.level, collector.as_deref().map(|endpoint| (endpoint, eyes.sampling)))

@@ -1,6 +1,6 @@
 //! The metrics: names as the ecosystem knows them, handles resolved when the config is loaded.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use headgate_contracts::{Outcome, Record};
 use headgate_filters::{Gate, Holds, unix_now};
@@ -10,7 +10,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{Histogram, Tally};
+use super::{Histogram, Tally, lines};
 use crate::live::Live;
 
 /// Everything that `/metrics` shows.
@@ -99,6 +99,9 @@ pub struct RouteMeters {
     text: Counter,
     known_texts: Counter,
     new_texts: Counter,
+    // Of most turns, once there was one.
+    complete: OnceLock<Counter>,
+    allowed: OnceLock<Counter>,
 }
 
 impl Default for Meters {
@@ -120,6 +123,7 @@ impl Default for Meters {
             registry.register_with_unit(name, help, Unit::Seconds, family);
         }
         registry.register("headgate_connections", "Client connections open now", f.connections);
+        registry.register("headgate_log_lines_dropped", "Log lines that nobody took in time", lines::DROPPED.clone());
         registry.register("headgate_signing_key_due", "1 while a rotation of the signing keys is due", f.key_due);
         registry.register("headgate_config_reload", "Configurations read anew, by what became of them", f.reloads);
         registry.register("headgate_upstream_ready", "Whether an endpoint answers: 1 or 0", f.ready);
@@ -144,6 +148,8 @@ impl Meters {
             text: families.text.get_or_create(&labels).clone(),
             known_texts: texts("before"),
             new_texts: texts("now"),
+            complete: OnceLock::new(),
+            allowed: OnceLock::new(),
             families: families.clone(),
         }
     }
@@ -188,13 +194,23 @@ impl Meters {
 
 impl RouteMeters {
     pub(super) fn turn(&self, end: &'static str, code: &'static str, record: &Record) {
-        self.families.turns.get_or_create(&TurnLabels { route: self.route.clone(), end, code }).inc();
+        let turns = || self.families.turns.get_or_create(&TurnLabels { route: self.route.clone(), end, code }).clone();
+        if code == "ok" {
+            self.complete.get_or_init(turns).inc()
+        } else {
+            turns().inc()
+        };
         self.text.inc_by(record.text_bytes);
         self.known_texts.inc_by(record.known_texts);
         self.new_texts.inc_by(record.new_texts);
         if end == "complete" || record.outcome == Outcome::Blocked {
-            let labels = OutcomeLabels { route: self.route.clone(), outcome: record.outcome.as_str() };
-            self.families.outcomes.get_or_create(&labels).inc();
+            let outcome = record.outcome.as_str();
+            let outcomes = || self.families.outcomes.get_or_create(&OutcomeLabels { route: self.route.clone(), outcome }).clone();
+            if record.outcome == Outcome::Allowed {
+                self.allowed.get_or_init(outcomes).inc()
+            } else {
+                outcomes().inc()
+            };
         }
         for finding in &record.findings {
             let stage = match finding.stage {

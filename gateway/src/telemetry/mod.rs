@@ -3,6 +3,7 @@
 //! While a turn runs it counts by itself ([`Watch`]); shared memory is touched when it ends.
 
 mod histogram;
+mod lines;
 pub mod logs;
 mod meters;
 mod spans;
@@ -19,7 +20,6 @@ use tracing::{Span, field::Empty};
 
 pub use histogram::{Histogram, Tally};
 pub use meters::{Meters, RouteMeters};
-pub use spans::Flush;
 
 use crate::{delivery::Slip, live::Route};
 
@@ -170,9 +170,9 @@ impl Watch {
             route = &*turn.route,
             upstream = self.route.upstream.name(),
             turn_id = %turn.id,
-            session_id = %turn.session,
-            tenant = %prompt.principal.tenant,
-            subject = %prompt.principal.subject,
+            session_id = turn.session.as_str(),
+            tenant = prompt.principal.tenant.as_str(),
+            subject = prompt.principal.subject.as_str(),
             trace_id = self.trace.trace_id_hex(),
             span_id = self.trace.span_id_hex(),
             parent_id = self.trace.parent_id_hex(),

@@ -34,11 +34,11 @@ pub(super) struct Spans {
 }
 
 /// Ends the export: what is queued is still sent.
-pub struct Flush(Vec<SdkTracerProvider>);
+pub(super) struct Flush(Vec<SdkTracerProvider>);
 
 impl Flush {
     /// Sends what is queued, waiting at most `patience`.
-    pub async fn flush(self, patience: Duration) {
+    pub(super) async fn flush(self, patience: Duration) {
         let flushed = tokio::task::spawn_blocking(move || {
             for provider in &self.0 {
                 if let Err(error) = provider.shutdown() {
