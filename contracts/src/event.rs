@@ -181,6 +181,8 @@ struct TextFrame {
 /// The most batches whose room a thread keeps, and the largest: a turn uses three at a time at most.
 const MAX_LENT: usize = 4;
 const MAX_LENT_BYTES: usize = 64 << 10;
+/// The most room that a batch may have which waits, however little there is in it.
+const MAX_IDLE_BYTES: usize = 2 << 10;
 
 thread_local! {
     static LENT: RefCell<Vec<Batch>> = const { RefCell::new(Vec::new()) };
@@ -222,8 +224,7 @@ impl Batch {
     /// Forgets everything, and leaves the room to the thread's next batch.
     pub fn give_back(&mut self) {
         let mut batch = std::mem::take(self);
-        let bytes = batch.events.capacity() * size_of::<Event>() + batch.text.capacity() + batch.wire.capacity();
-        if (1..=MAX_LENT_BYTES).contains(&bytes) {
+        if (1..=MAX_LENT_BYTES).contains(&batch.room()) {
             batch.clear();
             let _ = LENT.try_with(|lent| {
                 let mut lent = lent.borrow_mut();
@@ -231,6 +232,21 @@ impl Batch {
                     lent.push(batch);
                 }
             });
+        }
+    }
+
+    /// Bytes that there is room for, events counted by their size.
+    pub fn room(&self) -> usize {
+        self.events.capacity() * size_of::<Event>() + self.text.capacity() + self.wire.capacity()
+    }
+
+    /// Takes no more room than it needs, where that is much less than it has: for what will wait.
+    pub fn shrink(&mut self) {
+        let used = self.events.len() * size_of::<Event>() + self.bytes();
+        if self.room() > MAX_IDLE_BYTES.max(4 * used) {
+            self.events.shrink_to_fit();
+            self.text.shrink_to_fit();
+            self.wire.shrink_to_fit();
         }
     }
 

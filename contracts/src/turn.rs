@@ -67,7 +67,12 @@ impl Trace {
 
     /// The trace's id in hexadecimal, for logs.
     pub fn trace_id_hex(&self) -> String {
-        Hex(&self.trace_id).to_string()
+        Trace::hex(self.trace_id)
+    }
+
+    /// A trace's id in hexadecimal, of who keeps no more of the trace than that.
+    pub fn hex(trace_id: [u8; 16]) -> String {
+        Hex(&trace_id).to_string()
     }
 
     /// Our span's id in hexadecimal, for logs.

@@ -9,6 +9,7 @@
 //! Else the last word of a model's reasoning, which might still become an address, would hold back the whole answer.
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -42,7 +43,16 @@ pub struct Gate {
     /// Text went unjudged because it was late, so the filter's later edits may come too late.
     late: bool,
     sleep: Option<Pin<Box<Sleep>>>,
-    holds: Holds,
+    /// Most gates never hold anything for any time.
+    holds: Option<Box<Holds>>,
+}
+
+/// The most desks that a thread keeps for gates to come, and the largest buffers on one.
+const MAX_DESKS: usize = 4;
+const MAX_DESK_BYTES: usize = 16 << 10;
+
+thread_local! {
+    static DESKS: RefCell<Vec<Box<Desk>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// What waits in a gate, and room to work with it.
@@ -55,7 +65,6 @@ struct Desk {
     gone: usize,
     /// What may go, while a batch is passed.
     out: Batch,
-    spare: Batch,
 }
 
 /// One held event.
@@ -102,6 +111,8 @@ pub struct Holds {
 }
 
 impl Holds {
+    const NONE: Holds = Holds { buckets: [0; 11], total: Duration::ZERO, max: Duration::ZERO, unjudged_bytes: 0 };
+
     /// Upper bounds of the buckets, in milliseconds.
     pub const BOUNDS: [u64; 10] = [1, 2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];
 
@@ -140,10 +151,10 @@ const EVENT_COST: u64 = 80;
 /// Room for what waits beside held text, in bytes: the payloads it came in, and events without text.
 const FRAMES_ROOM: u64 = 64 << 10;
 
-/// The most a gate's buffers take, in bytes, beside one event of the largest size the upstream may send: what waits, what goes,
-/// and a spare to sweep into.
+/// The most a gate's buffers take, in bytes, beside one event of the largest size the upstream may send: what waits, in buffers
+/// that double as they grow. What goes is passed on, and what is needed meanwhile is the thread's, not the turn's.
 pub(crate) fn ceiling_bytes(terms: &Terms) -> u64 {
-    3 * most_weight(terms)
+    2 * most_weight(terms)
 }
 
 fn most_weight(terms: &Terms) -> u64 {
@@ -151,6 +162,10 @@ fn most_weight(terms: &Terms) -> u64 {
 }
 
 impl Desk {
+    fn fresh() -> Box<Desk> {
+        DESKS.try_with(|desks| desks.borrow_mut().pop()).ok().flatten().unwrap_or_default()
+    }
+
     fn is_empty(&self) -> bool {
         self.gone == self.waits.len()
     }
@@ -164,7 +179,24 @@ impl Desk {
                 batch.push_from(&self.out, *event);
             }
         }
-        self.out.clear();
+        self.out.give_back();
+    }
+
+    /// While nothing waits there is no desk: it is the next gate's. While little waits it takes little room.
+    fn kept(mut self: Box<Desk>) -> Option<Box<Desk>> {
+        if !self.is_empty() {
+            self.held.shrink();
+            return Some(self);
+        }
+        if self.held.room() <= MAX_DESK_BYTES && self.waits.capacity() <= MAX_DESK_BYTES / size_of::<Wait>() {
+            let _ = DESKS.try_with(|desks| {
+                let mut desks = desks.borrow_mut();
+                if desks.len() < MAX_DESKS {
+                    desks.push(self);
+                }
+            });
+        }
+        None
     }
 }
 
@@ -184,7 +216,7 @@ impl Gate {
             open: false,
             late: false,
             sleep: None,
-            holds: Holds::default(),
+            holds: None,
         }
     }
 
@@ -192,6 +224,11 @@ impl Gate {
     pub fn textless(mut self) -> Gate {
         self.textless = true;
         self
+    }
+
+    /// Whether its filter is shown the answer's text.
+    pub(crate) fn judges_text(&self) -> bool {
+        !self.textless
     }
 
     /// The filter's name.
@@ -216,7 +253,7 @@ impl Gate {
 
     /// How long text has waited here.
     pub fn holds(&self) -> &Holds {
-        &self.holds
+        self.holds.as_deref().unwrap_or(&Holds::NONE)
     }
 
     /// Shows the prompt to the filter; a copy of it where it must not change anything.
@@ -319,8 +356,8 @@ impl Gate {
             return;
         }
         let now = Instant::now();
-        let mut desk = self.desk.take().unwrap_or_default();
-        desk.out.dialect = batch.dialect;
+        let mut desk = self.desk.take().unwrap_or_else(Desk::fresh);
+        (desk.out, desk.out.dialect) = (Batch::lent(), batch.dialect);
         if !nothing_held {
             // A verdict that was waited for may have come meanwhile.
             self.release(&mut desk, now);
@@ -361,7 +398,7 @@ impl Gate {
         }
         batch.truncate(clean);
         desk.hand_over(batch);
-        self.desk = Some(desk);
+        self.desk = desk.kept();
     }
 
     /// Nothing more will come: every lane gets its last verdict, and what is clean leaves. What the filter still thinks about stays.
@@ -387,11 +424,11 @@ impl Gate {
 
     /// Puts what may go behind what is in the batch.
     fn let_go(&mut self, batch: &mut Batch) {
-        let mut desk = self.desk.take().unwrap_or_default();
-        desk.out.dialect = batch.dialect;
+        let mut desk = self.desk.take().unwrap_or_else(Desk::fresh);
+        (desk.out, desk.out.dialect) = (Batch::lent(), batch.dialect);
         self.release(&mut desk, Instant::now());
         desk.hand_over(batch);
-        self.desk = Some(desk);
+        self.desk = desk.kept();
     }
 
     fn next_question(&mut self) -> u16 {
@@ -429,15 +466,15 @@ impl Gate {
             // It would have masked or blocked, and did not.
             record.outcome = outcome.max(Outcome::Flagged);
         }
-        if self.holds.max > record.held_max {
-            record.held_max = self.holds.max;
+        if self.holds().max > record.held_max {
+            record.held_max = self.holds().max;
             record.held_by = Some(self.name);
         }
     }
 
     /// Ready when something changed without new text: a verdict that was waited for, or a hold that ran out.
     pub(crate) fn poll_ripe(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.open || self.stop.is_some() {
+        if self.textless || self.open || self.stop.is_some() {
             return Poll::Pending;
         }
         if let Poll::Ready((lane, verdict)) = self.filter.poll(cx) {
@@ -570,7 +607,8 @@ impl Gate {
             Late::Release => {
                 self.late = true;
                 let waiting = self.lanes.iter().filter(|track| !track.cut).map(|track| track.seen.0 - track.cleared.0);
-                self.holds.unjudged_bytes += waiting.sum::<u64>();
+                let unjudged: u64 = waiting.sum();
+                self.holds.get_or_insert_default().unjudged_bytes += unjudged;
                 self.clear_all();
             }
             Late::Refuse => {
@@ -596,16 +634,16 @@ impl Gate {
     /// Keeps what waits in less room: all text of a lane becomes one piece, and its payloads, which a client would be sent as
     /// they came, are written anew. So text in tiny pieces waits no dearer than text in large ones.
     fn compact(&self, desk: &mut Desk) {
-        desk.spare.clear();
+        let mut compact = Batch::lent();
         let mut waits = Vec::new();
         let waiting = || desk.held.events().iter().zip(&desk.waits).filter(|(_, wait)| !wait.gone);
         for track in &self.lanes {
             for (event, wait) in waiting() {
                 let What::Text { lane, text } = event.what else { continue };
                 if lane == track.lane && !text.is_empty() {
-                    let before = desk.spare.events().len();
-                    desk.spare.append_text(lane, desk.held.text(text));
-                    if desk.spare.events().len() > before {
+                    let before = compact.events().len();
+                    compact.append_text(lane, desk.held.text(text));
+                    if compact.events().len() > before {
                         waits.push(*wait);
                     }
                 }
@@ -613,12 +651,12 @@ impl Gate {
         }
         for (event, wait) in waiting() {
             if !matches!(event.what, What::Text { .. }) {
-                desk.spare.push_from(&desk.held, *event);
+                compact.push_from(&desk.held, *event);
                 waits.push(*wait);
             }
         }
-        std::mem::swap(&mut desk.held, &mut desk.spare);
-        desk.spare = Batch::new();
+        std::mem::swap(&mut desk.held, &mut compact);
+        compact.give_back();
         desk.waits = waits;
         desk.gone = 0;
     }
@@ -642,11 +680,12 @@ impl Gate {
             desk.gone = 0;
             self.held_bytes = 0;
         } else if desk.gone >= SWEEP_EVENTS {
-            desk.spare.clear();
+            let mut swept = Batch::lent();
             for (event, _) in desk.held.events().iter().zip(&desk.waits).filter(|(_, wait)| !wait.gone) {
-                desk.spare.push_from(&desk.held, *event);
+                swept.push_from(&desk.held, *event);
             }
-            std::mem::swap(&mut desk.held, &mut desk.spare);
+            std::mem::swap(&mut desk.held, &mut swept);
+            swept.give_back();
             desk.waits.retain(|wait| !wait.gone);
             desk.gone = 0;
         }
@@ -732,7 +771,7 @@ impl Gate {
                 }
                 desk.gone += 1;
                 if since != now && matches!(what, What::Text { .. } | What::Confirm { .. }) {
-                    self.holds.add(now - since);
+                    self.holds.get_or_insert_default().add(now - since);
                 }
             } else if !matches!(what, What::Text { .. }) {
                 frame_stays = true;

@@ -5,7 +5,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use headgate_contracts::{Category, Code, Dispatch, Fault, Finding, Head, Outcome, OutputSeal, Prompt, Record, Seal, Stage, Stop, Turn};
+use headgate_contracts::{
+    Category, Code, Dispatch, Fault, Finding, Head, Outcome, OutputSeal, Prompt, Record, Seal, SessionId, Stage, Stop, Subject, TenantId,
+    Trace, Turn, TurnId,
+};
 use headgate_policy::{Claims, Decision, Digest, Facts as Claimed, Issuer, Registry, Standing};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use schemars::JsonSchema;
@@ -77,11 +80,11 @@ impl table::Settings for Settings {
             .map_err(|_| unusable("the constitution's hash cannot stand in a header".into()))?;
         let seal = seal(policy.clone(), None, tools.now, (version.clone(), constitution.clone()));
         let (registry, modes) = (tools.registry.clone(), tools.modes.clone());
-        Ok(Parts::textless(PolicyHeaders { policy, registry, modes, version, constitution, seal, now: tools.now }))
+        let rule = PolicyHeaders { policy, registry, modes, version, constitution, seal, now: tools.now };
+        Ok(Parts::textless(SignsAll(Arc::new(rule))))
     }
 }
 
-#[derive(Clone)]
 struct PolicyHeaders {
     policy: PolicyInForce,
     registry: Option<Arc<dyn Registry>>,
@@ -166,25 +169,28 @@ fn sign_dispatch(
     Ok(headers)
 }
 
-impl Rule for PolicyHeaders {
+struct SignsAll(Arc<PolicyHeaders>);
+
+impl Rule for SignsAll {
     fn start(&self, _: &mut Turn) -> Box<dyn Filter> {
-        Box::new(Signs { policy: self.clone(), turn: None })
+        Box::new(Signs { policy: self.0.clone(), turn: None })
     }
 }
 
+/// Signs for one turn.
 struct Signs {
-    policy: PolicyHeaders,
+    policy: Arc<PolicyHeaders>,
     /// The facts of the turn that the output's verdict will claim.
     turn: Option<Claimant>,
 }
 
 /// Who a verdict is about.
 struct Claimant {
-    tenant: String,
-    subject: String,
-    session: String,
-    turn: String,
-    trace: String,
+    tenant: TenantId,
+    subject: Subject,
+    session: SessionId,
+    turn: TurnId,
+    trace_id: [u8; 16],
     fence: Option<u64>,
 }
 
@@ -204,11 +210,11 @@ impl Filter for Signs {
         });
         self.turn = Some(Claimant {
             fence,
-            tenant: prompt.principal.tenant.to_string(),
-            subject: prompt.principal.subject.to_string(),
-            session: prompt.session.to_string(),
-            turn: prompt.turn.to_string(),
-            trace: prompt.trace.trace_id_hex(),
+            tenant: prompt.principal.tenant.clone(),
+            subject: prompt.principal.subject.clone(),
+            session: prompt.session.clone(),
+            turn: prompt.turn,
+            trace_id: prompt.trace.trace_id,
         });
         Box::pin(std::future::ready(Ok(())))
     }
@@ -221,23 +227,25 @@ impl Filter for Signs {
 
     fn end(&mut self, record: &mut Record) {
         let Some(who) = self.turn.take() else { return };
-        let (policy, now) = (self.policy.policy.clone(), self.policy.now);
+        let rule = self.policy.clone();
         let seal: OutputSeal = Arc::new(move |record, emitted| {
+            let PolicyHeaders { policy, now, .. } = &*rule;
+            let (turn, trace) = (who.turn.to_string(), Trace::hex(who.trace_id));
             let facts = Claimed {
-                tid: &who.tenant,
-                sub: &who.subject,
-                sid: &who.session,
-                turn: &who.turn,
+                tid: who.tenant.as_str(),
+                sub: who.subject.as_str(),
+                sid: who.session.as_str(),
+                turn: &turn,
                 dec: decision(record.outcome),
                 cat: &categories(record.findings.iter().filter(|finding| finding.stage != Stage::Input)),
-                trc: Some(&who.trace),
+                trc: Some(&trace),
             };
             let signed = policy
                 .issuer
                 .output(&facts, Digest::from(emitted), now())
                 .and_then(|claims| policy.signer.sign(&in_mode(claims, who.fence)));
             // The text has gone: an answer without a verdict is what an auditor will ask about.
-            signed.map_err(|error| tracing::error!(turn_id = who.turn, %error, "output verdict not signed")).ok()
+            signed.map_err(|error| tracing::error!(turn_id = turn, %error, "output verdict not signed")).ok()
         });
         record.seal = Some(seal);
     }
@@ -245,7 +253,7 @@ impl Filter for Signs {
 
 #[cfg(test)]
 mod tests {
-    use headgate_contracts::{Batch, Source, Subject, TenantId};
+    use headgate_contracts::{Batch, Source};
     use headgate_policy::{
         ANY_TENANT, AUDIT, Constitution, Direction, Entry, Expect, Issuer, LEEWAY, Memory, ORCHESTRATOR, Policy, Rejected, Replays, Ring,
         Unavailable,

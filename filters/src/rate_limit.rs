@@ -65,9 +65,9 @@ impl table::Settings for Settings {
                     .remedy("write e.g. `rate_limit: { per: tenant, requests: 60/min }`"),
             ]);
         }
-        let rule = Limits { settings: self.clone(), ledger: tools.ledger.clone() };
+        let limits = Limits { settings: self.clone(), ledger: tools.ledger.clone() };
         let judges_text = self.output_tokens.is_some();
-        Ok(Parts { rule: Arc::new(rule), facts: Facts { judges_text, ..Facts::default() }, admit: None })
+        Ok(Parts { rule: Arc::new(LimitsAll(Arc::new(limits))), facts: Facts { judges_text, ..Facts::default() }, admit: None })
     }
 }
 
@@ -76,11 +76,12 @@ struct Limits {
     ledger: Arc<dyn Ledger>,
 }
 
-impl Rule for Limits {
+struct LimitsAll(Arc<Limits>);
+
+impl Rule for LimitsAll {
     fn start(&self, turn: &mut Turn) -> Box<dyn Filter> {
         Box::new(RateLimit {
-            settings: self.settings.clone(),
-            ledger: self.ledger.clone(),
+            limits: self.0.clone(),
             route: turn.route.clone(),
             tokens: None,
             uncharged_bytes: 0,
@@ -91,12 +92,12 @@ impl Rule for Limits {
     }
 }
 
+/// The limits of one turn.
 struct RateLimit {
-    settings: Settings,
-    ledger: Arc<dyn Ledger>,
+    limits: Arc<Limits>,
     route: Arc<str>,
     /// Who pays for output tokens; known once the turn was let in.
-    tokens: Option<(Account, Rate)>,
+    tokens: Option<Account>,
     uncharged_bytes: u64,
     charged_tokens: u64,
     /// Held until the turn is dropped, however it ended.
@@ -113,7 +114,7 @@ const RETRY_PLACE: Duration = Duration::from_secs(1);
 impl RateLimit {
     fn account(&self, what: &str, prompt: &Prompt) -> Account {
         let (route, tenant) = (&self.route, &prompt.principal.tenant);
-        Account::new(match self.settings.per {
+        Account::new(match self.limits.settings.per {
             Per::Tenant => format!("{what} {route} {tenant}"),
             Per::Subject => format!("{what} {route} {tenant} {}", prompt.principal.subject),
         })
@@ -127,26 +128,27 @@ impl RateLimit {
     }
 
     async fn admit(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
+        let Limits { settings, ledger } = &*self.limits.clone();
         // The place comes first: it is given back when a later limit says no.
-        if let Some(most) = self.settings.streams {
+        if let Some(most) = settings.streams {
             let account = self.account("streams", prompt);
-            match self.ledger.lease(&account, most).await? {
+            match ledger.lease(&account, most).await? {
                 Some(lease) => self.lease = Some(lease),
                 None => return Err(self.refuse("rate_limit.streams", "open streams", RETRY_PLACE)),
             }
         }
-        if let Some(rate) = self.settings.output_tokens {
+        if let Some(rate) = settings.output_tokens {
             let account = self.account("output_tokens", prompt);
-            if let Taken::Wait(pause) = self.ledger.take(&account, rate, 1).await? {
+            if let Taken::Wait(pause) = ledger.take(&account, rate, 1).await? {
                 self.lease = None;
                 return Err(self.refuse("rate_limit.output_tokens", "output tokens", pause));
             }
             self.charged_tokens = 1;
-            self.tokens = Some((account, rate));
+            self.tokens = Some(account);
         }
-        if let Some(rate) = self.settings.requests {
+        if let Some(rate) = settings.requests {
             let account = self.account("requests", prompt);
-            if let Taken::Wait(pause) = self.ledger.take(&account, rate, 1).await? {
+            if let Taken::Wait(pause) = ledger.take(&account, rate, 1).await? {
                 self.lease = None;
                 return Err(self.refuse("rate_limit.requests", "requests", pause));
             }
@@ -156,10 +158,10 @@ impl RateLimit {
 
     /// Charges up to `tokens` in all.
     fn charge(&mut self, tokens: u64) {
-        if let Some((account, rate)) = &self.tokens
+        if let (Some(account), Some(rate)) = (&self.tokens, self.limits.settings.output_tokens)
             && let Some(more @ 1..) = tokens.checked_sub(self.charged_tokens)
         {
-            self.ledger.owe(account, *rate, u32::try_from(more).unwrap_or(u32::MAX));
+            self.limits.ledger.owe(account, rate, u32::try_from(more).unwrap_or(u32::MAX));
             self.charged_tokens = tokens;
         }
     }
