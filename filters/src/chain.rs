@@ -9,12 +9,15 @@ use crate::Gate;
 /// The gates of one turn.
 pub struct Chain {
     gates: Vec<Gate>,
+    /// How many stand before the first that judges text: they have no part in what is done for each batch.
+    textless: usize,
 }
 
 impl Chain {
     /// A chain of these gates, in this order.
     pub fn new(gates: Vec<Gate>) -> Chain {
-        Chain { gates }
+        let textless = gates.iter().position(Gate::judges_text).unwrap_or(gates.len());
+        Chain { gates, textless }
     }
 
     /// The gates, in order.
@@ -45,20 +48,28 @@ impl Chain {
     ///
     /// Work: one pass per gate; nothing is copied or allocated while nothing is held and all is clean.
     pub fn pass(&mut self, batch: &mut Batch) -> Result<(), Stop> {
-        for gate in &mut self.gates {
+        for gate in self.judges_mut() {
             gate.pass(batch);
         }
         self.stop()
     }
 
+    fn judges(&self) -> &[Gate] {
+        self.gates.get(self.textless..).unwrap_or_default()
+    }
+
+    fn judges_mut(&mut self) -> &mut [Gate] {
+        self.gates.get_mut(self.textless..).unwrap_or_default()
+    }
+
     /// Whether more may come in.
     pub fn has_room(&self) -> bool {
-        self.gates.iter().all(Gate::has_room)
+        self.judges().iter().all(Gate::has_room)
     }
 
     /// Waits until something may go that was held, without new text. Cancel safe: what became ripe is kept in its gate.
     pub async fn ripen(&mut self) {
-        ripen(&mut self.gates).await;
+        ripen(self.judges_mut()).await;
     }
 
     /// Nothing more will come. Out: what was still held and may go. `true`: there may be more, and so it is asked again.
@@ -119,7 +130,7 @@ impl Chain {
     }
 
     fn stop(&self) -> Result<(), Stop> {
-        match self.gates.iter().rev().find_map(|gate| gate.stop().cloned()) {
+        match self.judges().iter().rev().find_map(|gate| gate.stop().cloned()) {
             Some(stop) => Err(stop),
             None => Ok(()),
         }

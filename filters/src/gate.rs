@@ -231,6 +231,11 @@ impl Gate {
         !self.textless
     }
 
+    /// Whether its filter is shown the answer's text.
+    pub(crate) fn judges_text(&self) -> bool {
+        !self.textless
+    }
+
     /// The filter's name.
     pub fn name(&self) -> &'static str {
         self.name

@@ -186,8 +186,10 @@ fn write_head(out: &mut Vec<u8>, head: &Parts, stays: bool, length: Option<usize
 async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(io: &mut Patient<S>, stream: Box<Stream>, mut out: Vec<u8>) -> io::Result<()> {
     let (mut stream, mut sent) = (Some(stream), 0);
     // Head and first events go together.
-    poll_fn(|cx| Poll::Ready(fill(cx, &mut stream, &mut out))).await;
+    poll_fn(|cx| Poll::Ready(_ = fill(cx, &mut stream, &mut out))).await;
     poll_fn(|cx| {
+        // Filled, and what comes next wakes: to look again once all is written would be to look in vain.
+        let mut is_all = false;
         loop {
             while let Some(rest) = out.get(sent..).filter(|rest| !rest.is_empty()) {
                 match Pin::new(&mut *io).poll_write(cx, rest) {
@@ -202,14 +204,12 @@ async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(io: &mut Patient<S>, st
             // Sees the client leave, too.
             ready!(Pin::new(&mut *io).poll_flush(cx))?;
             out.clear();
-            if stream.is_none() {
-                buffers::give_back(&mut out);
-                return Poll::Ready(Ok(()));
+            if !is_all && stream.is_some() {
+                (sent, is_all) = fill(cx, &mut stream, &mut out);
             }
-            sent = fill(cx, &mut stream, &mut out);
             if out.is_empty() {
                 buffers::give_back(&mut out);
-                return Poll::Pending;
+                return if stream.is_none() { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
         }
     })
@@ -217,28 +217,23 @@ async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(io: &mut Patient<S>, st
 }
 
 /// Appends what is ready as one chunk, and the last one when the turn is over, which is then gone: from here on what the client
-/// sends is its next request. Gives how many bytes at the front need not be sent.
-fn fill(cx: &mut Context<'_>, stream: &mut Option<Box<Stream>>, out: &mut Vec<u8>) -> usize {
+/// sends is its next request. Gives how many bytes at the front need not be sent, and whether nothing more is ready.
+fn fill(cx: &mut Context<'_>, stream: &mut Option<Box<Stream>>, out: &mut Vec<u8>) -> (usize, bool) {
     if out.capacity() == 0 {
         *out = buffers::lend();
     }
     let start = out.len();
     out.extend_from_slice(SIZE);
     let body = out.len();
-    while let Some(turn) = stream
-        && out.len() - body < MAX_WRITE_BYTES
-    {
-        match turn.poll_write(cx, out) {
-            Poll::Ready(true) => {}
-            Poll::Ready(false) => *stream = None,
-            Poll::Pending => break,
-        }
+    let filled = stream.as_mut().map_or(Poll::Ready(false), |stream| stream.poll_fill(cx, out, body + MAX_WRITE_BYTES));
+    if filled == Poll::Ready(false) {
+        *stream = None;
     }
     let skipped = end_chunk(out, start, body);
     if stream.is_none() {
         out.extend_from_slice(b"0\r\n\r\n");
     }
-    skipped
+    (skipped, filled.is_pending())
 }
 
 /// Ends the chunk whose size stands at `start` and whose bytes begin at `body`; an empty one would be the last, so it goes.

@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -14,8 +14,10 @@ use tokio::time::{Instant, Sleep};
 
 use crate::{drive::Call, outbox::Reader};
 
-/// The most events in one write: what is ready goes at once, but one stream does not keep the core to itself.
-const MAX_EVENTS_PER_WRITE: usize = 256;
+/// The most events between two looks at how many bytes there are.
+const MAX_EVENTS_AT_ONCE: usize = 256;
+/// The most bytes of one frame of HTTP/2's, roughly: what is ready goes at once, but one stream does not keep the core to itself.
+const MAX_FRAME_BYTES: usize = 64 << 10;
 
 /// Whose event stream it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,21 +47,18 @@ struct Silence {
 }
 
 impl Silence {
-    /// Ready when nothing was sent for a while. The alarm is set anew only when it rings, not with every event.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            if self.alarm.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
-            }
-            let due = self.last + self.after;
+    /// Whether nothing was sent for a while; else whoever asks is woken when that may be so. The alarm is set anew only when it rings,
+    /// not with every event.
+    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut is_over = false;
+        while self.alarm.as_mut().poll(cx).is_ready() {
             let now = Instant::now();
-            if due <= now {
-                self.last = now;
-                self.alarm.as_mut().reset(now + self.after);
-                return Poll::Ready(());
+            if self.last + self.after <= now {
+                (self.last, is_over) = (now, true);
             }
-            self.alarm.as_mut().reset(due);
+            self.alarm.as_mut().reset(self.last + self.after);
         }
+        is_over
     }
 }
 
@@ -77,8 +76,11 @@ pub async fn begin(call: &Call, reader: &mut Reader, patience: Duration) -> Resu
 }
 
 impl Stream {
-    /// Moves the turn on and appends what is to be sent now. `false`: it is over, and all was sent.
-    pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> Poll<bool> {
+    /// Moves the turn on, once, and appends what is to be sent now: until that makes `out` at least so long, or nothing is left.
+    ///
+    /// `Pending`: all that was ready has been appended, if there was any, and what comes next wakes whoever polled. `false`: the
+    /// turn is over, and all of it has been appended. `true`: there may be more.
+    pub(crate) fn poll_fill(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>, most: usize) -> Poll<bool> {
         if self.over {
             return Poll::Ready(false);
         }
@@ -91,22 +93,30 @@ impl Stream {
             if let Err(stop) = head {
                 self.over = true;
                 crate::voice::write_stop(out, turn, framing, &stop);
-                return Poll::Ready(true);
-            }
-        }
-        let shown = self.reader.poll_next(cx, MAX_EVENTS_PER_WRITE, |event| match framing {
-            Framing::Chat => sse::encode(out, Some((&turn, event.seq)), Some(event.name), event.payload),
-            Framing::OpenAi => sse::encode(out, None, None, event.payload),
-        });
-        match shown {
-            Poll::Ready(0) => {
-                self.over = true;
                 return Poll::Ready(false);
             }
-            Poll::Ready(_) => self.silence.last = Instant::now(),
-            Poll::Pending => {
-                ready!(self.silence.poll(cx));
-                sse::comment(out);
+        }
+        let before = out.len();
+        while out.len() < most {
+            let shown = self.reader.poll_next(cx, MAX_EVENTS_AT_ONCE, |event| match framing {
+                Framing::Chat => sse::encode(out, Some((&turn, event.seq)), Some(event.name), event.payload),
+                Framing::OpenAi => sse::encode(out, None, None, event.payload),
+            });
+            match shown {
+                Poll::Ready(0) => {
+                    self.over = true;
+                    return Poll::Ready(false);
+                }
+                Poll::Ready(_) => {}
+                Poll::Pending => {
+                    if out.len() > before {
+                        self.silence.last = Instant::now();
+                    }
+                    if self.silence.is_over(cx) {
+                        sse::comment(out);
+                    }
+                    return Poll::Pending;
+                }
             }
         }
         Poll::Ready(true)
@@ -133,6 +143,12 @@ impl Body for Stream {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let mut out = Vec::new();
-        self.poll_write(cx, &mut out).map(|more| more.then(|| Ok(Frame::data(out.into()))))
+        let filled = self.poll_fill(cx, &mut out, MAX_FRAME_BYTES);
+        match filled {
+            Poll::Ready(false) if out.is_empty() => Poll::Ready(None),
+            Poll::Pending if out.is_empty() => Poll::Pending,
+            // Where there was something, it is polled again for the rest of it.
+            Poll::Ready(_) | Poll::Pending => Poll::Ready(Some(Ok(Frame::data(out.into())))),
+        }
     }
 }
