@@ -64,7 +64,7 @@ pub(crate) fn check(
     let policy = check.policy(file, &root.key("policy"));
     let spool = file.spool.as_ref().map(|spool| check.folder(spool, &root.key("spool"), "spool"));
     let routes = check.routes(file, &upstreams, policy.as_ref(), &root.key("routes"));
-    let orchestrator = check.orchestrator(file, &upstreams, &root.key("orchestrator"));
+    let orchestrator = check.orchestrator(file, &upstreams, &routes, &root.key("orchestrator"));
     check.unused(file);
     let slm = check.slm(file.slm.as_ref(), &root.key("slm"));
     let observability = check.observability(&file.observability, &root.key("observability"));
@@ -930,7 +930,13 @@ impl Check<'_> {
         }
     }
 
-    fn orchestrator(&mut self, file: &File, upstreams: &BTreeMap<String, plan::Upstream>, at: &Path) -> Option<plan::Orchestrator> {
+    fn orchestrator(
+        &mut self,
+        file: &File,
+        upstreams: &BTreeMap<String, plan::Upstream>,
+        routes: &[plan::Route],
+        at: &Path,
+    ) -> Option<plan::Orchestrator> {
         let orchestrator = file.orchestrator.as_ref()?;
         let named = std::iter::once((at.key("upstream"), &orchestrator.upstream))
             .chain(orchestrator.models.iter().map(|(model, name)| (at.key("models").key(model), name)));
@@ -997,6 +1003,7 @@ impl Check<'_> {
             let at = at.key("training");
             self.training(training, file, events.as_ref(), &at)
         });
+        let confirm = orchestrator.confirm.as_ref().map(|confirm| self.confirm(confirm, limits.turn, upstreams, routes, at));
         let issuer = orchestrator.issuer.clone().or_else(|| file.policy.as_ref().map(|policy| policy.issuer.clone()));
         Some(plan::Orchestrator {
             listen: orchestrator.listen.0,
@@ -1016,7 +1023,48 @@ impl Check<'_> {
             answer_bytes: size(limits.answer_bytes),
             events,
             training,
+            confirm,
         })
+    }
+
+    /// `turn`: the longest that a turn may take at the orchestrator `at`.
+    fn confirm(
+        &mut self,
+        confirm: &file::Confirm,
+        turn: Span,
+        upstreams: &BTreeMap<String, plan::Upstream>,
+        routes: &[plan::Route],
+        at: &Path,
+    ) -> plan::Confirm {
+        let (at_tools, at_within) = (at.key("confirm").key("tools"), at.key("confirm").key("within"));
+        if !(1..=128).contains(&confirm.tools.len()) {
+            self.refuse(&at_tools, problem(format!("{} tools", confirm.tools.len())).expected("1 to 128 names"));
+        }
+        let is_name = |name: &String| {
+            (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+        };
+        for (index, name) in confirm.tools.iter().enumerate().filter(|(_, name)| !is_name(name)) {
+            let found = format!("no call is one of `{name}`, so nobody would ever be asked");
+            self.refuse(&at_tools.index(index), problem(found).expected("a tool's name: 1 to 64 of A-Z a-z 0-9 _ -"));
+        }
+        self.span(&at_within, confirm.within, seconds(1)..=seconds(3600));
+        // What ends first makes the answer one that nobody waits for.
+        let own = [(turn.0, format!("{}.limits.turn", at))];
+        let ours = upstreams.iter().filter(|(_, upstream)| upstream.protocol == Protocol::Orchestrator);
+        let totals = ours.map(|(name, upstream)| (upstream.total, format!("upstreams.{name}.timeouts.total")));
+        let asked = routes.iter().filter(|route| upstreams.get(&route.upstream).is_some_and(|up| up.protocol == Protocol::Orchestrator));
+        let deadlines = asked.map(|route| (route.flow.deadline, format!("the `cancellation.deadline` of `{}`", route.name)));
+        let shortest = own.into_iter().chain(totals).chain(deadlines).min_by_key(|(time, _)| *time);
+        if let Some((time, name)) = shortest.filter(|(time, _)| *time <= confirm.within.0) {
+            let (time, within) = (Span(time), confirm.within);
+            self.refuse(
+                &at_within,
+                problem(format!("a person may take {within}, but the turn ends after {time} ({name})"))
+                    .expected(format!("less than {time}"))
+                    .remedy(format!("shorten `within`, or raise {name}")),
+            );
+        }
+        plan::Confirm { tools: confirm.tools.iter().cloned().collect(), within: confirm.within.0 }
     }
 
     fn events(&mut self, events: Option<&file::Events>, at: &Path) -> Option<plan::Events> {

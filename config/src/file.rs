@@ -787,6 +787,28 @@ pub struct Orchestrator {
     /// Training mode, which admins turn on and off for their tenant. Without it, there is none.
     #[serde(default)]
     pub training: Option<Training>,
+    /// Calls of tools that a person has to agree to. Without it, all calls are passed on as the model makes them.
+    #[serde(default)]
+    pub confirm: Option<Confirm>,
+}
+
+/// Calls of tools that a person has to agree to. Nothing of such a call is passed on before: it waits until the model has finished its
+/// answer, then the client is sent a `confirm` event with the tool's name and arguments, and the call follows once the client says
+/// yes. After a no the turn ends with `declined`, and after silence with `unanswered`. Where nobody can be asked, on
+/// `/v1/chat/completions` and on `/v1/conversation/step`, the answer is no.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Confirm {
+    /// The tools, by name: 1 to 128.
+    pub tools: Vec<String>,
+    /// How long a person may take, from `1s` to `1h`, and less than the turn: `limits.turn` here, and at the gateways `timeouts.total`
+    /// and `cancellation.deadline`.
+    #[serde(default = "default_confirm_within")]
+    pub within: Span,
+}
+
+fn default_confirm_within() -> Span {
+    seconds(60)
 }
 
 /// Training mode: `POST /v1/training/enable` and `/disable`, `GET /v1/training`, on the orchestrator's own address. Whoever calls

@@ -1,7 +1,7 @@
 //! The config as it is used: checked, complete, without a trace of how it was written.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -323,6 +323,17 @@ pub struct Orchestrator {
     pub events: Option<Events>,
     /// Training mode.
     pub training: Option<Training>,
+    /// Calls that a person has to agree to.
+    pub confirm: Option<Confirm>,
+}
+
+/// Calls of tools that a person has to agree to.
+#[derive(Debug, Clone)]
+pub struct Confirm {
+    /// The tools.
+    pub tools: BTreeSet<String>,
+    /// How long the person may take.
+    pub within: Duration,
 }
 
 /// Who turns training mode on, and what it stands on.

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use headgate_config::plan::{self, Plan, PolicyKey, Protocol, VerdictKeys};
 use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_chain, unix_now};
-use headgate_orchestrator::{Bounds, Models, Orchestrator, events};
+use headgate_orchestrator::{Bounds, Confirm, Models, Orchestrator, events};
 use headgate_policy::{KeyFault, Ring, Verifier, custody};
 use headgate_slm::Slm;
 use headgate_store::{Locks, Modes, Redis, Used};
@@ -245,6 +245,7 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     if let Some(events) = &told.events {
         settings.delivery = events.unknown_after;
     }
+    settings.confirm = told.confirm.clone().map(|plan::Confirm { tools, within }| Confirm { tools, within });
     let turns = settings.limits.turns;
     let mut orchestrator = Orchestrator::new(settings, models, verifier, lasting.policies.registry());
     if let Some(redis) = &lasting.redis {

@@ -6,7 +6,11 @@ use bytes::Bytes;
 use headgate_config::plan::Kind;
 use headgate_contracts::{
     Code, Credential, Fault, Gone, Head, Principal, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
-    wire::{chat::TurnRequest, openai, problem::Problem},
+    wire::{
+        chat::{Confirmation, TurnRequest},
+        openai,
+        problem::Problem,
+    },
 };
 use headgate_filters::policy_headers::strip_forged;
 use headgate_policy::Digest;
@@ -90,8 +94,9 @@ async fn answer(
             (Method::GET | Method::CONNECT, None) if ws::asks(&request) => ws::upgrade(app, &route, request, peer),
             (Method::GET, Some((turn, ""))) => resume(app, &route, turn, &request, peer).await,
             (Method::POST, Some((turn, "/stop"))) => stop(app, &route, turn, &request).await,
+            (Method::POST, Some((turn, "/confirm"))) => confirm(app, &route, turn, request).await,
             (_, None) => Err(not_allowed("POST for a turn, or GET with Upgrade for a WebSocket")),
-            (_, Some(_)) => Err(not_allowed("GET to resume a turn, POST to its /stop")),
+            (_, Some(_)) => Err(not_allowed("GET to resume a turn, POST to its /stop or /confirm")),
         },
         Kind::OpenAi => match (request.method(), request.uri().path().ends_with("/models")) {
             (&Method::GET, true) => models(&route, &request).await,
@@ -268,6 +273,17 @@ fn last_event_id(id: &HeaderValue, turn: TurnId) -> Result<u64, Stop> {
 async fn stop(app: &App, route: &Arc<Route>, turn: TurnId, request: &Request<Incoming>) -> Result<Response<Reply>, Stop> {
     let principal = identify(route, credential(request.headers())).await?;
     app.turns().find(turn, &principal)?.stop(Gone::Stopped);
+    let mut response = Response::new(Reply::empty());
+    *response.status_mut() = StatusCode::ACCEPTED;
+    Ok(response)
+}
+
+/// `POST /v1/chat/stream/{turn_id}/confirm`.
+async fn confirm(app: &App, route: &Arc<Route>, turn: TurnId, request: Request<Incoming>) -> Result<Response<Reply>, Stop> {
+    let principal = identify(route, credential(request.headers())).await?;
+    let hook = app.turns().find(turn, &principal)?;
+    let (_, body) = read(route, request).await?;
+    hook.confirm(&Confirmation::parse(&body)?).await?;
     let mut response = Response::new(Reply::empty());
     *response.status_mut() = StatusCode::ACCEPTED;
     Ok(response)

@@ -7,6 +7,7 @@
 
 pub mod admin;
 pub mod body;
+mod asked;
 mod buffers;
 pub mod build;
 mod chunked;

@@ -14,10 +14,16 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn};
+use headgate_contracts::{Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn, wire::chat::Confirmation};
+use headgate_upstream::Line;
 use tokio::time::{Instant, timeout_at};
 
-use crate::{buffers, delivery::Slip, voice::Voice};
+use crate::{
+    asked::{Asked, nothing_asked},
+    buffers,
+    delivery::Slip,
+    voice::Voice,
+};
 
 /// The most entries that a ring keeps room for while it is empty: as many as a burst has.
 const MAX_IDLE_ENTRIES: usize = 32;
@@ -66,6 +72,8 @@ struct State {
     /// When a reader last took something that the writer waited for, or came.
     moved: Instant,
     stopped: Option<Gone>,
+    /// What the client's person is asked, or was asked last.
+    asked: Option<Box<Asked>>,
     /// The number after the last event that any reader took, of readers that are gone.
     taken: u64,
     /// Once the turn has ended: to be sent when it is known what the client took.
@@ -116,6 +124,7 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
         alone: None,
         moved: Instant::now(),
         stopped: None,
+        asked: None,
         taken: 0,
         slip: None,
         wants_room: None,
@@ -336,6 +345,17 @@ impl Outbox {
         }
     }
 
+    /// The client is about to be asked `id`, and its answer goes by `line`. Gives the line back where the client's dialect has no
+    /// questions.
+    pub fn ask(&self, id: &str, line: Line) -> Option<Line> {
+        let mut state = self.ring.state();
+        if !state.voice.asks() {
+            return Some(line);
+        }
+        state.asked = Some(Box::new(Asked::new(id, line)));
+        None
+    }
+
     /// Bytes of text sent so far.
     pub fn text_bytes(&self) -> u64 {
         self.ring.state().voice.text_bytes()
@@ -458,6 +478,11 @@ impl Reader {
         stop(&self.ring, why);
     }
 
+    /// A handle on the turn that does not listen.
+    pub fn hook(&self) -> Hook {
+        Hook(Arc::downgrade(&self.ring))
+    }
+
     fn wait(&self, state: &mut State, cx: &mut Context<'_>) {
         if let Some(place) = state.readers.iter_mut().find(|place| place.id == self.id) {
             remember(&mut place.waker, cx);
@@ -509,6 +534,23 @@ impl Hook {
         self.0.upgrade().is_some_and(|ring| stop(&ring, why))
     }
 
+    /// Answers the question that is open, for everybody: the first answer counts. Cancel safe in so far as it may be said again.
+    ///
+    /// Errors: `session_not_found`, `not_found` where nothing is asked under that id, `already_answered`, or what kept whoever asks from
+    /// hearing it: then the question is open again.
+    pub async fn confirm(&self, said: &Confirmation) -> Result<(), Fault> {
+        let line = {
+            let ring = self.0.upgrade().ok_or_else(|| Fault::client(Code::SessionNotFound))?;
+            let mut state = ring.state();
+            let is_over = state.closed.is_some();
+            state.asked.as_deref_mut().filter(|_| !is_over).ok_or_else(nothing_asked)?.answer(said)?
+        };
+        let mut unheard = Unheard(Some((self, said)));
+        line.confirm(said).await?;
+        unheard.0 = None;
+        Ok(())
+    }
+
     /// A new reader, at the event after `after` (`None`: from the first).
     pub fn read(&self, after: Option<u64>) -> Option<Reader> {
         let ring = self.0.upgrade()?;
@@ -522,6 +564,20 @@ impl Hook {
         state.wake_writer();
         drop(state);
         Some(Reader { ring, id })
+    }
+}
+
+/// An answer on its way to whoever asked.
+struct Unheard<'a>(Option<(&'a Hook, &'a Confirmation)>);
+
+impl Drop for Unheard<'_> {
+    fn drop(&mut self) {
+        if let Some((hook, said)) = self.0
+            && let Some(ring) = hook.0.upgrade()
+            && let Some(asked) = ring.state().asked.as_deref_mut()
+        {
+            asked.unhear(said);
+        }
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::future::Future;
 
-use headgate_contracts::{Batch, Code, End, Finish, Head, Prompt, Refusal, Stop, Turn};
+use headgate_contracts::{Batch, Code, End, Finish, Head, Prompt, Refusal, Stop, Turn, wire::chat::Confirmation};
 use headgate_filters::Chain;
-use headgate_upstream::{Answer, Upstream};
+use headgate_upstream::{Answer, Line, Upstream};
 use tokio::{select, time::sleep};
 
 use crate::{outbox::Outbox, telemetry::Watch};
@@ -54,6 +54,10 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
     while more {
         watch.read();
         let passed = chain.pass(&mut batch); // in: what came; out: what may go
+        if answer.asks() && passed.is_ok() {
+            let line = answer.line(watch.caller(turn, prompt.seal.clone()));
+            Box::pin(ask(&batch, line, outbox)).await?; // before it can be answered
+        }
         outbox.send(&batch).await?; // waits while the client is behind: the backpressure
         watch.sent(&batch);
         passed?;
@@ -65,6 +69,16 @@ async fn flow(turn: &Turn, prompt: &mut Prompt, chain: &mut Chain, upstream: &Up
             () = chain.ripen() => {}                                            // a waited-for verdict came, or a hold ran out
             next = answer.next(&mut batch), if chain.has_room() => more = next?,
         }
+    }
+    Ok(())
+}
+
+/// Opens the way back for what a person says to the question in a batch. Where the client's dialect has none, the answer is no.
+async fn ask(batch: &Batch, line: Line, outbox: &Outbox) -> Result<(), Stop> {
+    // One at a time: of several the last one is open.
+    let Some(question) = batch.events().iter().rev().find_map(|event| batch.question(event)) else { return Ok(()) };
+    if let Some(line) = outbox.ask(question.id, line) {
+        line.confirm(&Confirmation { id: question.id.to_owned(), accept: false }).await?;
     }
     Ok(())
 }

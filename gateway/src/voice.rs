@@ -73,6 +73,11 @@ impl Voice {
         matches!(self.manner, Manner::Whole { .. })
     }
 
+    /// Whether its client can be asked something.
+    pub(crate) fn asks(&self) -> bool {
+        matches!(self.manner, Manner::Chat)
+    }
+
     /// Bytes of text written so far.
     pub(crate) fn text_bytes(&self) -> u64 {
         self.text_bytes
@@ -114,7 +119,7 @@ impl Voice {
                 What::Finish { choice, finish } => self.finishes.push((choice, finish)),
                 What::Tool { .. } => self.events += 1,
                 // What a person reads is text, wherever it stands. No other dialect has a word for it.
-                What::Confirm { prompt, .. } if matches!(self.manner, Manner::Chat) => self.count(batch.text(prompt)),
+                What::Confirm { prompt, .. } if self.asks() => self.count(batch.text(prompt)),
                 What::Confirm { .. } | What::Note => continue,
             }
             self.manner.write(batch, event, bytes, add);

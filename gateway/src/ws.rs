@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::{Sink, Stream};
 use headgate_contracts::{
-    Code, Credential, Fault, Gone, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
+    Code, Credential, Fault, Gone, Principal, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
     wire::{
         chat::ErrorEvent,
         frames::{self, ClientFrame, Which},
@@ -138,7 +138,8 @@ struct Socket<S> {
     facts: Facts,
     credential: Credential,
     turns: Vec<Open>,
-    /// Calls that need the client's identity first: they come back to a turn, or stop one of another connection.
+    /// Calls that need the client's identity first, or an answer of somebody else: they come back to a turn, stop one of another
+    /// connection, or answer a question.
     lookups: Vec<Lookup>,
     /// Written, but not yet taken by the socket. New events are only asked for while this is empty.
     waiting: VecDeque<Message>,
@@ -170,7 +171,7 @@ struct Open {
     starved: Option<Instant>,
 }
 
-type Identified = Result<headgate_contracts::Principal, Stop>;
+type Identified = Result<Principal, Stop>;
 
 struct Lookup {
     turn: TurnId,
@@ -180,6 +181,8 @@ struct Lookup {
 
 enum Wish {
     Stop,
+    /// Said by the lookup itself.
+    Confirm,
     Resume(Option<u64>),
 }
 
@@ -455,19 +458,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                     open.credit = Some(open.credit.unwrap_or(0).saturating_add(events as usize));
                 }
             }
-            ClientFrame::Confirm { turn_id, .. } => {
-                let fault = Fault::client(Code::InvalidRequest).saying("this turn has asked nothing");
-                self.waiting.extend(error_frame(&fault.into(), Some(turn_id), None));
+            ClientFrame::Confirm { turn_id, said } => {
+                if let Some(open) = self.turns.iter().find(|open| open.turn == turn_id) {
+                    // Whoever reads a turn here has said who it is.
+                    let hook = open.reader.hook();
+                    self.look(turn_id, Wish::Confirm, async move {
+                        hook.confirm(&said).await?;
+                        Ok(Principal::anonymous())
+                    });
+                } else {
+                    let (app, route, credential) = (self.app.clone(), self.route.clone(), self.credential.clone());
+                    self.look(turn_id, Wish::Confirm, async move {
+                        let principal = identify(&route, credential).await?;
+                        app.turns().find(turn_id, &principal)?.confirm(&said).await?;
+                        Ok(principal)
+                    });
+                }
             }
         }
     }
 
     fn wish(&mut self, turn: TurnId, what: Wish) {
+        let (route, credential) = (self.route.clone(), self.credential.clone());
+        self.look(turn, what, async move { identify(&route, credential).await });
+    }
+
+    fn look(&mut self, turn: TurnId, what: Wish, who: impl Future<Output = Identified> + Send + 'static) {
         if self.lookups.len() >= MAX_TURNS {
             return self.close(Code::RateLimited);
         }
-        let (route, credential) = (self.route.clone(), self.credential.clone());
-        self.lookups.push(Lookup { turn, what, who: Box::pin(async move { identify(&route, credential).await }) });
+        self.lookups.push(Lookup { turn, what, who: Box::pin(who) });
     }
 
     fn look_up(&mut self, cx: &mut Context<'_>) {
@@ -478,7 +498,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 continue;
             };
             let Lookup { turn, what, .. } = self.lookups.swap_remove(index);
-            let hook = who.and_then(|principal| self.app.turns().find(turn, &principal));
+            let hook = match (who, &what) {
+                (Ok(_), Wish::Confirm) => continue,
+                (who, _) => who.and_then(|principal| self.app.turns().find(turn, &principal)),
+            };
             let reader = match (hook, what) {
                 (Ok(hook), Wish::Stop) => {
                     hook.stop(Gone::Stopped);
@@ -487,7 +510,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 (Ok(hook), Wish::Resume(after)) if self.turns.len() < MAX_TURNS => {
                     hook.read(after).ok_or_else(|| Stop::Failed(Fault::client(Code::SessionNotFound)))
                 }
-                (Ok(_), Wish::Resume(_)) => Err(Fault::client(Code::Overloaded).into()),
+                (Ok(_), Wish::Resume(_) | Wish::Confirm) => Err(Fault::client(Code::Overloaded).into()),
                 (Err(stop), _) => Err(stop),
             };
             match reader {

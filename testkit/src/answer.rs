@@ -423,7 +423,7 @@ const OPEN: &[Member] = &[
 const OPEN_OF_CONVERSATION: &[Member] = &[must("model", Of::Text), may("turn_id", Of::Text), may("session_id", Of::Text)];
 const TEXT: &[Member] = &[must("text", Of::Text), may("lane", LANES), may("choice", Of::Count), may("tool", Of::Count)];
 const TOOL: &[Member] = &[must("id", Of::Text), must("name", Of::Text), must("index", Of::Count), may("choice", Of::Count)];
-const CONFIRM: &[Member] = &[must("id", Of::Text), must("prompt", Of::Text)];
+const CONFIRM: &[Member] = &[must("id", Of::Text), must("prompt", Of::Text), may("tool", Of::Text)];
 const USAGE: &[Member] = &[must("input_tokens", Of::Count), must("output_tokens", Of::Count)];
 const GAP: &[Member] = &[must("from", Of::Count), must("to", Of::Count)];
 const REFUSAL: &[Member] = &[must("code", Of::Text), must("rule", Of::Text), must("categories", Of::Texts)];
@@ -472,7 +472,7 @@ fn members_of(name: &str, kind: Kind) -> Option<&'static [Member]> {
         ("open", _) => OPEN,
         ("text", _) => TEXT,
         ("tool", _) => TOOL,
-        ("confirm", Kind::Client) => CONFIRM,
+        ("confirm", _) => CONFIRM,
         ("usage", _) => USAGE,
         ("gap", Kind::Client) => GAP,
         ("done", Kind::Conversation) => DONE_OF_CONVERSATION,

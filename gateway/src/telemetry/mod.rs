@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Batch, Code, End, Principal, Prompt, Record, Stop, Trace, Turn, TurnId};
+use headgate_contracts::{Batch, Code, End, Principal, Prompt, Record, Seal, Stop, Trace, Turn, TurnId};
 use headgate_filters::Chain;
 use tokio::time::Instant;
 use tracing::{Span, field::Empty};
@@ -96,6 +96,12 @@ impl Watch {
         self.span.record("tenant", tracing::field::display(&prompt.principal.tenant));
         // A turn has one owner: the first to be named.
         let _ = self.owner.set(prompt.principal.clone());
+    }
+
+    /// A prompt of nothing but whose it is, for what its orchestrator is told while it answers.
+    pub fn caller(&self, turn: &Turn, seal: Option<Seal>) -> Prompt {
+        let (principal, trace) = (self.owner.get_or_init(Principal::anonymous).clone(), self.trace.clone());
+        Prompt { principal, trace, seal, ..Prompt::new(turn.id, turn.session.clone(), Vec::new()) }
     }
 
     /// That endpoint of the upstream answers.
