@@ -22,6 +22,7 @@ has redis-server || has valkey-server || need+=(redis-server)
 has node && has npm || need+=(nodejs npm)
 has java || need+=(default-jre-headless)
 has mvn || need+=(maven)
+has perl || say_missing perl "OpenSSL for the Kafka client cannot be built, and no test either" "apt-get install perl"
 has strace || need+=(strace)
 has g++ || need+=(g++)
 has git || need+=(git)
@@ -40,6 +41,7 @@ has redis-server || has valkey-server || say_missing redis "tests of shared stat
 has node && has npm || say_missing "Node 20 and npm" "tests with OpenAI's Node SDK and of the page are skipped" "https://nodejs.org"
 python3 -c 'import ensurepip, venv' 2>/dev/null || say_missing "Python 3 with venv" "tests with Python clients are skipped" "apt-get install python3-venv"
 has g++ || say_missing "a C++ compiler" "the Kafka client cannot be built, and no test either" "apt-get install g++"
+has perl || say_missing perl "OpenSSL for the Kafka client cannot be built, and no test either" "apt-get install perl"
 has strace || say_missing strace "tests of failing disks are skipped" "apt-get install strace"
 has java && has mvn || say_missing "Java 17 and Maven" "tests with Kafka are skipped" "apt-get install default-jre-headless maven"
 

@@ -25,7 +25,7 @@ use crate::{
     Disk, Environment,
     effect::{Bounds, Effect, Link},
     fault::{Fault, did_you_mean},
-    file::{self, AdminListen, Endpoint, File, Hop, Kind, Origin, Protocol, SigningKey},
+    file::{self, AdminListen, Endpoint, File, Hop, Kind, Origin, Over, Protocol, SigningKey},
     plan::{self, Origins, PathPattern, Plan, PolicyKey},
     tree::{Node, Path, Scalar, Source, Step as PathStep, Value},
 };
@@ -1218,6 +1218,45 @@ impl Check<'_> {
             file.orchestrator.iter().flat_map(|orchestrator| orchestrator.models.values().chain([&orchestrator.upstream]));
         let used: BTreeSet<&String> = of_routes.chain(of_orchestrator).collect();
         let (routes, orchestrator) = (Path::root().key("routes"), Path::root().key("orchestrator"));
+    fn broker_tls(&mut self, tls: &file::BrokerTls, at: &Path) -> Option<plan::BrokerTls> {
+        let mut named = |name, path: &Option<std::path::PathBuf>, what| match path {
+            Some(path) => self.names(&at.key(name), path, what).map(Some),
+            None => Some(None),
+        };
+        let (ca, certificate) = (named("ca", &tls.ca, "the certificates to trust"), named("certificate", &tls.certificate, "the certificate"));
+        let own = match (certificate?, named("key", &tls.key, "the key")?) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            (certificate, _) => {
+                let (there, missing) = if certificate.is_some() { ("certificate", "key") } else { ("key", "certificate") };
+                self.refuse(&at.key(there), problem(format!("there is no `{missing}`")).remedy(format!("add `{missing}`, or remove `{there}`")));
+                return None;
+            }
+        };
+        Some(plan::BrokerTls { ca: ca?, own })
+    }
+
+    fn sasl(&mut self, sasl: &file::Sasl, has_tls: bool, at: &Path) -> Option<plan::Sasl> {
+        match (sasl.over, has_tls) {
+            (Over::Tls, false) => {
+                let remedy = "add `tls: {}` beside it; or, where everybody on the way may know the password, write `over: plain_text` here";
+                self.refuse(at, problem("a password for brokers that are spoken to in plain text").remedy(remedy));
+            }
+            (Over::PlainText, true) => {
+                self.refuse(&at.key("over"), problem("the password travels over TLS").remedy("remove `over`, or `tls` beside `sasl`"));
+            }
+            (Over::PlainText, false) => {
+                self.warn(&at.key("over"), problem("whoever is on the way to the brokers may write to the topic").remedy("add `tls`"));
+            }
+            (Over::Tls, true) => {}
+        }
+        if sasl.username.is_empty() {
+            self.refuse(&at.key("username"), problem("nothing is written").expected("the name of a user"));
+        }
+        let password = self.secret(&sasl.password, &at.key("password"))?;
+        Some(plan::Sasl { mechanism: sasl.mechanism.as_str(), username: sasl.username.clone(), password })
+    }
+
         if self.was_struck(&routes) || self.was_struck(&orchestrator) {
             return;
         }
@@ -1241,8 +1280,12 @@ impl Check<'_> {
             Some(path) => Some(self.names(&at.key("model"), path, "the model")?),
             None => None,
         };
+        let tls = kafka.tls.as_ref().and_then(|tls| self.broker_tls(tls, &at.key("tls")));
+        let sasl = kafka.sasl.as_ref().and_then(|sasl| self.sasl(sasl, kafka.tls.is_some(), &at.key("sasl")));
         Some(plan::Slm { listen: slm.listen.0, model, pace: slm.pace })
     }
+            tls,
+            sasl,
 
     fn observability(&mut self, written: &file::Observability, at: &Path) -> plan::Observability {
         if let Some(sampling) = written.sampling {

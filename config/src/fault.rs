@@ -103,17 +103,15 @@ fn snippet(line: &str, place: Place) -> (String, usize) {
 /// The line with dots for what may be a secret, whatever the fault is about: as many as it had characters.
 fn masked(line: &str) -> String {
     let mut masked = line.to_owned();
-    for (name, is_secret) in [("authorization:", is_no_reference as fn(&str) -> bool), ("key:", looks_like_a_key)] {
+    for (name, is_secret) in
+        [("authorization:", is_no_reference as fn(&str) -> bool), ("password:", is_no_reference), ("key:", looks_like_a_key)]
+    {
         for at in line.match_indices(name).map(|(at, _)| at + name.len()) {
             let rest = &line[at..];
             let start = at + rest.len() - rest.trim_start_matches([' ', '"', '\'']).len();
             let end = line[start..].find(['"', '\'', ',', '}', ' ']).map_or(line.len(), |end| start + end);
             // A secret with spaces goes to the end of its quotes or of the line.
-            let end = if name == "authorization:" {
-                line[start..].find(['"', '\'', ',', '}']).map_or(line.len(), |end| start + end)
-            } else {
-                end
-            };
+            let end = if name != "key:" { line[start..].find(['"', '\'', ',', '}']).map_or(line.len(), |end| start + end) } else { end };
             cover(&mut masked, line, start, end, is_secret);
         }
     }
@@ -248,6 +246,7 @@ mod tests {
             ("authorization: ${MODEL_KEY}", "authorization: ${MODEL_KEY}"),
             ("authorization: \"${MODEL_KEY}\"", "authorization: \"${MODEL_KEY}\""),
             ("authorization: file:secrets/key", "authorization: file:secrets/key"),
+            ("sasl: { username: me, password: a-secret, over: tls }", "sasl: { username: me, password: ••••••••, over: tls }"),
             ("- key: hg_0123456789abcdef", "- key: •••••••••••••••••••"),
             ("- key: sha256:0123456789abcdef", "- key: sha256:0123456789abcdef"),
             ("key: certificates/gateway.key", "key: certificates/gateway.key"),

@@ -46,7 +46,7 @@ pub struct File {
     /// What is shared with other processes: used verdicts, and the policy registry where it is in no folder. Without it,
     /// each process keeps its own.
     pub redis: Option<Redis>,
-    /// A folder for what the orchestrator is still to be told of turns while it is away: what users got of them, and which prompts
+    /// A folder for what the orchestrator is still to be told of turns, so that it is told after a restart, a kill or an outage: what users got of them, and which prompts
     /// were refused. It is made if it is not there, and only one process may write to it. Without it, that waits in memory alone.
     pub spool: Option<PathBuf>,
     /// How much and how long is taken from clients, on every route.
@@ -1013,8 +1013,8 @@ fn default_events_cap() -> Bytes {
 }
 
 /// The topic that events go on to, as CloudEvents in Kafka's binary mode. While no broker can be reached, events gather in the log;
-/// where that has no room left, new turns are refused. The topic is checked before anything is written to it. Brokers are spoken to
-/// in plain text: put a proxy that encrypts beside us where the network is not yours.
+/// where that has no room left, new turns are refused. The topic is checked before anything is written to it. Without `tls`, brokers
+/// are spoken to in plain text.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Kafka {
@@ -1024,6 +1024,12 @@ pub struct Kafka {
     #[serde(default = "default_topic")]
     pub topic: String,
     /// Replicas that each partition of the topic must have.
+    /// Speak TLS with the brokers; `{}` is enough where the machine knows who signed their certificates.
+    #[serde(default)]
+    pub tls: Option<BrokerTls>,
+    /// Say by a password who we are.
+    #[serde(default)]
+    pub sasl: Option<Sasl>,
     #[serde(default = "default_replication_factor")]
     pub replication_factor: u16,
     /// The topic's `min.insync.replicas` must be at least this: so many have an event before it counts as delivered.
@@ -1037,6 +1043,69 @@ pub struct Kafka {
 
 fn default_topic() -> String {
     "conversation.events".to_owned()
+}
+
+/// TLS with brokers. The files are read at the start; a broker must have a certificate of the name that it is called by.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BrokerTls {
+    /// The certificates (PEM) that brokers are trusted by. Default: those of the machine.
+    pub ca: Option<PathBuf>,
+    /// Our certificate and those between it and a root (PEM), where brokers want one; with `key`.
+    pub certificate: Option<PathBuf>,
+    /// Its key (PEM).
+    pub key: Option<PathBuf>,
+}
+
+/// Who we are to brokers.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Sasl {
+    /// How the password is proved: `SCRAM-SHA-512`, `SCRAM-SHA-256`, or `PLAIN`, which shows it to the broker.
+    pub mechanism: Mechanism,
+    /// The user.
+    pub username: String,
+    /// Its password: `${VARIABLE}`, or `file:` and a path.
+    pub password: SecretText,
+    /// What it is said over: `tls`, or `plain_text` for a network where everybody may know it.
+    #[serde(default)]
+    pub over: Over,
+}
+
+/// A SASL mechanism of Kafka.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Mechanism {
+    /// The password itself.
+    #[serde(rename = "PLAIN")]
+    Plain,
+    /// A proof (RFC 5802).
+    #[serde(rename = "SCRAM-SHA-256")]
+    ScramSha256,
+    /// A proof (RFC 5802).
+    #[serde(rename = "SCRAM-SHA-512")]
+    ScramSha512,
+}
+
+impl Mechanism {
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Mechanism::Plain => "PLAIN",
+            Mechanism::ScramSha256 => "SCRAM-SHA-256",
+            Mechanism::ScramSha512 => "SCRAM-SHA-512",
+        }
+    }
+}
+
+/// What a password is said over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Over {
+    /// TLS.
+    #[default]
+    Tls,
+    /// Nothing that hides it.
+    PlainText,
 }
 
 fn default_replication_factor() -> u16 {

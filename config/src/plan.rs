@@ -337,7 +337,7 @@ pub struct Confirm {
 }
 
 /// Who turns training mode on, and what it stands on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Training {
     /// What makes an admin.
     pub admins: AdminTerms,
@@ -352,7 +352,7 @@ pub struct Training {
 }
 
 /// Where the log of events is, and how large it may be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Events {
     /// Its folder.
     pub folder: PathBuf,
@@ -376,12 +376,16 @@ pub struct Text {
 }
 
 /// A topic, and what it must be like.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Kafka {
     /// Some of its brokers, each as `host:port`.
     pub brokers: Vec<String>,
     /// Its name.
     pub topic: String,
+    /// How brokers are spoken to in private.
+    pub tls: Option<BrokerTls>,
+    /// Who we are to them.
+    pub sasl: Option<Sasl>,
     /// Replicas of each partition, at least.
     pub replication_factor: u16,
     /// Replicas that have an event before it counts as delivered, at least.
@@ -392,6 +396,26 @@ pub struct Kafka {
 
 /// Whose verdicts an orchestrator believes.
 #[derive(Debug, Clone, PartialEq, Eq)]
+/// Whom we trust as a broker, and by what brokers know us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokerTls {
+    /// The file with the certificates to trust; `None`: those of the machine.
+    pub ca: Option<PathBuf>,
+    /// The files of our certificate and its key.
+    pub own: Option<(PathBuf, PathBuf)>,
+}
+
+/// Who we are to brokers.
+#[derive(Debug, Clone)]
+pub struct Sasl {
+    /// The name of a SASL mechanism.
+    pub mechanism: &'static str,
+    /// The user.
+    pub username: String,
+    /// Its password.
+    pub password: Secret,
+}
+
 pub enum VerdictKeys {
     /// Those of the gateway in this process.
     Own,

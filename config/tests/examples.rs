@@ -17,7 +17,9 @@ fn examples() -> tempfile::TempDir {
         ("certificates/gateway.pem", "a certificate"),
         ("certificates/gateway.key", "a key"),
         ("certificates/models-ca.pem", "a certificate"),
+        ("certificates/kafka-ca.pem", "a certificate"),
         ("secrets/model-key", "sk-test\n"),
+        ("secrets/kafka-password", "let-us-in\n"),
         // The public key of RFC 8037, appendix A.
         ("registry.jwks.json", r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#),
     ] {

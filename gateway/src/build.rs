@@ -252,13 +252,7 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
         orchestrator = orchestrator.sharing(Used::new(redis.clone()));
     }
     if let Some(plan::Events { folder, cap, kafka, text, .. }) = &told.events {
-        let topic = kafka.as_ref().map(|kafka| events::Topic {
-            brokers: kafka.brokers.clone(),
-            name: kafka.topic.clone(),
-            replication: kafka.replication_factor,
-            in_sync: kafka.min_insync_replicas,
-            partitions: kafka.create_with_partitions,
-        });
+        let topic = kafka.as_ref().map(topic);
         let keys = text.as_ref().map(|text| events::Keys { master: text.key.clone(), folder: text.folder.clone() });
         let (log, recovered) = events::Log::open(&events::Settings { folder: folder.clone(), cap: *cap, turns, topic, keys })?;
         tracing::info!(
@@ -283,3 +277,20 @@ pub fn slm(told: &plan::Slm) -> Result<Arc<Slm>, Unbuildable> {
         Some(path) => Slm::load(path).map_err(|error| Unbuildable::Model(error.into()))?,
     }))
 }
+/// A topic of the plan, and how its brokers are spoken to.
+pub fn topic(kafka: &plan::Kafka) -> events::Topic {
+    let tls = kafka.tls.as_ref().map(|tls| events::Tls { ca: tls.ca.clone(), own: tls.own.clone() });
+    let sasl = kafka.sasl.as_ref().map(|sasl| events::Sasl {
+        mechanism: sasl.mechanism,
+        username: sasl.username.clone(),
+        password: sasl.password.clone(),
+    });
+    events::Topic {
+        brokers: events::Brokers { addresses: kafka.brokers.clone(), tls, sasl },
+        name: kafka.topic.clone(),
+        replication: kafka.replication_factor,
+        in_sync: kafka.min_insync_replicas,
+        partitions: kafka.create_with_partitions,
+    }
+}
+

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! turn ── end ──▶ slip, in the outbox ── the client took the last event, or left ──▶ queue ──▶ courier ──▶ the orchestrator
-//!                                                                                       └ away ──▶ waits, and on disk where there is a spool
+//!                                                             on disk before it is sent, where there is a spool ┘  └ away ──▶ waits
 //! ```
 //!
 //! A turn waits for none of it: where the queue is full, a report is lost and counted, and the orchestrator will call what the
-//! user got unknown. Reports are signed when they are sent, and may be sent twice.
+//! user got unknown. Reports are signed when they are sent, and may be sent twice. What is in the queue is written as one group: a
+//! process that is killed loses what came since the last.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,7 +19,7 @@ use std::{
 use arc_swap::ArcSwap;
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use headgate_contracts::{
-    Category, Code, Dispatch, End, Fault, Outcome, Prompt, Record, SessionId, Stop, Subject, TenantId, Turn, TurnId,
+    Category, Code, Dispatch, End, Fault, Outcome, Principal, Record, SessionId, Stop, Subject, TenantId, Trace, Turn, TurnId,
     wire::{
         conversation::{DeliveryReport, DenialReport},
         log::Delivered,
@@ -54,8 +55,12 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(8
 /// a pause, so many times in all.
 const AGAIN: Duration = Duration::from_secs(1);
 const REFUSALS: u8 = 4;
-/// Of a spool, what may be taken up by reports that have been told, in bytes.
-const LEFT_BEHIND: u64 = 8 << 20;
+/// Reports taken from the queue at once, and so written to the spool at once.
+const GROUP: usize = 256;
+/// Of a spool, what may be taken up by reports that have been told, in bytes,
+const LEFT_BEHIND: u64 = 1 << 20;
+/// and for how long, where there are no others.
+const LINGER: Duration = Duration::from_secs(10);
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
@@ -127,18 +132,18 @@ struct Report {
 }
 
 impl Report {
-    fn of(upstream: &str, prompt: &Prompt, call: Call, endpoint: Option<String>) -> Report {
+    fn of(upstream: &str, turn: &Turn, whose: &Principal, trace: &Trace, call: Call, endpoint: Option<String>) -> Report {
         Report {
-            turn: prompt.turn,
+            turn: turn.id,
             call,
             upstream: upstream.to_owned(),
             endpoint,
-            tenant: prompt.principal.tenant.clone(),
-            session: prompt.session.clone(),
-            subject: prompt.principal.subject.clone(),
+            tenant: whose.tenant.clone(),
+            session: turn.session.clone(),
+            subject: whose.subject.clone(),
             is_denied: false,
             categories: Vec::new(),
-            traceparent: prompt.trace.traceparent(),
+            traceparent: trace.traceparent(),
             since: unix_now(),
             body: String::new(),
         }
@@ -244,7 +249,15 @@ impl Courier {
     /// The slip of a turn that has ended, if its upstream is an orchestrator that may have taken it. Of a prompt that policy
     /// refused it tells at once: there is nothing that the client could still take. `asked`: whether the prompt was let through,
     /// and who answered.
-    pub(crate) fn slip(&self, upstream: &Upstream, asked: Option<Option<&str>>, turn: &Turn, prompt: &Prompt, end: &End) -> Option<Slip> {
+    pub(crate) fn slip(
+        &self,
+        upstream: &Upstream,
+        asked: Option<Option<&str>>,
+        turn: &Turn,
+        whose: &Principal,
+        trace: &Trace,
+        end: &End,
+    ) -> Option<Slip> {
         if upstream.settings().protocol != Protocol::Orchestrator || self.0.office.load().policy.is_none() {
             return None;
         }
@@ -253,14 +266,14 @@ impl Courier {
             if let Err(Stop::Refused(refusal)) = end
                 && refusal.code == Code::PolicyDenied
             {
-                let tenant = prompt.principal.tenant.clone();
+                let tenant = whose.tenant.clone();
                 let denial = DenialReport {
                     tenant,
                     session_id: turn.session.clone(),
-                    subject: prompt.principal.subject.clone(),
+                    subject: whose.subject.clone(),
                     code: refusal.code.as_str().to_owned(),
                 };
-                let mut report = Report::of(upstream.name(), prompt, Call::Verdict, None);
+                let mut report = Report::of(upstream.name(), turn, whose, trace, Call::Verdict, None);
                 (report.is_denied, report.categories) = (true, refusal.categories.clone());
                 report.body = String::from_utf8(denial.body()).unwrap_or_default();
                 self.send(report);
@@ -275,7 +288,7 @@ impl Courier {
             Err(stop) => (Delivered::Cut, Some(stop.code())),
         };
         let delivery = DeliveryReport {
-            tenant: prompt.principal.tenant.clone(),
+            tenant: whose.tenant.clone(),
             session_id: turn.session.clone(),
             outcome,
             code: code.map(|code| code.as_str().to_owned()),
@@ -283,7 +296,7 @@ impl Courier {
             text_bytes: 0,
             verdict: None,
         };
-        let report = Report::of(upstream.name(), prompt, Call::Delivery, endpoint.map(str::to_owned));
+        let report = Report::of(upstream.name(), turn, whose, trace, Call::Delivery, endpoint.map(str::to_owned));
         Some(Slip { courier: self.clone(), report: Some(report), delivery })
     }
 
@@ -316,24 +329,26 @@ impl Courier {
         let mut closing = self.0.closing.subscribe();
         let mut round = Round::new(self.clone(), store);
         let mut calls = FuturesUnordered::new();
+        let mut gathered = Vec::with_capacity(GROUP);
         loop {
-            let next = round.start(&calls);
+            round.store.flush();
+            let next = round.start(&calls).or_else(|| round.store.linger());
             tokio::select! {
                 biased;
                 _ = closing.wait_for(|closing| *closing) => break,
                 Some((which, heard)) = calls.next(), if !calls.is_empty() => round.settle(which, heard),
-                report = queue.recv() => match report {
-                    Some(report) => round.put(report),
-                    None => break,
+                count = queue.recv_many(&mut gathered, GROUP) => match count {
+                    0 => break,
+                    _ => gathered.drain(..).for_each(|report| round.put(report)),
                 },
-                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => round.tidy(),
             }
         }
         while let Ok(report) = queue.try_recv() {
             round.put(report);
         }
         // What is under way may have been heard; it is told once more.
-        round.keep();
+        round.rewrite();
         queue.close();
     }
 }
@@ -412,11 +427,8 @@ impl Round {
     fn enter(&mut self, report: Report, spooled: u64) {
         let mut waiting = Waiting { report: Arc::new(report), number: self.next_number, refusals: 0, spooled };
         self.next_number += 1;
-        let lane = self.lanes.entry(waiting.key()).or_default();
-        if lane.pause.is_some() {
-            self.store.add(&mut waiting);
-        }
-        lane.waiting.push_back(waiting);
+        self.store.add(&mut waiting);
+        self.lanes.entry(waiting.key()).or_default().waiting.push_back(waiting);
         if self.count() > MOST_WAITING {
             // Its orchestrator gives up on the oldest first, too.
             let oldest = self.lanes.values_mut().filter(|lane| !lane.waiting.is_empty()).min_by_key(|lane| lane.waiting[0].number);
@@ -439,10 +451,21 @@ impl Round {
     fn done(&mut self, waiting: &Waiting, result: &'static str) {
         self.courier.done(waiting.report.call, result);
         if self.store.told(waiting) {
-            let Round { lanes, later, under_way, store, .. } = self;
-            let all =
-                lanes.values().flat_map(|lane| &lane.waiting).chain(later.iter().map(|(_, waiting)| waiting)).chain(under_way.values());
-            store.rewrite(all);
+            self.rewrite();
+        }
+    }
+
+    /// Leaves behind what was told.
+    fn rewrite(&mut self) {
+        let Round { lanes, later, under_way, store, .. } = self;
+        let all = lanes.values().flat_map(|lane| &lane.waiting).chain(later.iter().map(|(_, waiting)| waiting)).chain(under_way.values());
+        store.rewrite(all);
+    }
+
+    /// The same, once there has been nothing else for a while.
+    fn tidy(&mut self) {
+        if self.store.linger().is_some_and(|end| end <= Instant::now()) {
+            self.rewrite();
         }
     }
 
@@ -512,17 +535,9 @@ impl Round {
                     self.give_up(waiting, "expired");
                     return;
                 }
-                self.store.add(&mut waiting);
                 lane.back(waiting);
             }
         }
-    }
-
-    /// Puts everything in the spool.
-    fn keep(&mut self) {
-        let Round { lanes, later, under_way, store, .. } = self;
-        let all = lanes.values_mut().flat_map(|lane| &mut lane.waiting).chain(later.iter_mut().map(|(_, waiting)| waiting));
-        all.chain(under_way.values_mut()).for_each(|waiting| store.add(waiting));
     }
 }
 
@@ -558,11 +573,13 @@ struct Store {
     /// Reports in the spool that are not told, and their size.
     count: usize,
     bytes: u64,
+    /// Since when there are none.
+    since: Option<Instant>,
 }
 
 impl Store {
     fn open(folder: Option<&Path>) -> std::io::Result<Store> {
-        let Some(folder) = folder else { return Ok(Store { spool: None, found: Vec::new(), count: 0, bytes: 0 }) };
+        let Some(folder) = folder else { return Ok(Store { spool: None, found: Vec::new(), count: 0, bytes: 0, since: None }) };
         let (spool, waiting) = Spool::open(folder)?;
         let read = |(turn, what): (TurnId, Vec<u8>)| match serde_json::from_slice(&what) {
             Ok(report) => Some((report, what.len() as u64)),
@@ -574,7 +591,7 @@ impl Store {
         let found: Vec<(Report, u64)> = waiting.into_iter().filter_map(read).collect();
         tracing::info!(folder = %folder.display(), reports = found.len(), "spool opened");
         let bytes = found.iter().map(|(_, bytes)| bytes).sum();
-        Ok(Store { spool: Some(spool), count: found.len(), found, bytes })
+        Ok(Store { spool: Some(spool), count: found.len(), found, bytes, since: None })
     }
 
     fn add(&mut self, waiting: &mut Waiting) {
@@ -583,6 +600,7 @@ impl Store {
         match spool.add(waiting.report.turn, &what) {
             Ok(()) => {
                 waiting.spooled = what.len() as u64;
+                self.since = None;
                 self.count += 1;
                 self.bytes += waiting.spooled;
             }
@@ -590,18 +608,35 @@ impl Store {
         }
     }
 
+    /// Writes what was added, before anybody is told of it.
+    fn flush(&mut self) {
+        if let Some(Err(error)) = self.spool.as_mut().map(Spool::flush) {
+            tracing::warn!(%error, "reports wait in memory alone");
+        }
+    }
+
+    /// Until when told reports alone are left as they are.
+    fn linger(&self) -> Option<Instant> {
+        self.since.map(|since| since + LINGER)
+    }
+
     /// Whether so much is left behind that the rest is to be written anew.
     fn told(&mut self, waiting: &Waiting) -> bool {
         if waiting.spooled == 0 {
             return false;
         }
+        if let Some(Err(error)) = self.spool.as_mut().map(|spool| spool.told(waiting.report.turn)) {
+            tracing::warn!(%error, "the spool keeps what has been told: it may be told once more");
+        }
         self.count = self.count.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(waiting.spooled);
+        self.since = (self.count == 0).then(Instant::now);
         let bytes = self.spool.as_ref().map_or(0, Spool::bytes);
-        self.count == 0 || bytes > 2 * self.bytes + LEFT_BEHIND
+        bytes > 2 * self.bytes + LEFT_BEHIND
     }
 
     fn rewrite<'a>(&mut self, all: impl Iterator<Item = &'a Waiting>) {
+        self.since = None;
         let Some(spool) = &mut self.spool else { return };
         let written: Vec<(TurnId, Vec<u8>)> = all
             .filter(|waiting| waiting.spooled > 0)
@@ -615,14 +650,19 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use headgate_contracts::{Message, Principal, Role};
-
     use super::*;
 
     fn report() -> Report {
-        let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), vec![Message::new(Role::User, "canary")]);
-        prompt.principal = Principal { tenant: "acme".parse().unwrap(), subject: "u1".parse().unwrap(), ..Principal::anonymous() };
-        Report { body: "{}".into(), ..Report::of("desk", &prompt, Call::Delivery, Some("10.0.0.1:8090".into())) }
+        let turn = Turn {
+            id: TurnId::fresh(),
+            session: SessionId::fresh(),
+            route: "/v1/chat/stream".into(),
+            flow: Default::default(),
+            record: Default::default(),
+        };
+        let whose = Principal { tenant: "acme".parse().unwrap(), subject: "u1".parse().unwrap(), ..Principal::anonymous() };
+        let endpoint = Some("10.0.0.1:8090".into());
+        Report { body: "{}".into(), ..Report::of("desk", &turn, &whose, &Trace::fresh(), Call::Delivery, endpoint) }
     }
 
     fn round(spool: Option<&Path>) -> Round {
@@ -720,7 +760,7 @@ mod tests {
         all.sort_by_key(|which| first.under_way[which].number);
         first.settle(all[0], Heard::Away);
         first.settle(all[1], Heard::Away);
-        first.keep();
+        first.store.flush();
         drop(first);
         let bytes = std::fs::read(folder.path().join("0000000001.events")).unwrap();
         assert!(!String::from_utf8_lossy(&bytes).contains("canary"));
@@ -730,6 +770,7 @@ mod tests {
         for which in which(&second) {
             second.settle(which, Heard::Kept);
         }
+        second.store.flush();
         drop(second);
         assert_eq!(round(Some(folder.path())).count(), 0);
     }

@@ -9,13 +9,12 @@ use headgate_filters::{
     unix_now,
 };
 use headgate_orchestrator::{
-    events::Topic,
     training::{Identify, NotAdmitted, Settings, Training},
 };
 use headgate_store::{ModeNow, Modes};
 
 use crate::{
-    build::{Lasting, Unbuildable},
+    build::{self, Lasting, Unbuildable},
     keys::Discovered,
 };
 
@@ -58,13 +57,7 @@ impl Identify for Provider {
 
 /// The training mode of a plan; `keys` are those of its identity provider.
 pub(crate) fn open(told: &plan::Training, events: &plan::Events, keys: &Discovered, lasting: &Lasting) -> Result<Training, Unbuildable> {
-    let topic = told.topic.as_ref().map(|kafka| Topic {
-        brokers: kafka.brokers.clone(),
-        name: kafka.topic.clone(),
-        replication: kafka.replication_factor,
-        in_sync: kafka.min_insync_replicas,
-        partitions: kafka.create_with_partitions,
-    });
+    let topic = told.topic.as_ref().map(build::topic);
     let settings = Settings { folder: events.folder.clone(), topic, epoch: told.epoch, ttl: told.ttl, max_hold: told.max_hold };
     let admins = Admins::new(told.admins.clone(), Arc::new(keys.clone()), unix_now);
     Training::open(settings, Arc::new(Provider(admins)), lasting.modes.clone()).map_err(Unbuildable::Training)

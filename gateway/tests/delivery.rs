@@ -2,12 +2,13 @@
 //! them killed at will.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -27,6 +28,9 @@ use headgate_testkit::{
 use serde_json::Value;
 
 const KEY: &str = "hg_0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+/// How often a gateway is killed.
+const KILLS: usize = 8;
 
 fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
@@ -317,6 +321,50 @@ async fn what_an_orchestrator_cannot_take_waits_for_it_even_across_a_start_of_th
     let spool = fs::read_dir(house.folder.path().join("spool")).unwrap();
     let left: Vec<String> = spool.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(left, ["lock"], "what was told is gone from the disk");
+}
+
+#[tokio::test]
+async fn a_gateway_killed_again_and_again_while_it_tells_has_told_everything_in_the_end() {
+    let house = House::new();
+    let hears = Arc::new(AtomicBool::new(false));
+    let heard = hears.clone();
+    let desk = Upstream::answering(move |request: &Asked| match request.target.ends_with("/stream") {
+        true => whole(&["yes"]),
+        false if heard.load(Ordering::SeqCst) => taken(),
+        // It is under way for as long as the gateway lives: nothing has failed, and nothing was heard.
+        false => Script::new().stall(),
+    })
+    .await;
+    let mut expected = BTreeSet::new();
+    for _ in 0..KILLS {
+        let gateway = house.gateway("orchestrator", &[desk.url()], "spool: spool\n").await;
+        for _ in 0..2 {
+            let said = asked(&gateway, "hello").await.rest().await.unwrap();
+            expected.insert(format!("/v1/conversation/turns/{}/delivery", said.turn_id()));
+        }
+        let refused = ask(gateway.clients.unwrap(), &turn("bluebird")).await.unwrap();
+        expected.insert(format!("/v1/conversation/turns/{}/verdict", refused.json()["turn_id"].as_str().unwrap()));
+        for report in &expected {
+            told(&desk, report).await;
+        }
+        gateway.killed().await;
+    }
+    hears.store(true, Ordering::SeqCst);
+    let before = desk.requests().len();
+    let gateway = house.gateway("orchestrator", &[desk.url()], "spool: spool\n").await;
+    gateway.counts("headgate_reports_total{call=\"delivery\",result=\"told\"}", 2 * KILLS as u64).await;
+    gateway.counts("headgate_reports_total{call=\"verdict\",result=\"told\"}", KILLS as u64).await;
+    gateway.killed().await;
+    let told: Vec<String> = desk.requests().into_iter().skip(before).map(|request| request.target).collect();
+    assert_eq!((told.len(), told.into_iter().collect::<BTreeSet<_>>()), (expected.len(), expected));
+    // What was told is not told again, although nobody had time to clean up.
+    let before = desk.requests().len();
+    let gateway = house.gateway("orchestrator", &[desk.url()], "spool: spool\n").await;
+    let last = asked(&gateway, "hello").await.rest().await.unwrap().turn_id().to_owned();
+    gateway.counts("headgate_reports_total{call=\"delivery\",result=\"told\"}", 1).await;
+    gateway.stopped().await;
+    let told: Vec<String> = desk.requests().into_iter().skip(before + 1).map(|request| request.target).collect();
+    assert!(told == [format!("/v1/conversation/turns/{last}/delivery")], "{told:?}");
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use headgate_policy::{Decision, Digest, Facts, Issuer, Ring};
 use headgate_testkit::{
     client::{self, Request},
     dialect::{Answer, Cut},
-    kafka::Kafka,
+    kafka::{Guard, Kafka},
     services::{OrSkip, Program, Ready, Service, Signal},
     soon,
     upstream::{Script, Upstream},
@@ -129,7 +129,7 @@ async fn an_orchestrator_killed_at_any_moment_has_kept_what_it_acknowledged_and_
 #[cfg(feature = "kafka")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_has_what_an_orchestrator_killed_at_any_moment_acknowledged_in_order_and_ended_once() {
-    use headgate_orchestrator::events::verify_topic;
+    use headgate_orchestrator::events::{Brokers, verify_topic};
     let test = "a_topic_has_what_an_orchestrator_killed_at_any_moment_acknowledged_in_order_and_ended_once";
     let Some(kafka) = Kafka::start().await.or_skip(test) else { return };
     let brokers = kafka.addr().to_string();
@@ -140,7 +140,7 @@ async fn a_topic_has_what_an_orchestrator_killed_at_any_moment_acknowledged_in_o
     // What the last of them did not live to deliver, the next one does.
     let (mut service, _) = house.start().await;
     let all = async {
-        while verify_topic(std::slice::from_ref(&brokers), "conversation.events").unwrap().records < judged.records {
+        while verify_topic(&Brokers::open(vec![brokers.clone()]), "conversation.events").unwrap().records < judged.records {
             // A topic cannot be waited on.
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         }
@@ -199,15 +199,25 @@ async fn what_was_said_is_shown_to_those_with_the_keys_until_its_subject_is_forg
     said_and_forgotten("", &|folder| vec![folder.to_owned()]).await;
 }
 
-#[cfg(feature = "kafka")]
+#[cfg(feature = "kafka-tls")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_said_is_erased_from_a_topic_that_nobody_can_edit() {
-    let test = "what_was_said_is_erased_from_a_topic_that_nobody_can_edit";
-    let Some(kafka) = Kafka::start().await.or_skip(test) else { return };
-    let brokers = kafka.addr().to_string();
-    let topic =
-        format!(", kafka: {{ brokers: [\"{brokers}\"], replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 3 }}");
-    said_and_forgotten(&topic, &|_| vec!["--brokers".to_owned(), brokers.clone()]).await;
+async fn what_was_said_is_erased_from_a_guarded_topic_that_nobody_can_edit() {
+    let test = "what_was_said_is_erased_from_a_guarded_topic_that_nobody_can_edit";
+    let Some(kafka) = Kafka::guarded().await.or_skip(test) else { return };
+    let guard = kafka.guard();
+    let password = guard.ca.with_file_name("password");
+    fs::write(&password, Guard::PASSWORD).unwrap();
+    let topic = format!(
+        ", kafka: {{ brokers: [\"{}\"], tls: {{ ca: \"{}\" }}, sasl: {{ mechanism: SCRAM-SHA-512, username: {}, password: \"file:{}\" }}, \
+         replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 3 }}",
+        guard.password,
+        guard.ca.display(),
+        Guard::USER,
+        password.display()
+    );
+    // Only the config knows what lets in.
+    let config = |events: &str| Path::new(events).with_file_name("headgate.yaml").display().to_string();
+    said_and_forgotten(&topic, &|events| vec!["--config".to_owned(), config(events)]).await;
 }
 
 /// `kafka`: what more the config says of the events. `from`: where they are read, given the log's folder.

@@ -28,8 +28,84 @@ exec 3<&-; wait"#;
 pub struct Kafka {
     service: Option<Service>,
     addr: SocketAddr,
+    guard: Option<Guard>,
     /// Removed when this is dropped.
     data: TempDir,
+}
+
+/// Doors of a broker that do not let everybody in.
+#[derive(Debug, Clone)]
+pub struct Guard {
+    /// Takes users with a password, over TLS: `localhost:port`.
+    pub password: String,
+    /// Takes whoever has a certificate of its authority, over TLS: `localhost:port`.
+    pub certificate: String,
+    /// The authority's certificate.
+    pub ca: PathBuf,
+    /// A certificate of it, for a client.
+    pub client: PathBuf,
+    /// The key to that.
+    pub client_key: PathBuf,
+    /// The certificate of an authority that the broker knows nothing of.
+    pub stranger: PathBuf,
+}
+
+impl Guard {
+    /// The user that is let in, by PLAIN and by SCRAM-SHA-512.
+    pub const USER: &str = "headgate";
+    /// The user's password.
+    pub const PASSWORD: &str = "let-us-in";
+
+    /// Writes certificates into `folder`.
+    fn of(folder: &Path) -> Guard {
+        let authority = |name: &str| {
+            let mut parameters = rcgen::CertificateParams::default();
+            parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            parameters.distinguished_name.push(rcgen::DnType::CommonName, name);
+            let key = rcgen::KeyPair::generate().expect("a key");
+            let pem = parameters.self_signed(&key).expect("a certificate").pem();
+            (pem, rcgen::Issuer::new(parameters, key))
+        };
+        let write = |name: &str, text: String| {
+            let path = folder.join(name);
+            std::fs::write(&path, text).expect("to write a file");
+            path
+        };
+        let (ca, issuer) = authority("the brokers");
+        let signed = |name: &str| {
+            let key = rcgen::KeyPair::generate().expect("a key");
+            let mut parameters = rcgen::CertificateParams::new(["localhost".to_owned()]).expect("a name");
+            parameters.distinguished_name.push(rcgen::DnType::CommonName, name);
+            (parameters.signed_by(&key, &issuer).expect("a certificate").pem(), key.serialize_pem())
+        };
+        let ((broker, broker_key), (client, client_key)) = (signed("broker"), signed(Guard::USER));
+        write("broker.pem", broker_key + &broker);
+        let door = || format!("localhost:{}", free_addr().port());
+        Guard {
+            password: door(),
+            certificate: door(),
+            ca: write("ca.pem", ca),
+            client: write("client.pem", client),
+            client_key: write("client.key", client_key),
+            stranger: write("stranger.pem", authority("somebody else").0),
+        }
+    }
+
+    fn properties(&self, data: &Path) -> String {
+        let (scram, plain) =
+            ("org.apache.kafka.common.security.scram.ScramLoginModule", "org.apache.kafka.common.security.plain.PlainLoginModule");
+        format!(
+            "ssl.keystore.type=PEM\nssl.keystore.location={}\nssl.truststore.type=PEM\nssl.truststore.location={}\n\
+             sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-512\n\
+             listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config={scram} required;\n\
+             listener.name.sasl_ssl.plain.sasl.jaas.config={plain} required user_{}=\"{}\";\n\
+             listener.name.ssl.ssl.client.auth=required\n",
+            data.join("broker.pem").display(),
+            self.ca.display(),
+            Guard::USER,
+            Guard::PASSWORD,
+        )
+    }
 }
 
 /// A record of a topic, as Kafka's own consumer shows it.
@@ -57,6 +133,29 @@ impl Record {
 impl Kafka {
     /// A broker without topics. It makes none by itself.
     pub async fn start() -> Result<Kafka, Missing> {
+        Kafka::start_with(|_| None).await
+    }
+
+    /// The same, with guarded doors beside the open one, at which Kafka's own clients of these tests come in.
+    pub async fn guarded() -> Result<Kafka, Missing> {
+        let kafka = Kafka::start_with(|data| Some(Guard::of(data))).await?;
+        kafka.user(Guard::PASSWORD).await;
+        Ok(kafka)
+    }
+
+    /// The guarded doors; panics where there are none.
+    pub fn guard(&self) -> &Guard {
+        self.guard.as_ref().expect("the broker was started without a guard")
+    }
+
+    /// Gives the user this password, for SCRAM-SHA-512.
+    pub async fn user(&self, password: &str) {
+        let (server, password) = (self.addr.to_string(), format!("SCRAM-SHA-512=[password={password}]"));
+        let user = ["--bootstrap-server", &server, "--alter", "--entity-type", "users", "--entity-name", Guard::USER];
+        self.client("kafka.admin.ConfigCommand", &[&user[..], &["--add-config", &password]].concat()).await;
+    }
+
+    async fn start_with(guard: impl Fn(&Path) -> Option<Guard>) -> Result<Kafka, Missing> {
         let mut failed = String::new();
         for _ in 0..ATTEMPTS {
             let data = tempfile::Builder::new().prefix("headgate-kafka-").tempdir().expect("a temporary folder");
@@ -67,8 +166,11 @@ impl Kafka {
                     .unwrap_or_else(|error| panic!("cannot copy {file}: {error}; run scripts/tools.sh"));
             }
             let (addr, controller) = (free_addr(), free_addr());
-            std::fs::write(data.path().join("server.properties"), properties(addr, controller, data.path())).expect("to write a file");
-            let mut kafka = Kafka { service: None, addr, data };
+            let guard = guard(data.path());
+            let mut settings = properties(addr, controller, guard.as_ref(), data.path());
+            settings.extend(guard.as_ref().map(|guard| guard.properties(data.path())));
+            std::fs::write(data.path().join("server.properties"), settings).expect("to write a file");
+            let mut kafka = Kafka { service: None, addr, guard, data };
             match kafka.launch().await? {
                 Ok(()) => return Ok(kafka),
                 Err(sentence) => failed = sentence,
@@ -210,11 +312,15 @@ fn java(program: Program) -> Result<Program, Missing> {
     Ok(program.argument(java.path()).arguments(JAVA).argument("-cp").argument(libs))
 }
 
-fn properties(addr: SocketAddr, controller: SocketAddr, data: &Path) -> String {
+fn properties(addr: SocketAddr, controller: SocketAddr, guard: Option<&Guard>, data: &Path) -> String {
+    let guarded = guard.map(|guard| format!(",SASL_SSL://{},SSL://{}", guard.password, guard.certificate)).unwrap_or_default();
     format!(
-        "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@{controller}\nlisteners=PLAINTEXT://{addr},CONTROLLER://{controller}\n\
-         advertised.listeners=PLAINTEXT://{addr}\ncontroller.listener.names=CONTROLLER\n\
-         listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\nlog.dirs={}\nauto.create.topics.enable=false\n\
+        "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@{controller}\n\
+         listeners=PLAINTEXT://{addr},CONTROLLER://{controller}{guarded}\n\
+         advertised.listeners=PLAINTEXT://{addr}{guarded}\ncontroller.listener.names=CONTROLLER\n\
+         inter.broker.listener.name=PLAINTEXT\n\
+         listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL,SSL:SSL\n\
+         log.dirs={}\nauto.create.topics.enable=false\n\
          offsets.topic.replication.factor=1\noffsets.topic.num.partitions=1\ngroup.initial.rebalance.delay.ms=0\n\
          controller.quorum.election.timeout.ms=200\nbroker.session.timeout.ms=2000\nbroker.heartbeat.interval.ms=300\nnum.network.threads=1\nnum.io.threads=2\nlog.cleaner.enable=false\n",
         data.join("log").display()

@@ -8,9 +8,10 @@ use std::{
     time::Duration,
 };
 
+use headgate_config::Environment;
 use headgate_contracts::{Subject, TenantId};
 use headgate_filters::unix_now;
-use headgate_orchestrator::events::{Follow, Judged, unseal, verify};
+use headgate_orchestrator::events::{Brokers, Follow, Judged, unseal, verify};
 use headgate_policy::{
     audit::{Audit, AuditFault},
     custody::audit_beside,
@@ -18,6 +19,7 @@ use headgate_policy::{
 };
 
 use super::{EX_UNAVAILABLE, fail, keys::user};
+use crate::build;
 
 /// What to do with a log.
 #[derive(clap::Subcommand)]
@@ -39,7 +41,8 @@ Examples:
   headgate events tail /var/lib/headgate/events
   headgate events tail --follow events | jq -r '[.time, .type, .subject] | @tsv'
   headgate events tail --text --key secrets/text.key --keys subjects events
-  headgate events tail --brokers kafka-1:9092,kafka-2:9092")]
+  headgate events tail --brokers kafka-1:9092,kafka-2:9092
+  headgate events tail --config headgate.yaml")]
     Tail {
         /// Go on with what is written from now on, until stopped.
         #[arg(long, short)]
@@ -70,7 +73,8 @@ Exit codes: 0 all is well; 1 there are violations, the first of them printed; 69
 Examples:
   headgate events verify /var/lib/headgate/events
   headgate events verify --ended events
-  headgate events verify --brokers kafka-1:9092,kafka-2:9092 --topic conversation.events")]
+  headgate events verify --brokers kafka-1:9092,kafka-2:9092 --topic conversation.events
+  headgate events verify --config headgate.yaml --env production")]
     Verify {
         /// Take open turns for violations.
         #[arg(long)]
@@ -127,14 +131,36 @@ Example:
 #[derive(clap::Args)]
 pub struct Source {
     /// The folder of the log: `orchestrator.events.folder` of the config.
-    #[arg(required_unless_present = "brokers", conflicts_with = "brokers")]
+    #[arg(required_unless_present_any = ["brokers", "config"], conflicts_with_all = ["brokers", "config"])]
     folder: Option<PathBuf>,
     /// Instead of a folder, the Kafka topic that the events went on to: some of its brokers, each as host:port.
     #[arg(long, value_delimiter = ',')]
     brokers: Vec<String>,
-    /// The name of the topic.
-    #[arg(long, requires = "brokers", default_value = "conversation.events")]
-    topic: String,
+    /// The same, with all that `orchestrator.events.kafka` of this config says: for brokers that want TLS or a password.
+    #[arg(long, value_name = "FILE", conflicts_with = "brokers")]
+    config: Option<PathBuf>,
+    /// The overlay of this environment over the config.
+    #[arg(long, env = "HEADGATE_ENV")]
+    env: Option<Environment>,
+    /// The name of the topic. Default: that of the config, or `conversation.events`.
+    #[arg(long, conflicts_with = "folder")]
+    topic: Option<String>,
+}
+
+impl Source {
+    /// The brokers, and the topic.
+    fn topic(&self) -> io::Result<(Brokers, String)> {
+        let Some(config) = &self.config else {
+            let topic = self.topic.clone().unwrap_or_else(|| "conversation.events".to_owned());
+            return Ok((Brokers::open(self.brokers.clone()), topic));
+        };
+        let plan = headgate_config::load(config, self.env, &|name| std::env::var(name).ok()).map_err(io::Error::other)?;
+        let kafka = plan.orchestrator.and_then(|orchestrator| orchestrator.events?.kafka);
+        let kafka =
+            kafka.ok_or_else(|| io::Error::other(format!("{} names no topic: it has no `orchestrator.events.kafka`", config.display())))?;
+        let found = build::topic(&kafka);
+        Ok((found.brokers, self.topic.clone().unwrap_or(found.name)))
+    }
 }
 
 /// How often a log is looked at for what is new.
@@ -224,7 +250,8 @@ fn tail_topic(from: &Source, follow: bool, vault: Option<&Vault>, out: &mut impl
         }
         None => out.flush(),
     };
-    match follow_topic(&from.brokers, &from.topic, follow, each) {
+    let (brokers, topic) = from.topic()?;
+    match follow_topic(&brokers, &topic, follow, each) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(Unread::Listener(error)) => Err(error),
         Err(unread @ Unread::Kafka { .. }) => Err(io::Error::other(unread)),
@@ -233,7 +260,8 @@ fn tail_topic(from: &Source, follow: bool, vault: Option<&Vault>, out: &mut impl
 
 #[cfg(feature = "kafka")]
 fn judge_topic(from: &Source) -> io::Result<Judged> {
-    headgate_orchestrator::events::verify_topic(&from.brokers, &from.topic).map_err(io::Error::other)
+    let (brokers, topic) = from.topic()?;
+    headgate_orchestrator::events::verify_topic(&brokers, &topic).map_err(io::Error::other)
 }
 
 #[cfg(not(feature = "kafka"))]
@@ -243,7 +271,7 @@ fn tail_topic(from: &Source, _follow: bool, _vault: Option<&Vault>, _out: &mut i
 
 #[cfg(not(feature = "kafka"))]
 fn judge_topic(from: &Source) -> io::Result<Judged> {
-    let Source { topic, .. } = from;
+    let (_, topic) = from.topic()?;
     Err(io::Error::other(format!("cannot read the topic {topic}: {}", headgate_orchestrator::events::Unfit::Unbuilt)))
 }
 

@@ -35,6 +35,9 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5
 /// How long events that are on their way are waited for once the log is closed.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// A broker did not let us in, or is none that we trust.
+const BARRED: &str = "barred";
+
 /// The log's reader, and what it needs.
 pub(super) struct Deliverer {
     pub(super) folder: PathBuf,
@@ -54,6 +57,19 @@ enum Broken {
     Log(#[from] io::Error),
 }
 
+impl Broken {
+    /// As metrics have it.
+    fn why(&self) -> &'static str {
+        match self {
+            Broken::Topic(Unfit::Away(_)) => "away",
+            Broken::Topic(Unfit::Barred(_)) => BARRED,
+            Broken::Topic(_) => "topic",
+            Broken::Kafka(_) => "event",
+            Broken::Log(_) => "log",
+        }
+    }
+}
+
 impl Deliverer {
     /// Delivers until the log is closed. `first` is told how the first look at the topic went.
     pub(super) fn run(mut self, first: mpsc::SyncSender<Result<(), Unfit>>) {
@@ -62,7 +78,7 @@ impl Deliverer {
         while !self.shared.is_closed() {
             let before = self.cursor.number();
             let Err(broken) = self.deliver(&mut first) else { return };
-            self.shared.delivery_failures.inc();
+            self.shared.failed(broken.why());
             if self.cursor.number() > before {
                 pause = PAUSES[0];
             }
@@ -121,6 +137,11 @@ impl Deliverer {
                 continue;
             }
             let heard = sender.heard(LISTEN)?;
+            if let Some(reason) = sender.barred() {
+                self.shared.failed(BARRED);
+                let undelivered = self.shared.undelivered();
+                tracing::warn!(reason, topic = self.topic.name, undelivered, "a Kafka broker does not let us in");
+            }
             let before = window.delivered();
             heard.into_iter().for_each(|number| window.mark(number));
             self.shared.delivered_events.inc_by(window.delivered() - before);

@@ -10,6 +10,7 @@
 //! What is kept are names, numbers and digests; what was said only where somebody asked for it, and sealed. The events are those of
 //! `headgate_contracts::wire::log`.
 
+mod brokers;
 mod cursor;
 #[cfg(feature = "kafka")]
 mod deliver;
@@ -45,10 +46,11 @@ use headgate_contracts::{
 use headgate_policy::vault::{Sealer, Vault};
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
     metrics::{
         MetricType,
         counter::{ConstCounter, Counter},
+        family::Family,
         gauge::ConstGauge,
         histogram::Histogram,
     },
@@ -58,6 +60,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 #[cfg(feature = "kafka")]
 pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_topic};
+#[cfg(feature = "kafka")]
+pub(crate) use kafka::read_topic;
+pub use brokers::{Brokers, Sasl, Tls};
 pub use read::{Entry, Follow};
 pub use record::Part;
 pub use recover::{Unfit, Unopened};
@@ -74,7 +79,7 @@ use sealed::Text;
 const MOST_ENDED: usize = 1 << 16;
 
 /// Where a log is and how large it may be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// The folder of its files; made if it is not there.
     pub folder: PathBuf,
@@ -89,10 +94,10 @@ pub struct Settings {
 }
 
 /// A Kafka topic, and what it must be like.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Topic {
-    /// Some of the brokers, each as `host:port`.
-    pub brokers: Vec<String>,
+    /// Where it is.
+    pub brokers: Brokers,
     /// Its name.
     pub name: String,
     /// Replicas of each partition, at least.
@@ -200,7 +205,7 @@ struct Shared {
     /// When the oldest event happened that is not delivered, in milliseconds since 1970; 0 where there is none.
     oldest_ms: AtomicI64,
     delivered_events: Counter,
-    delivery_failures: Counter,
+    delivery_failures: Family<Failure, Counter>,
     /// The thread that delivers.
     deliverer: OnceLock<Thread>,
     pinned_bytes: AtomicU64,
@@ -216,6 +221,11 @@ struct Shared {
 }
 
 impl Shared {
+    #[cfg(feature = "kafka")]
+    fn failed(&self, why: &'static str) {
+        self.delivery_failures.get_or_create(&Failure { why }).inc();
+    }
+
     fn deliveries(&self, outcome: Delivered) -> &Counter {
         let [delivered, denied, cut, unknown] = &self.deliveries;
         match outcome {
@@ -225,6 +235,12 @@ impl Shared {
             Delivered::Unknown => unknown,
         }
     }
+}
+
+/// Why the log was not delivered for a while: `away`, `barred`, `topic`, `event` or `log`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Failure {
+    why: &'static str,
 }
 
 /// Seconds that a disk may take: from a good local one to one about to fail.
@@ -257,7 +273,7 @@ impl Log {
             delivered: watch::Sender::new(cursor.as_ref().map_or(u64::MAX, Cursor::number)),
             oldest_ms: AtomicI64::new(0),
             delivered_events: Counter::default(),
-            delivery_failures: Counter::default(),
+            delivery_failures: Family::default(),
             deliverer: OnceLock::new(),
             pinned_bytes: AtomicU64::new(0),
             taken_bytes: AtomicU64::new(0),
@@ -393,8 +409,9 @@ impl Log {
         self.delivery = Some(Mutex::new(ended));
         match told.recv_timeout(FIRST_WORD) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(Unfit::Away(_))) | Err(_) => {
-                tracing::warn!(topic = topic.name, "Kafka does not answer; events gather in the event log until it does");
+            // The deliverer has said why.
+            Ok(Err(Unfit::Away(_) | Unfit::Barred(_))) | Err(_) => {
+                tracing::warn!(topic = topic.name, "Kafka cannot be used yet; events gather in the event log until it can");
                 Ok(())
             }
             Ok(Err(unfit)) => Err(unfit.into()),
@@ -440,7 +457,7 @@ impl Log {
         if self.delivery.is_some() {
             let help = "Events of the event log that the topic has";
             registry.register("orchestrator_event_log_delivered", help, self.shared.delivered_events.clone());
-            let help = "How often delivery had to begin again after the last event that the topic has";
+            let help = "How often delivery was held up or had to begin again after the last event that the topic has";
             registry.register("orchestrator_event_log_delivery_failures", help, self.shared.delivery_failures.clone());
         }
         if self.keeps_text() {

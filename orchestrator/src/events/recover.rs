@@ -60,6 +60,9 @@ pub enum Unfit {
     /// No broker says anything about it now.
     #[error("Kafka cannot be asked about its topic: {0}")]
     Away(String),
+    /// Brokers do not let us in, or are none that we trust.
+    #[error("Kafka does not let us in: {0}")]
+    Barred(String),
     /// There is no such topic, and it is not to be made.
     #[error(
         "there is no topic {topic}; make it with replication factor {replication} and min.insync.replicas={in_sync}, or set \
@@ -96,6 +99,11 @@ pub enum Unfit {
     /// It cannot be used.
     #[error("{0}")]
     Refused(String),
+    /// This program was built without TLS for Kafka.
+    #[error(
+        "this headgate speaks to Kafka in plain text alone: build it with `--features kafka-tls`, or remove `tls` and `sasl` from the config"
+    )]
+    Unprotected,
     /// This program was built without Kafka.
     #[error("this headgate was built without Kafka: build it with `--features kafka`, or remove `kafka` from the config")]
     Unbuilt,

@@ -1,9 +1,11 @@
-//! Keeps what could not be told yet across a restart: a log without ends, in the records and segments of the event log.
+//! Keeps what is not told yet across a restart: a log without ends, in the records and segments of the event log.
 //!
 //! Its owner has everything in memory as well; the disk is read once, at the start. So nothing is ever cut out of it: what has been
-//! told is left behind with its segment. A record may be told twice after a crash, and whoever is told must not mind.
+//! told gets a record that says so, and is left behind with its segment. A record may be told twice after a crash, and whoever is told
+//! must not mind.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io,
     os::unix::fs::FileExt,
@@ -13,9 +15,14 @@ use std::{
 use headgate_contracts::TurnId;
 
 use super::{
-    record::{MAX_EVENT_BYTES, Part, Read, Record},
+    record::{MAX_EVENT_BYTES, Part, Read, Record, record_bytes},
     segment::{self, Folder, MIN_SEGMENT_BYTES, Reader},
 };
+
+/// The part of a record that says that all before it of its turn was told.
+const TOLD: Part = Part::After;
+/// The most that is written at once.
+const GROUP_BYTES: usize = 64 << 10;
 
 /// What is to be told, and of which turn each.
 pub type ToTell = Vec<(TurnId, Vec<u8>)>;
@@ -25,8 +32,10 @@ pub type ToTell = Vec<(TurnId, Vec<u8>)>;
 pub struct Spool {
     path: PathBuf,
     folder: Folder,
-    /// The segment that is written, once there is something to write: its number, and where the next record goes.
+    /// The segment that is written, once there is something to write, and where the next record goes.
     active: Option<(File, u64)>,
+    /// Records that are to be written.
+    group: Vec<u8>,
     next_segment: u64,
     next_record: u64,
     bytes: u64,
@@ -39,28 +48,59 @@ impl Spool {
     pub fn open(path: &Path) -> io::Result<(Spool, ToTell)> {
         let folder = Folder::open(path)?;
         let numbers = segment::list(path)?;
-        let mut waiting = Vec::new();
+        let (mut waiting, mut told) = (Vec::new(), HashSet::new());
         for number in &numbers {
             let mut reader = Reader::new(segment::open(path, *number)?);
             while let Read::Record(record) = reader.next()? {
-                waiting.push((record.turn, record.event.to_vec()));
+                if record.part == TOLD {
+                    told.insert(record.turn);
+                } else {
+                    waiting.push((record.turn, record.event.to_vec()));
+                }
             }
         }
+        waiting.retain(|(turn, _)| !told.contains(turn));
         let next_segment = numbers.last().map_or(1, |last| last + 1);
-        let mut spool = Spool { path: path.to_owned(), folder, active: None, next_segment, next_record: 1, bytes: 0 };
+        let mut spool = Spool { path: path.to_owned(), folder, active: None, group: Vec::new(), next_segment, next_record: 1, bytes: 0 };
         spool.leave(waiting.iter().map(|(turn, what)| (*turn, what.as_slice())))?;
         Ok((spool, waiting))
     }
 
-    /// Adds `what` is to be told of `turn`. It outlives the process at once, and a fall of the machine once the system has written it.
+    /// Adds what is to be told of `turn`, of which nothing was told before. It is kept from the next [`Spool::flush`] on.
     ///
-    /// Errors: it is longer than any record, or the disk does not take it.
+    /// Errors: it is longer than any record, or the disk does not take what was added before.
     pub fn add(&mut self, turn: TurnId, what: &[u8]) -> io::Result<()> {
         if what.len() > MAX_EVENT_BYTES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "longer than any record"));
         }
-        let mut bytes = Vec::new();
-        Record { number: self.next_record, durable: self.next_record - 1, part: Part::Settles, turn, event: what }.write(&mut bytes);
+        self.append(Part::Settles, turn, what)
+    }
+
+    /// Adds that what was to be told of `turn` was told.
+    ///
+    /// Errors: the disk does not take what was added before.
+    pub fn told(&mut self, turn: TurnId) -> io::Result<()> {
+        self.append(TOLD, turn, b"")
+    }
+
+    fn append(&mut self, part: Part, turn: TurnId, event: &[u8]) -> io::Result<()> {
+        if self.group.len() + record_bytes(event.len()) > GROUP_BYTES {
+            self.flush()?;
+        }
+        Record { number: self.next_record, durable: self.next_record - 1, part, turn, event }.write(&mut self.group);
+        self.next_record += 1;
+        Ok(())
+    }
+
+    /// Writes what was added, as one group. It outlives the process from then on, and a fall of the machine once the system has
+    /// written it.
+    ///
+    /// Errors: the disk does not take it. It is not tried again.
+    pub fn flush(&mut self) -> io::Result<()> {
+        let bytes = std::mem::take(&mut self.group);
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let (file, at) = match self.active.take_if(|(_, at)| *at + bytes.len() as u64 <= MIN_SEGMENT_BYTES) {
             Some(active) => active,
             None => {
@@ -71,8 +111,9 @@ impl Spool {
             }
         };
         file.write_all_at(&bytes, at)?;
-        self.next_record += 1;
         self.active = Some((file, at + bytes.len() as u64));
+        self.group = bytes;
+        self.group.clear();
         Ok(())
     }
 
@@ -80,9 +121,11 @@ impl Spool {
     pub fn leave<'a>(&mut self, waiting: impl Iterator<Item = (TurnId, &'a [u8])>) -> io::Result<()> {
         let old = segment::list(&self.path)?;
         (self.active, self.bytes) = (None, 0);
+        self.group.clear();
         for (turn, what) in waiting {
             self.add(turn, what)?;
         }
+        self.flush()?;
         // Written before anything is removed: told twice is better than never.
         old.into_iter().try_for_each(|number| self.folder.remove(number))
     }
@@ -113,6 +156,7 @@ mod tests {
         for (number, turn) in turns.iter().enumerate() {
             spool.add(*turn, format!("{number:0>500}").as_bytes()).unwrap();
         }
+        spool.flush().unwrap();
         assert!(spool.bytes() > 3 * MIN_SEGMENT_BYTES);
         assert_eq!(Spool::open(&path).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         drop(spool);
@@ -131,11 +175,31 @@ mod tests {
     }
 
     #[test]
+    fn what_was_told_is_not_there_after_a_start_however_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let turns: Vec<TurnId> = (0..4).map(|_| TurnId::fresh()).collect();
+        let (mut spool, _) = Spool::open(folder.path()).unwrap();
+        for turn in &turns {
+            spool.add(*turn, turn.to_string().as_bytes()).unwrap();
+        }
+        spool.told(turns[1]).unwrap();
+        spool.flush().unwrap();
+        spool.told(turns[3]).unwrap();
+        spool.flush().unwrap();
+        // Nobody is told before it is written, so what is not written was not told.
+        spool.told(turns[0]).unwrap();
+        drop(spool);
+        let (_, waiting) = Spool::open(folder.path()).unwrap();
+        assert_eq!(names(&waiting), [turns[0].to_string(), turns[2].to_string()]);
+    }
+
+    #[test]
     fn a_record_that_a_kill_tore_costs_itself_alone() {
         let folder = tempfile::tempdir().unwrap();
         let (mut spool, _) = Spool::open(folder.path()).unwrap();
         for what in ["one", "two"] {
             spool.add(TurnId::fresh(), what.as_bytes()).unwrap();
+            spool.flush().unwrap();
         }
         let (_, end) = spool.active.take().unwrap();
         drop(spool);

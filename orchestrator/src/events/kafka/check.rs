@@ -3,20 +3,28 @@
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
     config::FromClientConfigAndContext,
-    error::RDKafkaErrorCode,
+    error::{KafkaError, RDKafkaErrorCode},
+    producer::{BaseProducer, Producer as _},
 };
 
-use super::{ANSWER, Told, Topic, client};
+use super::{ANSWER, REASONS, Told, Topic, client};
 use crate::events::Unfit;
 
 /// Checks the topic, and makes it where it is missing and that was asked for.
 ///
 /// Errors: it cannot be asked about now, or must not be used.
 pub(in crate::events) async fn check(topic: &Topic) -> Result<(), Unfit> {
-    let admin = AdminClient::from_config_and_context(&client(&topic.brokers), Told).map_err(|error| Unfit::Refused(error.to_string()))?;
-    let options = AdminOptions::new().request_timeout(Some(ANSWER));
+    let config = client(&topic.brokers)?;
+    let refused = |error: KafkaError| Unfit::Refused(error.to_string());
+    // A client for admins is told nothing of why it is not let in.
+    let asking: BaseProducer<Told> = BaseProducer::from_config_and_context(&config, Told::default()).map_err(refused)?;
     // All topics: a question about one of them may make it.
-    let metadata = admin.inner().fetch_metadata(None, ANSWER).map_err(|error| Unfit::Away(error.to_string()))?;
+    let metadata = asking.client().fetch_metadata(None, ANSWER).map_err(|error| {
+        asking.poll(REASONS);
+        asking.context().unanswered(&error)
+    })?;
+    let admin = AdminClient::from_config_and_context(&config, Told::default()).map_err(refused)?;
+    let options = AdminOptions::new().request_timeout(Some(ANSWER));
     let Some(found) = metadata.topics().iter().find(|found| found.name() == topic.name) else {
         return make(&admin, topic, &options).await;
     };

@@ -5,14 +5,20 @@ mod message;
 mod read;
 mod write;
 
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use rdkafka::{
     ClientConfig, ClientContext,
     config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
+    message::DeliveryResult,
+    producer::ProducerContext,
 };
 
+pub(crate) use read::read_topic;
 pub use read::{Unread, follow_topic, verify_topic};
 pub use write::{Place, Producer, Unacknowledged};
 pub(super) use {
@@ -21,24 +27,51 @@ pub(super) use {
     write::{Offered, Sender},
 };
 
-use super::Topic;
+use super::{Brokers, Sasl, Tls, Topic, Unfit};
 
 /// How long a broker may take to answer a question about a topic.
 const ANSWER: Duration = Duration::from_secs(3);
+/// How long a client that got none is asked what it was told meanwhile: it tells one thing after the other.
+const REASONS: Duration = Duration::from_millis(50);
 
 /// What every client of these brokers has in common.
-fn client(brokers: &[String]) -> ClientConfig {
+///
+/// Errors: [`Unfit::Unprotected`], [`Unfit::Refused`].
+fn client(brokers: &Brokers) -> Result<ClientConfig, Unfit> {
+    if cfg!(not(feature = "kafka-tls")) && (brokers.tls.is_some() || brokers.sasl.is_some()) {
+        return Err(Unfit::Unprotected);
+    }
     let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", brokers.join(",")).set("client.id", "headgate");
+    config.set("bootstrap.servers", brokers.addresses.join(",")).set("client.id", "headgate");
+    let protocol = match (&brokers.tls, &brokers.sasl) {
+        (None, None) => "plaintext",
+        (Some(_), None) => "ssl",
+        (None, Some(_)) => "sasl_plaintext",
+        (Some(_), Some(_)) => "sasl_ssl",
+    };
+    config.set("security.protocol", protocol);
+    if let Some(Tls { ca, own }) = &brokers.tls {
+        let (certificate, key) = own.as_ref().map(|(certificate, key)| (certificate, key)).unzip();
+        for (name, path) in [("ssl.ca.location", ca.as_ref()), ("ssl.certificate.location", certificate), ("ssl.key.location", key)] {
+            let Some(path) = path else { continue };
+            // OpenSSL would not say which file it is that it cannot read.
+            std::fs::File::open(path).map_err(|error| Unfit::Refused(format!("cannot read {}: {error}", path.display())))?;
+            let text = path.to_str().ok_or_else(|| Unfit::Refused(format!("librdkafka takes no such path: {}", path.display())))?;
+            config.set(name, text);
+        }
+    }
+    if let Some(Sasl { mechanism, username, password }) = &brokers.sasl {
+        config.set("sasl.mechanism", *mechanism).set("sasl.username", username).set("sasl.password", password.expose());
+    }
     // After an outage we come back within seconds, not minutes.
     config.set("reconnect.backoff.max.ms", "2000");
     config.set_log_level(RDKafkaLogLevel::Info);
-    config
+    Ok(config)
 }
 
 /// A client that writes to a topic once and in order, and whom nothing but the broker's word satisfies.
-fn writer(brokers: &[String]) -> ClientConfig {
-    let mut config = client(brokers);
+fn writer(brokers: &Brokers) -> Result<ClientConfig, Unfit> {
+    let mut config = client(brokers)?;
     for (name, value) in [
         ("enable.idempotence", "true"),
         // What cannot be delivered stops what comes after it: a gap would be filled later, out of order.
@@ -56,12 +89,28 @@ fn writer(brokers: &[String]) -> ClientConfig {
     ] {
         config.set(name, value);
     }
-    config
+    Ok(config)
 }
 
-/// Tells what librdkafka has to say where the rest of the process tells it.
-#[derive(Debug, Clone, Copy)]
-struct Told;
+/// Tells what librdkafka has to say where the rest of the process tells it, and keeps why brokers are not reached, or do not let us in.
+#[derive(Debug, Default)]
+struct Told {
+    away: Mutex<Option<String>>,
+    barred: Mutex<Option<String>>,
+}
+
+impl Told {
+    /// Why brokers did not let us in since this was asked last, if one did not.
+    fn barred(&self) -> Option<String> {
+        self.barred.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Why a question was not answered.
+    fn unanswered(&self, error: &KafkaError) -> Unfit {
+        let away = || self.away.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_else(|| error.to_string());
+        self.barred().map_or_else(|| Unfit::Away(away()), Unfit::Barred)
+    }
+}
 
 impl ClientContext for Told {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -79,9 +128,22 @@ impl ClientContext for Told {
     fn error(&self, error: KafkaError, reason: &str) {
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AllBrokersDown) => tracing::warn!(reason, "no Kafka broker can be reached"),
-            Some(_) | None => tracing::debug!(%error, reason, "kafka"),
+            code => {
+                tracing::debug!(%error, reason, "kafka");
+                // Both sides speak TLS and one of them breaks off: no code of its own says so.
+                let is_refusal = matches!(code, Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL)) || reason.contains("SSL");
+                let kept = if is_refusal { &self.barred } else { &self.away };
+                *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
+            }
         }
     }
+}
+
+/// For a producer that asks and writes nothing.
+impl ProducerContext for Told {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use rdkafka::{
     types::RDKafkaRespErr,
 };
 
-use super::{Told, client, message};
+use super::{Brokers, REASONS, Told, client, message};
 use crate::events::verify::{Judge, Judged};
 
 /// How long nothing may come from a topic that has more.
@@ -47,12 +47,7 @@ pub enum Unread {
 /// line of JSON; with `on`, also what comes later, for ever.
 ///
 /// Errors: it cannot be read, or `each` failed.
-pub fn follow_topic(
-    brokers: &[String],
-    topic: &str,
-    on: bool,
-    mut each: impl FnMut(Option<&[u8]>) -> io::Result<()>,
-) -> Result<(), Unread> {
+pub fn follow_topic(brokers: &Brokers, topic: &str, on: bool, mut each: impl FnMut(Option<&[u8]>) -> io::Result<()>) -> Result<(), Unread> {
     read(brokers, topic, on, |_, message| match message {
         Some(message) => match event(message) {
             Some(event) => each(Some(&event)),
@@ -66,7 +61,7 @@ pub fn follow_topic(
 /// Judges everything that is in a topic now. An event that is there again, word for word, counts once: its first place.
 ///
 /// Errors: it cannot be read.
-pub fn verify_topic(brokers: &[String], topic: &str) -> Result<Judged, Unread> {
+pub fn verify_topic(brokers: &Brokers, topic: &str) -> Result<Judged, Unread> {
     let mut judge = Judge::default();
     // Which partition each event came in first, and what it said.
     let mut seen: HashMap<String, (i32, u32)> = HashMap::new();
@@ -102,6 +97,28 @@ pub fn verify_topic(brokers: &[String], topic: &str) -> Result<Judged, Unread> {
     Ok(judge.end())
 }
 
+/// A record as a topic keeps it.
+pub(crate) struct Kept<'a> {
+    pub(crate) partition: i32,
+    pub(crate) offset: u64,
+    pub(crate) key: Option<&'a [u8]>,
+    pub(crate) value: &'a [u8],
+}
+
+/// Gives every record that is in a topic now to `each`, and whether older ones than the first were let go.
+///
+/// Errors: it cannot be read.
+pub(crate) fn read_topic(brokers: &Brokers, topic: &str, mut each: impl FnMut(bool, &Kept<'_>)) -> Result<(), Unread> {
+    read(brokers, topic, false, |trimmed, message| {
+        if let Some(message) = message {
+            let (partition, offset) = (message.partition(), u64::try_from(message.offset()).unwrap_or(0));
+            each(trimmed, &Kept { partition, offset, key: message.key(), value: message.payload().unwrap_or_default() });
+        }
+        Ok(())
+    })
+    .map(drop)
+}
+
 fn header<'a>(message: &'a BorrowedMessage<'_>, name: &str) -> Option<&'a str> {
     let found = message.headers()?.iter().find(|header| header.key == name)?.value?;
     str::from_utf8(found).ok()
@@ -115,18 +132,22 @@ fn event(message: &BorrowedMessage<'_>) -> Option<Vec<u8>> {
 /// Gives each message, and whether older ones than the first were let go; `None` wherever all that there is has been given. How
 /// many partitions there are.
 fn read(
-    brokers: &[String],
+    brokers: &Brokers,
     topic: &str,
     on: bool,
     mut each: impl FnMut(bool, Option<&BorrowedMessage<'_>>) -> io::Result<()>,
 ) -> Result<u64, Unread> {
     let unread = |reason: &dyn ToString| Unread::Kafka { topic: topic.to_owned(), reason: reason.to_string() };
     let kafka = |error: KafkaError| unread(&error);
-    let mut config = client(brokers);
+    let mut config = client(brokers).map_err(|unfit| unread(&unfit))?;
     // Nothing is remembered of us: we belong to no group.
     config.set("group.id", "headgate-events").set("enable.auto.commit", "false").set("auto.offset.reset", "earliest");
-    let consumer: BaseConsumer<Told> = BaseConsumer::from_config_and_context(&config, Told).map_err(kafka)?;
-    let metadata = consumer.fetch_metadata(Some(topic), ANSWER).map_err(kafka)?;
+    let consumer: BaseConsumer<Told> = BaseConsumer::from_config_and_context(&config, Told::default()).map_err(kafka)?;
+    let metadata = consumer.fetch_metadata(Some(topic), ANSWER).map_err(|error| {
+        // What it was told of meanwhile it hears when it is asked for messages.
+        while consumer.poll(REASONS).is_some() {}
+        unread(&consumer.context().unanswered(&error))
+    })?;
     let found = metadata.topics().iter().find(|found| found.name() == topic);
     let found = found.filter(|found| found.error() != Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART));
     let found = found.ok_or_else(|| unread(&"there is no such topic"))?;

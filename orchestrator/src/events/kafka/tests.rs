@@ -20,9 +20,16 @@ use rdkafka::{
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
 
+#[cfg(feature = "kafka-tls")]
+use {
+    super::{Sasl, Tls},
+    headgate_contracts::Secret,
+    headgate_testkit::kafka::Guard,
+};
+
 use super::{
     super::{
-        Account, Follow, Log, Refused, Settings, Topic, Unfit, Unopened,
+        Account, Brokers, Failure, Follow, Log, Refused, Settings, Topic, Unfit, Unopened,
         tests::{accepted, of_session},
     },
     Producer, verify_topic,
@@ -33,8 +40,12 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// Brokers that are killed, one after the other: each is a Java, and they would only get into each other's way.
 static KILLED: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
+fn at(brokers: &str) -> Brokers {
+    Brokers::open(brokers.split(',').map(str::to_owned).collect())
+}
+
 fn topic(brokers: &str, name: &str) -> Topic {
-    Topic { brokers: vec![brokers.to_owned()], name: name.to_owned(), replication: 1, in_sync: 1, partitions: Some(3) }
+    Topic { brokers: at(brokers), name: name.to_owned(), replication: 1, in_sync: 1, partitions: Some(3) }
 }
 
 fn settings(folder: &Path, topic: Topic) -> Settings {
@@ -118,7 +129,7 @@ async fn what_the_log_keeps_is_in_the_topic_once_and_in_the_order_of_its_session
     let log = open(folder.path(), topic(&brokers, "once"));
     whole_turn(&log, 1).await.unwrap();
     delivered(&log).await;
-    let judged = verify_topic(&[brokers], "once").unwrap();
+    let judged = verify_topic(&at(&brokers), "once").unwrap();
     assert!(judged.is_good(), "{judged:?}");
     assert_eq!((judged.records, judged.begun, judged.ended, judged.repeated), (123, 41, 41, 0));
 }
@@ -146,7 +157,7 @@ async fn an_outage_under_load_loses_nothing_and_keeps_every_session_in_order() {
     assert!(log.durable() >= before + 9000, "turns are taken as if nothing had happened");
     kafka.again().await;
     delivered(&log).await;
-    let judged = verify_topic(&[brokers], "outage").unwrap();
+    let judged = verify_topic(&at(&brokers), "outage").unwrap();
     assert!(judged.is_good(), "{judged:?}");
     assert_eq!((judged.begun, judged.ended, judged.open.len()), (3200, 3200, 0));
     let count = usize::try_from(judged.records + judged.repeated).unwrap();
@@ -210,7 +221,7 @@ async fn nothing_is_let_go_before_the_topic_has_it_and_turns_are_refused_before_
     }
     delivered(&log).await;
     assert!(crate::events::verify(folder.path()).unwrap().first > 1);
-    let judged = verify_topic(&[brokers], "room").unwrap();
+    let judged = verify_topic(&at(&brokers), "room").unwrap();
     assert!(judged.is_good(), "{judged:?}");
     assert_eq!((judged.begun, judged.ended), (2 * begun as u64, 2 * begun as u64));
 }
@@ -225,9 +236,8 @@ async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order
     let mock = MockCluster::new(3).unwrap();
     mock.create_topic("errors", 3, 3).unwrap();
     let brokers = mock.bootstrap_servers();
-    let brokers: Vec<String> = brokers.split(',').map(str::to_owned).collect();
     let folder = tempfile::tempdir().unwrap();
-    let log = open(folder.path(), Topic { brokers: brokers.clone(), partitions: None, ..topic("", "errors") });
+    let log = open(folder.path(), Topic { partitions: None, ..topic(&brokers, "errors") });
     let errors = [
         // Those that are over by themselves.
         RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
@@ -252,10 +262,14 @@ async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order
         }
         delivered(&log).await;
     }
-    let judged = verify_topic(&brokers, "errors").unwrap();
+    let judged = verify_topic(&at(&brokers), "errors").unwrap();
     assert!(judged.is_good(), "{judged:?}");
     assert_eq!((judged.begun, judged.ended, judged.open.len()), (283, 283, 0));
-    assert!(log.shared.delivery_failures.get() > 0, "no error was one that a producer does not survive: the test shows less than it says");
+    let failure = Failure { why: "event" };
+    assert!(
+        log.shared.delivery_failures.get_or_create(&failure).get() > 0,
+        "no error was one that a producer does not survive: the test shows less than it says"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -313,11 +327,115 @@ async fn the_judge_of_a_topic_objects_to_whatever_must_not_be() {
             let headers: Vec<(&str, &str)> = message.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
             producer.write(key.unwrap_or(&message.key), &headers, &message.value).await.unwrap();
         }
-        let judged = verify_topic(std::slice::from_ref(&brokers), &name).unwrap();
+        let judged = verify_topic(&at(&brokers), &name).unwrap();
         assert_eq!(judged.is_good(), objection.is_empty(), "{objection}: {judged:?}");
         assert!(judged.violations.iter().any(|violation| violation.to_string().contains(objection)) || objection.is_empty(), "{judged:?}");
     }
-    assert!(verify_topic(&[brokers], "no-such-topic").is_err());
+    assert!(verify_topic(&at(&brokers), "no-such-topic").is_err());
+}
+
+/// Brokers that let in whoever has the password.
+#[cfg(feature = "kafka-tls")]
+fn by_password(guard: &Guard, mechanism: &'static str, password: &str) -> Brokers {
+    let sasl = Sasl { mechanism, username: Guard::USER.to_owned(), password: Secret::new(password) };
+    let tls = Tls { ca: Some(guard.ca.clone()), own: None };
+    Brokers { tls: Some(tls), sasl: Some(sasl), ..at(&guard.password) }
+}
+
+#[cfg(feature = "kafka-tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn brokers_that_ask_who_we_are_get_a_password_or_a_certificate_and_then_the_events() {
+    let test = "brokers_that_ask_who_we_are_get_a_password_or_a_certificate_and_then_the_events";
+    let Some(kafka) = Kafka::guarded().await.or_skip(test) else { return };
+    let guard = kafka.guard();
+    let own = Some((guard.client.clone(), guard.client_key.clone()));
+    let mutual = Brokers { tls: Some(Tls { ca: Some(guard.ca.clone()), own }), ..at(&guard.certificate) };
+    let doors = [
+        ("scram", by_password(guard, "SCRAM-SHA-512", Guard::PASSWORD)),
+        ("plain", by_password(guard, "PLAIN", Guard::PASSWORD)),
+        ("certificate", mutual),
+    ];
+    for (name, brokers) in doors {
+        let folder = tempfile::tempdir().unwrap();
+        let log = open(folder.path(), Topic { brokers: brokers.clone(), ..topic("", name) });
+        for turn in 0..10 {
+            whole_turn(&log, turn % 3).await.unwrap();
+        }
+        delivered(&log).await;
+        let judged = verify_topic(&brokers, name).unwrap();
+        assert!(judged.is_good() && judged.ended == 10, "{name}: {judged:?}");
+        assert_eq!(read(&kafka.read(name, 30).await), kept(folder.path()), "as Kafka's own consumer has it");
+        let audit = Topic { brokers, ..topic("", name) };
+        Producer::open(&audit, MINUTE).await.unwrap().write("acme", &[], b"{}").await.unwrap();
+    }
+}
+
+#[cfg(feature = "kafka-tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 6)]
+async fn a_log_that_is_not_let_in_says_why_goes_on_and_is_delivered_once_it_is() {
+    let Some(kafka) = Kafka::guarded().await.or_skip("a_log_that_is_not_let_in_says_why_goes_on_and_is_delivered_once_it_is") else {
+        return;
+    };
+    let guard = kafka.guard();
+    let wrong = by_password(guard, "SCRAM-SHA-512", "a guess");
+    let doors = [
+        ("password", wrong.clone(), "uthentication"),
+        ("plain", by_password(guard, "PLAIN", "a guess"), "uthentication"),
+        ("mechanism", by_password(guard, "SCRAM-SHA-256", Guard::PASSWORD), "SCRAM-SHA-256"),
+        (
+            "authority",
+            Brokers { tls: Some(Tls { ca: Some(guard.stranger.clone()), own: None }), ..wrong.clone() },
+            "certificate verify failed",
+        ),
+        ("certificate", Brokers { addresses: at(&guard.certificate).addresses, sasl: None, ..wrong.clone() }, "SSL"),
+    ];
+    let mut barred = Vec::new();
+    for (name, brokers, reason) in doors {
+        let folder = tempfile::tempdir().unwrap();
+        let (at, why) = (Topic { brokers: brokers.clone(), ..topic("", name) }, reason.to_owned());
+        // Each of them waits for a first word.
+        barred.push(tokio::spawn(async move {
+            let log = open(folder.path(), at.clone());
+            whole_turn(&log, 0).await.unwrap();
+            log.flush().await.unwrap();
+            let mut registry = prometheus_client::registry::Registry::default();
+            log.register(&mut registry);
+            let mut metrics = String::new();
+            prometheus_client::encoding::text::encode(&mut metrics, &registry).unwrap();
+            let failed = "orchestrator_event_log_delivery_failures_total{why=\"barred\"} ";
+            assert!(metrics.contains(failed), "{why}: {metrics}");
+            assert!(metrics.contains("orchestrator_event_log_undelivered 3\n"), "{why}: {metrics}");
+            let unread = verify_topic(&brokers, &at.name).unwrap_err().to_string();
+            assert!(unread.contains("does not let us in") && unread.contains(&why), "{why}: {unread}");
+            assert!(!unread.contains("a guess"), "{unread}");
+            let unfit = Producer::open(&at, MINUTE).await.err().expect("not to be let in");
+            assert!(matches!(unfit, Unfit::Barred(_)), "{unfit}");
+            (name == "password").then_some((log, folder))
+        }));
+    }
+    let mut logs = Vec::new();
+    for log in barred {
+        logs.extend(log.await.unwrap());
+    }
+    // The password is the other one now: nobody starts anything again.
+    kafka.user("a guess").await;
+    let (log, folder) = logs.remove(0);
+    delivered(&log).await;
+    assert_eq!(read(&kafka.read("password", 3).await), kept(folder.path()));
+    // What cannot be read at all is a fault of the config.
+    let folder = tempfile::tempdir().unwrap();
+    let missing = Brokers { tls: Some(Tls { ca: Some("nowhere.pem".into()), own: None }), ..wrong };
+    let refused = Log::open(&settings(folder.path(), Topic { brokers: missing, ..topic("", "password") })).unwrap_err();
+    assert!(matches!(&refused, Unopened::Undeliverable(unfit) if unfit.to_string().contains("cannot read nowhere.pem")), "{refused:?}");
+}
+
+#[cfg(not(feature = "kafka-tls"))]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_build_without_tls_refuses_brokers_that_want_it_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let brokers = Brokers { tls: Some(super::Tls::default()), ..at("localhost:1") };
+    let refused = Log::open(&settings(folder.path(), Topic { brokers, ..topic("", "any") })).unwrap_err();
+    assert!(refused.to_string().contains("--features kafka-tls"), "{refused}");
 }
 
 /// How fast an outage is drained: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture drained`.

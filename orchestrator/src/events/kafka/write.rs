@@ -31,15 +31,19 @@ pub(in crate::events) enum Offered {
 }
 
 /// What was heard of events that were sent, until somebody asks.
-struct Reports(Mutex<Vec<(u64, Result<(), KafkaError>)>>);
+#[derive(Default)]
+struct Reports {
+    heard: Mutex<Vec<(u64, Result<(), KafkaError>)>>,
+    told: Told,
+}
 
 impl ClientContext for Reports {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        Told.log(level, facility, message);
+        self.told.log(level, facility, message);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        Told.error(error, reason);
+        self.told.error(error, reason);
     }
 }
 
@@ -49,13 +53,14 @@ impl ProducerContext for Reports {
 
     fn delivery(&self, result: &DeliveryResult<'_>, number: Box<u64>) {
         let result = result.as_ref().map(|_: &BorrowedMessage<'_>| ()).map_err(|(error, _)| error.clone());
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((*number, result));
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).push((*number, result));
     }
 }
 
 impl Sender {
-    pub(in crate::events) fn new(topic: &Topic) -> Result<Sender, KafkaError> {
-        let producer = BaseProducer::from_config_and_context(&writer(&topic.brokers), Reports(Mutex::new(Vec::new())))?;
+    pub(in crate::events) fn new(topic: &Topic) -> Result<Sender, Unfit> {
+        let producer = BaseProducer::from_config_and_context(&writer(&topic.brokers)?, Reports::default());
+        let producer = producer.map_err(|error| Unfit::Refused(error.to_string()))?;
         Ok(Sender { producer, topic: topic.name.clone() })
     }
 
@@ -78,12 +83,17 @@ impl Sender {
     /// Errors: one was not, or no later one can be: from there on everything has to be sent again, by another sender.
     pub(in crate::events) fn heard(&self, wait: Duration) -> Result<Vec<u64>, KafkaError> {
         self.producer.poll(wait);
-        let reports = std::mem::take(&mut *self.producer.client().context().0.lock().unwrap_or_else(PoisonError::into_inner));
+        let reports = std::mem::take(&mut *self.producer.context().heard.lock().unwrap_or_else(PoisonError::into_inner));
         let heard: Result<Vec<u64>, KafkaError> = reports.into_iter().map(|(number, result)| result.map(|()| number)).collect();
         match self.producer.client().fatal_error() {
             Some((code, _)) => Err(KafkaError::MessageProduction(code)),
             None => heard,
         }
+    }
+
+    /// Why brokers did not let us in since this was asked last, if one did not. They are asked again without end.
+    pub(in crate::events) fn barred(&self) -> Option<String> {
+        self.producer.context().told.barred()
     }
 }
 
@@ -122,11 +132,11 @@ impl Producer {
     /// Errors: the topic cannot be asked about now, or must not be used.
     pub async fn open(topic: &Topic, patience: Duration) -> Result<Producer, Unfit> {
         check(topic).await?;
-        let mut config = writer(&topic.brokers);
+        let mut config = writer(&topic.brokers)?;
         // Whoever waits decides what becomes of a failure; one record must not stop the next.
         config.set("message.timeout.ms", patience.as_millis().max(1).to_string()).set("enable.gapless.guarantee", "false");
         config.set("linger.ms", "0");
-        let inner = FutureProducer::from_config_and_context(&config, Told).map_err(|error| Unfit::Refused(error.to_string()))?;
+        let inner = FutureProducer::from_config_and_context(&config, Told::default()).map_err(|error| Unfit::Refused(error.to_string()))?;
         Ok(Producer { inner, topic: topic.name.clone() })
     }
 
