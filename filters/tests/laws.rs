@@ -14,8 +14,8 @@ use std::{
 };
 
 use headgate_contracts::{
-    Batch, Category, Channel, Code, End, Event, Fault, Finding, Finish, Head, Lane, Outcome, Prompt, Record, Refusal, Source, Stage, Stop,
-    What,
+    Batch, Category, Channel, Code, End, Event, Fault, Finding, Finish, Head, Lane, Outcome, Prompt, Question, Record, Refusal, Source,
+    Stage, Stop, What, wire::chat,
 };
 use headgate_filters::{
     At, BoxFuture, Built, Chain, Filter, Gate, Late, Mode, OnFault, Step, Terms, Text, Tools, Verdict, build_chain, chain,
@@ -112,12 +112,43 @@ fn whole(answer: &[Run]) -> Vec<Batch> {
     vec![batch]
 }
 
+/// Cuts an answer that asks things between its runs.
+fn asking(answer: &[(Run, Option<String>)], cuts: &str) -> Vec<Batch> {
+    let mut all = vec![Batch::new()];
+    for ((lane, text), prompt) in answer {
+        let pieces = batches(&[(*lane, text.clone())], cuts);
+        for (n, piece) in pieces.iter().enumerate() {
+            if n > 0 {
+                all.push(Batch::new());
+            }
+            let last = all.last_mut().expect("one");
+            piece.events().iter().for_each(|event| last.push_from(piece, *event));
+        }
+        if let Some(prompt) = prompt {
+            let object = serde_json::json!({"id": "q", "prompt": prompt, "tool": "pay"}).to_string();
+            chat::decode("confirm", &object, &mut Head::default(), all.last_mut().expect("one")).expect("a question");
+        }
+    }
+    all
+}
+
+/// An answer that asks things.
+fn asking_answers() -> impl Strategy<Value = Vec<(Run, Option<String>)>> {
+    answers().prop_flat_map(|runs| {
+        let prompts =
+            vec(prop::option::of(answers().prop_map(|runs| runs.into_iter().map(|(_, text)| text).collect::<String>())), runs.len());
+        prompts.prop_map(move |prompts| runs.iter().cloned().zip(prompts).collect())
+    })
+}
+
 /// What a client saw.
 #[derive(Debug, PartialEq, Default)]
 struct Seen {
     texts: BTreeMap<Lane, String>,
     /// Every character and note in the order they came.
     order: Vec<(Option<Lane>, char)>,
+    /// What people were asked.
+    asked: Vec<String>,
     end: String,
     outcome: Outcome,
     found: u64,
@@ -126,6 +157,7 @@ struct Seen {
 impl Seen {
     fn take(&mut self, batch: &Batch) {
         for event in batch.events() {
+            self.asked.extend(batch.question(event).map(|question| question.prompt.to_owned()));
             match event.what {
                 What::Text { lane, text } => {
                     self.texts.entry(lane).or_default().push_str(batch.text(text));
@@ -206,6 +238,52 @@ proptest! {
                 }
                 let chars = |seen: &Seen| seen.order.iter().filter(|(lane, _)| lane.is_some()).copied().collect::<Vec<_>>();
                 prop_assert_eq!(chars(&seen), chars(&expected), "{}", yaml);
+            }
+        }
+    }
+
+    /// Laws 1 and 3, of questions: each is judged as the same text would be that is all of an answer, however the answer around it is
+    /// cut; it is asked whole or not at all; and it has no part in the words around it.
+    #[test]
+    fn a_question_is_judged_whole_and_alone(answer in asking_answers(), ways in vec(cuts(), 3)) {
+        let quiet: Vec<Run> = answer.iter().map(|(run, _)| run.clone()).collect();
+        for (yaml, built) in CHAINS.iter().zip(COMPILED.iter()) {
+            let expected = run(chain(built, &mut turn()), asking(&answer, "-"));
+            for cuts in &ways {
+                let seen = run(chain(built, &mut turn()), asking(&answer, cuts));
+                prop_assert_eq!((&seen.texts, &seen.asked, &seen.end), (&expected.texts, &expected.asked, &expected.end), "{}", yaml);
+            }
+            if yaml.contains("budget") {
+                continue;
+            }
+            let alone = |prompt: &String| run(chain(built, &mut turn()), whole(&[(Lane::DEFAULT, prompt.clone())]));
+            let mut asked = answer.iter().filter_map(|(_, prompt)| prompt.as_ref());
+            for seen in &expected.asked {
+                let judged = alone(asked.next().expect("asked in order"));
+                prop_assert_eq!((Some(seen), judged.end.as_str()), (judged.texts.get(&Lane::DEFAULT), "complete"), "{}", yaml);
+            }
+            // What is not asked ended the turn, or came after its end.
+            if let Some(next) = asked.next() {
+                prop_assert!(expected.end != "complete", "{} {next:?}", yaml);
+            } else {
+                let without = run(chain(built, &mut turn()), whole(&quiet));
+                prop_assert_eq!((&expected.texts, &expected.end), (&without.texts, &without.end), "{}", yaml);
+            }
+        }
+    }
+
+    /// A question nobody touched keeps the payload it came in, and one in shadow always does.
+    #[test]
+    fn a_clean_question_goes_as_it_came(answer in asking_answers(), cuts in cuts()) {
+        for built in [&LOOKING, &SHADOWED] {
+            let mut chain = chain(built, &mut turn());
+            for mut batch in asking(&answer, &cuts) {
+                let before = batch.clone();
+                prop_assert!(chain.pass(&mut batch).is_ok());
+                prop_assert_eq!(batch.events().len(), before.events().len());
+                for (passed, came) in batch.events().iter().zip(before.events()) {
+                    prop_assert_eq!(passed.raw.map(|raw| batch.wire(raw)), came.raw.map(|raw| before.wire(raw)));
+                }
             }
         }
     }
@@ -776,6 +854,38 @@ fn a_finish_waits_for_the_text_of_its_choice_and_the_usage_for_the_finish() {
         What::Usage(Default::default()),
     ];
     assert_eq!(kinds, expected.iter().map(std::mem::discriminant).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_question_waits_for_a_filter_that_thinks_about_it_and_what_is_said_of_the_whole_answer_waits_behind_it() {
+    let filter = Holds { at_last: Some(|| Verdict::hold_from(At(0))), ..Holds::default() };
+    let says = filter.says.clone();
+    let mut chain = Chain::new(vec![Gate::new("thinks", Box::new(filter), Terms::default())]);
+    let mut batch = Batch::new();
+    batch.push_question(Question { id: "q", tool: "pay", prompt: "pay?" });
+    batch.push(Event { what: What::Usage(headgate_contracts::Usage::default()), raw: None });
+    chain.pass(&mut batch).unwrap();
+    assert!(batch.is_empty());
+    assert_eq!(chain.gates()[0].held_bytes(), 4);
+    *says.lock().unwrap() = Some((Lane { choice: 0, channel: Channel::Question(1) }, Verdict::pass().replacing(At(3)..At(4), ".")));
+    assert!(pin!(chain.ripen()).poll(&mut Context::from_waker(Waker::noop())).is_ready());
+    chain.pass(&mut batch).unwrap();
+    assert_eq!(batch.question(&batch.events()[0]).map(|question| question.prompt), Some("pay."));
+    assert!(matches!(batch.events()[1].what, What::Usage(_)));
+    assert_eq!(chain.gates()[0].held_bytes(), 0);
+}
+
+#[test]
+fn endless_questions_are_the_upstreams_fault() {
+    let built = built("[moderation: { deny: [{ phrase: bomb }] }]");
+    let mut chain = chain(&built, &mut turn());
+    let ends = (0..65).map(|_| {
+        let mut batch = Batch::new();
+        batch.push_question(Question { id: "q", tool: "", prompt: "pay?" });
+        chain.pass(&mut batch).map(|()| batch.events().len())
+    });
+    let ends: Vec<_> = ends.map(|end| end.map_err(|stop| stop.code())).collect();
+    assert_eq!((&ends[63], &ends[64]), (&Ok(1), &Err(Code::UpstreamProtocolError)));
 }
 
 /// Breaks at the first text.
