@@ -535,7 +535,7 @@ impl Check<'_> {
     fn redis(&mut self, file: &File, at: &Path) -> Option<plan::Redis> {
         let redis = file.redis.as_ref()?;
         self.span(&at.key("budget"), redis.budget, Duration::from_millis(1)..=seconds(1));
-        let at = at.key("url");
+        let (at_ca, at) = (at.key("ca"), at.key("url"));
         // A URL without a password is no secret.
         let open = (!redis.url.0.starts_with("file:") && !redis.url.0.contains('@')).then(|| Secret::new(&redis.url.0));
         let url = match open {
@@ -548,15 +548,35 @@ impl Check<'_> {
             .ok()
             .filter(|uri| uri.host().is_some_and(|host| !host.is_empty()) && matches!(uri.scheme_str(), Some("redis" | "rediss")));
         let Some(uri) = uri else {
-            self.refuse(&at, problem("not a URL of Redis").expected("`redis://host:6379`, or `rediss://` for TLS"));
+            let expected = "`redis://host:6379`, or `rediss://` for TLS";
+            let what = match url.expose().split_once("://") {
+                Some((scheme, _)) if scheme.contains("sentinel") || scheme.contains("cluster") => problem("Sentinel and Cluster are not spoken")
+                    .expected(expected)
+                    .remedy("name one Redis, or a name or proxy that leads to the one that takes writes"),
+                _ => problem("not a URL of Redis").expected(expected),
+            };
+            self.refuse(&at, what);
             return None;
         };
+        if url.expose().contains('#') {
+            let remedy = "remove what comes from `#` on; in a password, write it `%23`";
+            self.refuse(&at, problem("a fragment, by which some clients are told to check no certificate").remedy(remedy));
+        }
         let has_password = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
         let is_here = uri.host().is_some_and(|host| matches!(host, "localhost" | "127.0.0.1" | "[::1]"));
         if has_password && uri.scheme_str() == Some("redis") && !is_here {
             self.warn(&at, problem("the password travels in plain text").remedy("write `rediss://` where the way is not private"));
         }
-        Some(plan::Redis { url, budget: redis.budget.0 })
+        let ca = match &redis.ca {
+            None => None,
+            Some(_) if uri.scheme_str() == Some("redis") => {
+                let found = "with `redis://` nobody is asked for a certificate";
+                self.refuse(&at_ca, problem(found).remedy("write `rediss://`, or remove `ca`"));
+                None
+            }
+            Some(ca) => Some(self.text(&at_ca, ca, "the certificates to trust")?.into()),
+        };
+        Some(plan::Redis { url, ca, budget: redis.budget.0 })
     }
 
     /// What a list looks for, for the constitution's hash. Files that cannot be read are the filter's to complain about.
@@ -999,6 +1019,21 @@ impl Check<'_> {
         self.within(&at_limits.key("body_bytes"), limits.body_bytes, Bytes(1 << 10)..=Bytes(MOST_BODY));
         self.within(&at_limits.key("answer_bytes"), limits.answer_bytes, Bytes(1 << 10)..=Bytes(MOST_ANSWER));
         let events = self.events(orchestrator.events.as_ref(), at);
+        if let Some(events) = &events {
+            let away = |route: &&plan::Route| match route.flow.on_disconnect {
+                OnDisconnect::Grace(time) | OnDisconnect::Drain(time) => time,
+                OnDisconnect::Cancel => Duration::ZERO,
+            };
+            let told = routes.iter().filter(|route| upstreams.get(&route.upstream).is_some_and(|to| to.protocol == Protocol::Orchestrator));
+            if let Some(route) = told.max_by_key(away).filter(|route| away(route) >= events.unknown_after) {
+                let (name, time) = (&route.name, Span(away(&route)));
+                let found = format!("on `{name}` a client may come back for its answer after {time}, when it would be written already that nobody knows what it got");
+                self.refuse(
+                    &at.key("events").key("unknown_after"),
+                    problem(found).expected(format!("more than {time}")).remedy("raise `unknown_after`, or shorten the route's `on_disconnect`"),
+                );
+            }
+        }
         let training = orchestrator.training.as_ref().and_then(|training| {
             let at = at.key("training");
             self.training(training, file, events.as_ref(), &at)
@@ -1127,6 +1162,10 @@ impl Check<'_> {
         }
         self.span(&at.key("ttl"), training.ttl, seconds(3)..=seconds(600));
         self.span(&at.key("max_hold"), training.max_hold, seconds(3)..=seconds(24 * 3600));
+        if training.max_hold < training.ttl {
+            let found = format!("training mode would have to end before its lock is renewed, which lasts {}", training.ttl);
+            self.refuse(&at.key("max_hold"), problem(found).expected(format!("at least {}", training.ttl)));
+        }
         self.within(&at.key("epoch"), training.epoch, 0..=8000);
         let kafka = events.and_then(|events| events.kafka.as_ref());
         let events_remedy = "add `events: { folder: events }` to the orchestrator: fences that were seen are remembered there";
@@ -1179,45 +1218,6 @@ impl Check<'_> {
         self.disk.files.resolve(folder)
     }
 
-    fn kafka(&mut self, kafka: &file::Kafka, at: &Path) -> plan::Kafka {
-        let brokers = at.key("brokers");
-        if kafka.brokers.is_empty() {
-            self.refuse(&brokers, problem("no broker").expected("at least one, such as `kafka-1:9092`"));
-        }
-        for (index, broker) in kafka.brokers.iter().enumerate() {
-            let is_broker = broker.parse::<http::uri::Authority>().is_ok_and(|named| named.port_u16().is_some_and(|port| port > 0))
-                && !broker.contains('@');
-            if !is_broker {
-                self.refuse(
-                    &brokers.index(index),
-                    problem(format!("`{broker}` is no broker")).expected("`host:port`, such as `kafka-1:9092`"),
-                );
-            }
-        }
-        if !is_topic(&kafka.topic) {
-            self.refuse(&at.key("topic"), problem("no name of a topic").expected("1 to 249 letters, digits, `.`, `_` or `-`"));
-        }
-        self.within(&at.key("replication_factor"), kafka.replication_factor, 1..=100);
-        self.within(&at.key("min_insync_replicas"), kafka.min_insync_replicas, 1..=kafka.replication_factor.max(1));
-        if let Some(partitions) = kafka.create_with_partitions {
-            self.within(&at.key("create_with_partitions"), partitions, 1..=10_000);
-        }
-        plan::Kafka {
-            brokers: kafka.brokers.clone(),
-            topic: kafka.topic.clone(),
-            replication_factor: kafka.replication_factor,
-            min_insync_replicas: kafka.min_insync_replicas,
-            create_with_partitions: kafka.create_with_partitions,
-        }
-    }
-
-    /// Upstreams that nobody asks.
-    fn unused(&mut self, file: &File) {
-        let of_routes = file.routes.iter().map(|route| &route.upstream);
-        let of_orchestrator =
-            file.orchestrator.iter().flat_map(|orchestrator| orchestrator.models.values().chain([&orchestrator.upstream]));
-        let used: BTreeSet<&String> = of_routes.chain(of_orchestrator).collect();
-        let (routes, orchestrator) = (Path::root().key("routes"), Path::root().key("orchestrator"));
     fn broker_tls(&mut self, tls: &file::BrokerTls, at: &Path) -> Option<plan::BrokerTls> {
         let mut named = |name, path: &Option<std::path::PathBuf>, what| match path {
             Some(path) => self.names(&at.key(name), path, what).map(Some),
@@ -1257,6 +1257,49 @@ impl Check<'_> {
         Some(plan::Sasl { mechanism: sasl.mechanism.as_str(), username: sasl.username.clone(), password })
     }
 
+    fn kafka(&mut self, kafka: &file::Kafka, at: &Path) -> plan::Kafka {
+        let brokers = at.key("brokers");
+        if kafka.brokers.is_empty() {
+            self.refuse(&brokers, problem("no broker").expected("at least one, such as `kafka-1:9092`"));
+        }
+        for (index, broker) in kafka.brokers.iter().enumerate() {
+            let is_broker = broker.parse::<http::uri::Authority>().is_ok_and(|named| named.port_u16().is_some_and(|port| port > 0))
+                && !broker.contains('@');
+            if !is_broker {
+                self.refuse(
+                    &brokers.index(index),
+                    problem(format!("`{broker}` is no broker")).expected("`host:port`, such as `kafka-1:9092`"),
+                );
+            }
+        }
+        if !is_topic(&kafka.topic) {
+            self.refuse(&at.key("topic"), problem("no name of a topic").expected("1 to 249 letters, digits, `.`, `_` or `-`"));
+        }
+        self.within(&at.key("replication_factor"), kafka.replication_factor, 1..=100);
+        self.within(&at.key("min_insync_replicas"), kafka.min_insync_replicas, 1..=kafka.replication_factor.max(1));
+        if let Some(partitions) = kafka.create_with_partitions {
+            self.within(&at.key("create_with_partitions"), partitions, 1..=10_000);
+        }
+        let tls = kafka.tls.as_ref().and_then(|tls| self.broker_tls(tls, &at.key("tls")));
+        let sasl = kafka.sasl.as_ref().and_then(|sasl| self.sasl(sasl, kafka.tls.is_some(), &at.key("sasl")));
+        plan::Kafka {
+            brokers: kafka.brokers.clone(),
+            tls,
+            sasl,
+            topic: kafka.topic.clone(),
+            replication_factor: kafka.replication_factor,
+            min_insync_replicas: kafka.min_insync_replicas,
+            create_with_partitions: kafka.create_with_partitions,
+        }
+    }
+
+    /// Upstreams that nobody asks.
+    fn unused(&mut self, file: &File) {
+        let of_routes = file.routes.iter().map(|route| &route.upstream);
+        let of_orchestrator =
+            file.orchestrator.iter().flat_map(|orchestrator| orchestrator.models.values().chain([&orchestrator.upstream]));
+        let used: BTreeSet<&String> = of_routes.chain(of_orchestrator).collect();
+        let (routes, orchestrator) = (Path::root().key("routes"), Path::root().key("orchestrator"));
         if self.was_struck(&routes) || self.was_struck(&orchestrator) {
             return;
         }
@@ -1280,12 +1323,8 @@ impl Check<'_> {
             Some(path) => Some(self.names(&at.key("model"), path, "the model")?),
             None => None,
         };
-        let tls = kafka.tls.as_ref().and_then(|tls| self.broker_tls(tls, &at.key("tls")));
-        let sasl = kafka.sasl.as_ref().and_then(|sasl| self.sasl(sasl, kafka.tls.is_some(), &at.key("sasl")));
         Some(plan::Slm { listen: slm.listen.0, model, pace: slm.pace })
     }
-            tls,
-            sasl,
 
     fn observability(&mut self, written: &file::Observability, at: &Path) -> plan::Observability {
         if let Some(sampling) = written.sampling {

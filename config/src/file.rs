@@ -204,9 +204,12 @@ pub struct PolicyRegistry {
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Redis {
-    /// Where it is: `redis://host:6379`, or `rediss://` for TLS; where there is a password in it, `${REDIS_URL}` or `file:` and
-    /// a path.
+    /// Where it is: `redis://user:password@host:6379`, or `rediss://` for TLS; where there is a password in it, `${REDIS_URL}` or
+    /// `file:` and a path. One Redis, or a name that leads to the one that takes writes: Sentinel and Cluster are not spoken.
     pub url: RedisUrl,
+    /// With `rediss://`: the certificates to trust, as a PEM file, in place of the system's.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
     /// The longest that a turn waits for one answer of Redis. From `1ms` to `1s`.
     #[serde(default = "default_redis_budget")]
     pub budget: Span,
@@ -834,7 +837,8 @@ pub struct Training {
     /// How long the lock outlives an orchestrator that no longer renews it, from `3s` to `10min`. It is renewed three times as often.
     #[serde(default = "default_ttl")]
     pub ttl: Span,
-    /// The longest that training mode stays on, up to `24h`: then it must be turned on again.
+    /// The longest that one admin keeps training mode on, up to `24h`, pauses shorter than that included: then it is off, unless
+    /// another admin approved before (`POST /v1/training/approve`), and another must turn it on.
     #[serde(default = "default_max_hold")]
     pub max_hold: Span,
     /// The audit topic. It must be another than that of the events, and keep its records.
@@ -1020,16 +1024,16 @@ fn default_events_cap() -> Bytes {
 pub struct Kafka {
     /// Some of its brokers, each as `host:port`; they tell of the others.
     pub brokers: Vec<String>,
-    /// The topic.
-    #[serde(default = "default_topic")]
-    pub topic: String,
-    /// Replicas that each partition of the topic must have.
     /// Speak TLS with the brokers; `{}` is enough where the machine knows who signed their certificates.
     #[serde(default)]
     pub tls: Option<BrokerTls>,
     /// Say by a password who we are.
     #[serde(default)]
     pub sasl: Option<Sasl>,
+    /// The topic.
+    #[serde(default = "default_topic")]
+    pub topic: String,
+    /// Replicas that each partition of the topic must have.
     #[serde(default = "default_replication_factor")]
     pub replication_factor: u16,
     /// The topic's `min.insync.replicas` must be at least this: so many have an event before it counts as delivered.
@@ -1039,10 +1043,6 @@ pub struct Kafka {
     /// never change: events of a session would move to another partition and lose their order.
     #[serde(default)]
     pub create_with_partitions: Option<u16>,
-}
-
-fn default_topic() -> String {
-    "conversation.events".to_owned()
 }
 
 /// TLS with brokers. The files are read at the start; a broker must have a certificate of the name that it is called by.
@@ -1106,6 +1106,10 @@ pub enum Over {
     Tls,
     /// Nothing that hides it.
     PlainText,
+}
+
+fn default_topic() -> String {
+    "conversation.events".to_owned()
 }
 
 fn default_replication_factor() -> u16 {

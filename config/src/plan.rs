@@ -118,6 +118,8 @@ pub struct PolicyRegistry {
 pub struct Redis {
     /// `redis://` or `rediss://`; there may be a password in it.
     pub url: Secret,
+    /// With `rediss://`: the certificates to trust, as PEM; `None`: the system's.
+    pub ca: Option<Arc<str>>,
     /// The longest that a turn waits for one answer.
     pub budget: Duration,
 }
@@ -380,12 +382,12 @@ pub struct Text {
 pub struct Kafka {
     /// Some of its brokers, each as `host:port`.
     pub brokers: Vec<String>,
-    /// Its name.
-    pub topic: String,
     /// How brokers are spoken to in private.
     pub tls: Option<BrokerTls>,
     /// Who we are to them.
     pub sasl: Option<Sasl>,
+    /// Its name.
+    pub topic: String,
     /// Replicas of each partition, at least.
     pub replication_factor: u16,
     /// Replicas that have an event before it counts as delivered, at least.
@@ -394,8 +396,6 @@ pub struct Kafka {
     pub create_with_partitions: Option<u16>,
 }
 
-/// Whose verdicts an orchestrator believes.
-#[derive(Debug, Clone, PartialEq, Eq)]
 /// Whom we trust as a broker, and by what brokers know us.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BrokerTls {
@@ -416,6 +416,8 @@ pub struct Sasl {
     pub password: Secret,
 }
 
+/// Whose verdicts an orchestrator believes.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VerdictKeys {
     /// Those of the gateway in this process.
     Own,

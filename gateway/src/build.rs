@@ -1,6 +1,6 @@
 //! From a checked plan to what runs: routes, orchestrator, model.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use headgate_config::plan::{self, Plan, PolicyKey, Protocol, VerdictKeys};
 use headgate_filters::{LocalLedger, PolicyInForce, Problem, Spec, Tools, build_chain, unix_now};
@@ -100,6 +100,14 @@ pub struct Lasting {
     pub courier: Courier,
 }
 
+/// A connection to the Redis of a plan. Must be called within the runtime that it lives on.
+pub(crate) fn redis(told: &plan::Redis, budget: Duration) -> Result<Redis, headgate_store::Unusable> {
+    match &told.ca {
+        None => Redis::connect(told.url.expose(), budget),
+        Some(ca) => Redis::connect_trusting(told.url.expose(), ca.as_bytes(), budget),
+    }
+}
+
 impl Lasting {
     /// For a first plan. Must be called within the runtime that the process lives on.
     pub fn of(plan: &Plan) -> Result<Lasting, Unbuildable> {
@@ -108,7 +116,7 @@ impl Lasting {
             Some(PolicyKey::Generated) => Some(Ring::generate(unix_now())?),
             Some(PolicyKey::File(path)) => Some(custody::load_or_generate(path, unix_now(), "headgate run")?),
         };
-        let redis = plan.redis.as_ref().map(|redis| Redis::connect(redis.url.expose(), redis.budget)).transpose()?;
+        let redis = plan.redis.as_ref().map(|told| redis(told, told.budget)).transpose()?;
         Ok(Lasting {
             ledger: Arc::new(LocalLedger::new()),
             keys: Fetched::default(),
@@ -270,13 +278,6 @@ pub fn orchestrator(plan: &Plan, told: &plan::Orchestrator, lasting: &Lasting) -
     Ok(Arc::new(orchestrator))
 }
 
-/// The embedded model, or the one of the plan's file.
-pub fn slm(told: &plan::Slm) -> Result<Arc<Slm>, Unbuildable> {
-    Ok(Arc::new(match &told.model {
-        None => Slm::embedded(),
-        Some(path) => Slm::load(path).map_err(|error| Unbuildable::Model(error.into()))?,
-    }))
-}
 /// A topic of the plan, and how its brokers are spoken to.
 pub fn topic(kafka: &plan::Kafka) -> events::Topic {
     let tls = kafka.tls.as_ref().map(|tls| events::Tls { ca: tls.ca.clone(), own: tls.own.clone() });
@@ -294,3 +295,10 @@ pub fn topic(kafka: &plan::Kafka) -> events::Topic {
     }
 }
 
+/// The embedded model, or the one of the plan's file.
+pub fn slm(told: &plan::Slm) -> Result<Arc<Slm>, Unbuildable> {
+    Ok(Arc::new(match &told.model {
+        None => Slm::embedded(),
+        Some(path) => Slm::load(path).map_err(|error| Unbuildable::Model(error.into()))?,
+    }))
+}

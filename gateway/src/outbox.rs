@@ -3,6 +3,8 @@
 //! One writer, the turn; any number of readers, each a client connection. It is where a turn meets backpressure
 //! ([`Outbox::send`] waits while a reader is behind), learns that nobody listens ([`Outbox::gone`]), and where a client
 //! that comes back finds what it missed ([`Reader`] at a sequence number, with an explicit gap if that is no longer kept).
+//! A reader that takes nothing while another one could go on is waited for only a moment, and gets a gap too
+//! (`docs/decisions/0240-nobody-waits-for-a-reader-that-sleeps.md`).
 
 use std::{
     collections::VecDeque,
@@ -14,7 +16,10 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn, wire::chat::Confirmation};
+use headgate_contracts::{
+    Batch, Code, End, Fault, Flow, Gone, Head, OnDisconnect, Record, Stop, Turn,
+    wire::chat::{Confirmation, Gap},
+};
 use headgate_upstream::Line;
 use tokio::time::{Instant, timeout_at};
 
@@ -27,6 +32,9 @@ use crate::{
 
 /// The most entries that a ring keeps room for while it is empty: as many as a burst has.
 const MAX_IDLE_ENTRIES: usize = 32;
+
+/// How long a reader may take nothing while others wait for it. It is looked at as often, so it may be twice as long.
+const NAP: Duration = Duration::from_secs(1);
 
 /// The writer's end.
 pub struct Outbox {
@@ -69,8 +77,6 @@ struct State {
     next_reader: u64,
     /// When the last reader left, and which event it would have read next.
     alone: Option<(Instant, u64)>,
-    /// When a reader last took something that the writer waited for, or came.
-    moved: Instant,
     stopped: Option<Gone>,
     /// What the client's person is asked, or was asked last.
     asked: Option<Box<Asked>>,
@@ -93,6 +99,12 @@ struct Entry {
 struct Place {
     id: u64,
     at: u64,
+    /// When it last took something while the writer waited, or came.
+    moved: Instant,
+    /// It took nothing while others waited for it, so they no longer do: until it takes something.
+    is_asleep: bool,
+    /// It missed events in a dialect that has no word for that, and gets no more.
+    is_cut: bool,
     waker: Option<Waker>,
 }
 
@@ -119,10 +131,9 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
         head: None,
         closed: None,
         is_answered: false,
-        readers: vec![Place { id: 0, at: 0, waker: None }],
+        readers: vec![Place::new(0, 0)],
         next_reader: 1,
         alone: None,
-        moved: Instant::now(),
         stopped: None,
         asked: None,
         taken: 0,
@@ -147,6 +158,17 @@ impl Ring {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Place {
+    fn new(id: u64, at: u64) -> Place {
+        Place { id, at, moved: Instant::now(), is_asleep: false, is_cut: false, waker: None }
+    }
+}
+
+/// What a client is told whose answer has a hole that its dialect cannot say.
+fn missing() -> Stop {
+    Fault::client(Code::SessionNotFound).saying("a part of this answer is no longer kept").into()
 }
 
 impl State {
@@ -182,9 +204,22 @@ impl State {
     }
 
     /// The event that the reader furthest behind takes next.
-    fn read(&self) -> u64 {
-        let left = self.alone.map_or(self.first, |(_, at)| at);
-        self.readers.iter().map(|place| place.at).min().unwrap_or(left)
+    fn last(&self) -> u64 {
+        self.readers.iter().map(|place| place.at).min().unwrap_or_else(|| self.left())
+    }
+
+    /// The event that the reader furthest ahead takes next.
+    fn lead(&self) -> u64 {
+        self.readers.iter().map(|place| place.at).max().unwrap_or_else(|| self.left())
+    }
+
+    /// The event that the reader who sets the pace takes next: of those awake the one furthest behind.
+    fn pace(&self) -> u64 {
+        self.readers.iter().filter(|place| !place.is_asleep).map(|place| place.at).min().unwrap_or_else(|| self.lead())
+    }
+
+    fn left(&self) -> u64 {
+        self.alone.map_or(self.first, |(_, at)| at)
     }
 
     /// Where an event begins, or where the next one will.
@@ -206,16 +241,34 @@ impl State {
     }
 
     fn is_behind(&self, ring: &Ring) -> bool {
-        self.bytes_from(self.read()) > ring.max_buffered
+        self.bytes_from(self.pace()) > ring.max_buffered
     }
 
-    /// Drops what nobody will ask for again.
+    /// Drops what nobody will ask for again, and what nobody is waited for to take and the ring has no room for.
     fn trim(&mut self, ring: &Ring) {
-        let read = self.read();
-        while self.first < read && (!self.keeps || self.bytes_from(self.first) > ring.max_buffered) {
+        let (last, pace) = (self.last(), self.pace());
+        while self.first < pace && ((!self.keeps && self.first < last) || self.bytes_from(self.first) > ring.max_buffered) {
             self.drop_first();
         }
         self.compact();
+    }
+
+    /// Waits no longer for those who have taken nothing for a while, where another reader could go on.
+    fn leave_sleepers(&mut self, ring: &Ring, begun: Instant, now: Instant) {
+        if self.bytes_from(self.lead()) > ring.max_buffered {
+            return;
+        }
+        let mut readers = std::mem::take(&mut self.readers);
+        for place in &mut readers {
+            place.is_asleep |= self.bytes_from(place.at) > ring.max_buffered && now - place.moved.max(begun) >= NAP;
+        }
+        self.readers = readers;
+        self.trim(ring);
+    }
+
+    /// When a reader last took something that the writer waited for, or came; not before `begun`.
+    fn moved(&self, begun: Instant) -> Instant {
+        self.readers.iter().map(|place| place.moved).fold(begun, Instant::max)
     }
 
     fn drop_first(&mut self) {
@@ -266,44 +319,51 @@ impl Outbox {
             return Ok(());
         }
         poll_fn(|cx| {
-            self.ring.state().add(Some(cx.waker()), |voice, bytes, add| voice.write(batch, bytes, add));
+            let mut state = self.ring.state();
+            state.add(Some(cx.waker()), |voice, bytes, add| voice.write(batch, bytes, add));
+            if state.keeps || state.readers.len() > 1 {
+                // What is kept for others makes room for what is new.
+                state.trim(&self.ring);
+            }
             Poll::Ready(())
         })
         .await;
-        let mut since = Instant::now();
+        let mut begun = Instant::now();
         loop {
-            let is_alone = self.ring.state().readers.is_empty();
-            let mut room = pin!(poll_fn(|cx| self.poll_room(cx, is_alone)));
-            if is_alone {
+            let readers = self.ring.state().readers.len();
+            let mut room = pin!(poll_fn(|cx| self.poll_room(cx, readers)));
+            if readers == 0 {
                 // How long nobody may be there is for `gone` to say.
                 room.as_mut().await;
-            } else if futures_util::poll!(room.as_mut()).is_pending() && timeout_at(since + self.stall, room).await.is_err() {
-                match self.ring.state().moved {
-                    moved if moved > since => since = moved,
-                    _ => return Err(Stop::Gone(Gone::Slow)),
+                begun = Instant::now();
+            } else if futures_util::poll!(room.as_mut()).is_pending() {
+                let stalled = self.ring.state().moved(begun) + self.stall;
+                let look = if readers > 1 { stalled.min(Instant::now() + NAP) } else { stalled };
+                if timeout_at(look, room).await.is_err() {
+                    let (mut state, now) = (self.ring.state(), Instant::now());
+                    if state.moved(begun) + self.stall <= now {
+                        return Err(Stop::Gone(Gone::Slow));
+                    }
+                    state.leave_sleepers(&self.ring, begun, now);
                 }
-                continue;
             }
-            let state = self.ring.state();
-            if !state.is_behind(&self.ring) {
+            if !self.ring.state().is_behind(&self.ring) {
                 return Ok(());
             }
-            since = Instant::now();
         }
     }
 
-    /// Ready when there is room, or when that has become another question: the last reader left, or one came.
-    fn poll_room(&self, cx: &mut Context<'_>, was_alone: bool) -> Poll<()> {
+    /// Ready when there is room, or when that has become another question: a reader left, or one came.
+    fn poll_room(&self, cx: &mut Context<'_>, readers: usize) -> Poll<()> {
         let mut state = self.ring.state();
-        let is_alone = state.readers.is_empty();
-        if is_alone {
+        if state.readers.is_empty() {
             // A drained turn goes on without a reader; what nobody came back for in time is a gap.
             while matches!(self.on_disconnect, OnDisconnect::Drain(_)) && state.bytes_from(state.first) > self.ring.max_buffered {
                 state.drop_first();
             }
             state.trim(&self.ring);
         }
-        if is_alone != was_alone || !state.is_behind(&self.ring) {
+        if state.readers.len() != readers || !state.is_behind(&self.ring) {
             return Poll::Ready(());
         }
         remember(&mut state.wants_room, cx);
@@ -412,6 +472,9 @@ impl Reader {
         if let Some(Some(stop)) = &state.closed {
             return Poll::Ready(Err(stop.clone()));
         }
+        if state.readers.iter().any(|place| place.id == self.id && place.is_cut) {
+            return Poll::Ready(Err(missing()));
+        }
         if let Some(head) = &state.head {
             return Poll::Ready(Ok(head.clone()));
         }
@@ -420,18 +483,29 @@ impl Reader {
     }
 
     /// Shows up to `max` events to `take`, in order, and gives how many there were; 0 when the turn is over and all is read,
-    /// whatever `max` is.
+    /// whatever `max` is. What is no longer kept is a gap, and in a dialect without that word the end.
     pub fn poll_next(&mut self, cx: &mut Context<'_>, max: usize, mut take: impl FnMut(Numbered<'_>)) -> Poll<usize> {
         let mut guard = self.ring.state();
         let state = &mut *guard;
         let next = state.next();
         let Some(place) = state.readers.iter_mut().find(|place| place.id == self.id) else { return Poll::Ready(0) };
+        if place.is_cut {
+            return Poll::Ready(0);
+        }
         let mut shown = 0;
         if place.at < state.first && max > 0 {
-            let payload = format!("{{\"from\":{},\"to\":{}}}", place.at, state.first - 1);
-            take(Numbered { seq: state.first - 1, name: "gap", payload: payload.as_bytes() });
-            place.at = state.first;
+            let (from, to) = (place.at, state.first - 1);
+            let Some((name, payload)) = state.voice.gap(from, to, &missing()) else {
+                place.is_cut = true;
+                return Poll::Ready(0);
+            };
+            take(Numbered { seq: to, name, payload: &payload });
             shown += 1;
+            if name != Gap::NAME {
+                place.is_cut = true;
+                return Poll::Ready(shown);
+            }
+            place.at = state.first;
         }
         let begin = place.at.saturating_sub(state.first) as usize;
         for entry in state.entries.range(begin.min(state.entries.len())..).take(max.saturating_sub(shown)) {
@@ -442,17 +516,19 @@ impl Reader {
             shown += 1;
         }
         if shown > 0 {
+            place.is_asleep = false;
+            if state.wants_room.is_some() {
+                place.moved = Instant::now();
+            }
             if state.slip.is_some() && place.at == next {
                 state.tell(next);
             }
             state.trim(&self.ring);
-            if state.wants_room.is_some() {
-                state.moved = Instant::now();
-                if !state.is_behind(&self.ring)
-                    && let Some(writer) = state.wants_room.take()
-                {
-                    writer.wake();
-                }
+            if state.wants_room.is_some()
+                && !state.is_behind(&self.ring)
+                && let Some(writer) = state.wants_room.take()
+            {
+                writer.wake();
             }
             return Poll::Ready(shown);
         }
@@ -558,9 +634,8 @@ impl Hook {
         let id = state.next_reader;
         state.next_reader += 1;
         let at = after.map_or(0, |after| after.saturating_add(1)).min(state.next());
-        state.readers.push(Place { id, at, waker: None });
+        state.readers.push(Place::new(id, at));
         state.alone = None;
-        state.moved = Instant::now();
         state.wake_writer();
         drop(state);
         Some(Reader { ring, id })
@@ -760,6 +835,72 @@ mod tests {
         assert_eq!(events[1], ("text", 101 - kept));
         assert_eq!(events.last(), Some(&("done", 101)));
         assert_eq!(events.len() as u64, 1 + kept + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_sleeps_is_waited_for_a_moment_and_learns_what_it_missed() {
+        for on_disconnect in [OnDisconnect::Cancel, OnDisconnect::Grace(MINUTE)] {
+            let (turn, outbox, mut sleeper) = ring(on_disconnect);
+            let mut reader = outbox.hook().read(None).unwrap();
+            take(&mut sleeper, 1);
+            let begun = Instant::now();
+            for _ in 0..100 {
+                let batch = batch(128);
+                let (sent, ()) = tokio::join!(outbox.send(&batch), async {
+                    assert_eq!(take(&mut reader, 9).last().map(|(name, _)| *name), Some("text"), "at once, whoever is waited for");
+                });
+                sent.unwrap();
+                assert!(held(&outbox) <= 2 * (MAX + 128), "{}", held(&outbox));
+            }
+            assert_eq!(begun.elapsed(), NAP, "once, and not for every batch");
+            // What the ring holds is there for who sleeps, and no more.
+            let kept = MAX as u64 / 128;
+            assert_eq!(take(&mut sleeper, 2), [("gap", 100 - kept), ("text", 101 - kept)]);
+            drop(reader);
+            // Alone it is waited for as anybody is.
+            let (begun, last) = (Instant::now(), batch(2 * MAX));
+            let (sent, ()) = tokio::join!(outbox.send(&last), async {
+                tokio::time::sleep(STALL / 2).await;
+                assert_eq!(take(&mut sleeper, 99).len() as u64, kept);
+            });
+            sent.unwrap();
+            assert_eq!(begun.elapsed(), STALL / 2);
+            outbox.close(&turn, &Batch::new(), &Ok(()), None);
+            assert_eq!(take(&mut sleeper, 9), [("done", 102)]);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_is_slow_but_awake_is_told_everything() {
+        let (_turn, outbox, mut slow) = ring(OnDisconnect::Cancel);
+        let mut quick = outbox.hook().read(None).unwrap();
+        let (mut seen, mut rest) = (Vec::new(), 100);
+        while rest > 0 {
+            let batch = batch(128);
+            let mut send = pin!(outbox.send(&batch));
+            while futures_util::poll!(send.as_mut()).is_pending() {
+                take(&mut quick, 99);
+                tokio::time::advance(NAP / 2).await;
+                seen.extend(take(&mut slow, 1));
+            }
+            rest -= 1;
+        }
+        seen.extend(take(&mut slow, 99));
+        assert_eq!(seen.into_iter().map(|(_, seq)| seq).collect::<Vec<_>>(), (0..=100).collect::<Vec<_>>());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_comes_back_does_not_wait_for_the_connection_that_died() {
+        let (_turn, outbox, _dead) = ring(OnDisconnect::Cancel);
+        let (big, begun) = (batch(2 * MAX), Instant::now());
+        let (sent, _back) = tokio::join!(outbox.send(&big), async {
+            tokio::time::sleep(STALL / 2).await;
+            let mut back = outbox.hook().read(None).unwrap();
+            assert_eq!(take(&mut back, 9), [("open", 0), ("text", 1)]);
+            back
+        });
+        sent.unwrap();
+        assert!(begun.elapsed() <= STALL / 2 + NAP, "{:?}", begun.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

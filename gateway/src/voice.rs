@@ -7,7 +7,7 @@ use std::ops::Range;
 use headgate_contracts::{
     Batch, Dialect, End, Event, Finish, Head, Outcome, Record, Refusal, Stop, Turn, TurnId, Usage, What,
     wire::{
-        chat::{self, Done, ErrorEvent, Open, RefusalObject},
+        chat::{self, Done, ErrorEvent, Gap, Open, RefusalObject},
         openai::{Completion, DONE, Envelope, Tail},
         problem::ErrorObject,
         sse,
@@ -222,6 +222,20 @@ impl Chunks {
 }
 
 impl Voice {
+    /// What a reader is told that missed the events `from` to `to`: an event's name and object. Who speaks OpenAI knows no gap, and an
+    /// answer with a hole must not look whole: there it is the error that `cut` is. `None`: the response's status says it.
+    pub(crate) fn gap(&self, from: u64, to: u64, cut: &Stop) -> Option<(&'static str, Vec<u8>)> {
+        match self.manner {
+            Manner::Chat => {
+                let mut payload = Vec::new();
+                Gap { from, to }.write(&mut payload);
+                Some((Gap::NAME, payload))
+            }
+            Manner::Chunks(_) => Some(("error", ErrorObject::of(cut).body())),
+            Manner::Whole { .. } => None,
+        }
+    }
+
     /// The end of a turn that broke without one.
     pub(crate) fn break_off(&mut self, stop: &Stop, seq: u64, bytes: &mut Vec<u8>, add: Add<'_>) {
         match self.manner {

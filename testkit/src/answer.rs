@@ -59,6 +59,8 @@ pub struct Judge {
     next: u64,
     /// The stream goes on after events seen on another connection.
     resumed: bool,
+    /// The turn has other readers, which set its pace: events may be missing.
+    shared: bool,
     begun: bool,
     ended: bool,
     /// OpenAI: choices, and whether each has its finish reason.
@@ -69,12 +71,17 @@ pub struct Judge {
 impl Judge {
     /// For an answer from its first event on.
     pub fn new(kind: Kind) -> Judge {
-        Judge { kind, id: None, next: 0, resumed: false, begun: false, ended: false, choices: Vec::new(), had_usage: false }
+        Judge { kind, id: None, next: 0, resumed: false, shared: false, begun: false, ended: false, choices: Vec::new(), had_usage: false }
     }
 
     /// For the rest of a turn, after the event numbered `after`.
     pub fn resumed(turn_id: &str, after: u64) -> Judge {
         Judge { id: Some(turn_id.into()), next: after + 1, resumed: true, begun: true, ..Judge::new(Kind::Client) }
+    }
+
+    /// For a turn that others read too, so that this reader may be told of a gap.
+    pub fn shared(self) -> Judge {
+        Judge { shared: true, ..self }
     }
 
     /// Judges an event that came as server-sent event.
@@ -168,7 +175,7 @@ impl Judge {
         let next = self.next;
         if name == "gap" {
             let (from, to) = (data["from"].as_u64().unwrap_or(0), data["to"].as_u64().unwrap_or(0));
-            if !self.resumed || from != next || to < from || !(from..=to).contains(&seq) {
+            if !(self.resumed || self.shared) || from != next || to < from || !(from..=to).contains(&seq) {
                 return Err(Broken::Sequence(format!("gap {seq} from {from} to {to} where {next} was due")));
             }
             self.next = to + 1;

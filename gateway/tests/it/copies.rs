@@ -78,6 +78,24 @@ async fn a_turn_that_is_over_is_told_again_word_by_word() {
 }
 
 #[tokio::test]
+async fn what_is_too_long_to_be_told_again_never_looks_whole_to_who_speaks_openai() {
+    let long = "x".repeat(1000);
+    let upstream = Upstream::always(Script::stream(Answer::openai("demo", &[long.as_str(); 100]).cut(Cut::Events))).await;
+    let gateway = Setup::chain(&["backpressure: { max_buffered: 8KiB }"]).start(&upstream.url()).await;
+    let messages = json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}]});
+    let whole = Request::post("/v1/chat/completions", &messages).header("idempotency-key", "k1");
+    let chunks = || Request::completion("demo", "hi").header("idempotency-key", "k2");
+    assert_eq!(ask(gateway.addr, &whole).await.unwrap().status, 200);
+    let again = ask(gateway.addr, &whole).await.unwrap();
+    assert_eq!((again.status, again.problem().unwrap().as_str()), (404, "session_not_found"));
+    let first = stream(gateway.addr, &chunks(), Kind::OpenAi).await.unwrap().rest().await.unwrap();
+    assert_eq!((first.text().len(), first.finish()), (100_000, "stop"));
+    let again = stream(gateway.addr, &chunks(), Kind::OpenAi).await.unwrap().rest().await.unwrap();
+    assert_eq!((again.error(), again.text().as_str()), (Some("session_not_found"), ""));
+    assert_eq!(upstream.requests().len(), 2);
+}
+
+#[tokio::test]
 async fn a_key_that_was_used_for_something_else_is_a_conflict() {
     let upstream = Upstream::always(hello()).await;
     let gateway = Setup::new().start(&upstream.url()).await;

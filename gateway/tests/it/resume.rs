@@ -4,12 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use headgate_testkit::{
     Broken,
-    answer::{Judge, Kind, Transcript},
-    client::{Events, Http1, Request, ask, stream},
+    answer::{Event, Judge, Kind, Transcript},
+    client::{Events, Http1, Http2, Request, ask, stream},
     dialect::Answer,
     upstream::{Script, Upstream},
     within,
+    ws::Ws,
 };
+use serde_json::json;
 use tokio::sync::Notify;
 
 use crate::support::{Gateway, Setup, end};
@@ -96,6 +98,84 @@ async fn two_devices_read_one_turn() {
     assert_eq!((first.text(), second.text()), ("one two".into(), "one two".into()));
     let raw = |transcript: &Transcript| transcript.events.iter().map(|event| event.raw.clone()).collect::<Vec<_>>();
     assert_eq!(raw(&first), raw(&second), "byte for byte, the verdict too");
+}
+
+/// A model that says "begin", and, once it is told to go on, far more than what rings and sockets hold.
+fn much(go: &Arc<Notify>) -> Script {
+    let long = "x".repeat(100_000);
+    let texts: Vec<&str> = std::iter::once("begin").chain(std::iter::repeat_n(long.as_str(), MUCH)).collect();
+    let events = Answer::openai("demo", &texts).events();
+    Script::new().read().sse().send(events[..2].concat()).wait(go).send_all(events[2..].to_vec()).end()
+}
+
+/// How many pieces that has.
+const MUCH: usize = 150;
+
+/// An answer with holes names what is missing, and is whole but for that.
+fn is_whole_but_for_its_gaps(rest: &Transcript) {
+    let missing = |gap: &Event| 1 + gap.data["to"].as_u64().unwrap() - gap.data["from"].as_u64().unwrap();
+    let missing: u64 = rest.named("gap").map(missing).sum();
+    assert!(missing > 1, "{missing} were missing");
+    assert_eq!(rest.named("text").count() as u64 + missing, 1 + MUCH as u64);
+    assert_eq!(last(rest), ("allowed", "stop"));
+}
+
+#[tokio::test]
+async fn a_second_device_that_takes_nothing_does_not_stop_the_first_and_is_told_what_it_missed() {
+    for version in [1, 2] {
+        let go = Arc::new(Notify::new());
+        let upstream = Upstream::always(much(&go)).await;
+        let setup = Setup::new().chat("cancellation: { on_disconnect: grace 1min }").chat("backpressure: { stall: 5s }");
+        let gateway = setup.top("limits: { answer_bytes: 64MiB }").start(&upstream.url()).await;
+        let mut first = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap();
+        while first.expect().await.name != "text" {}
+        let turn = first.so_far().turn_id().to_owned();
+        let request = came_back(&turn, Some(0));
+        let whole = async {
+            go.notify_one();
+            first.rest().await.unwrap()
+        };
+        let (whole, second) = if version == 1 {
+            let mut second = Http1::connect_narrow(gateway.addr).await;
+            second.send(&request).await;
+            let mut second = second.events(Judge::resumed(&turn, 0)).await.unwrap();
+            assert_eq!(second.expect().await.text("text"), Some("begin"));
+            (whole.await, second.rest().await.unwrap())
+        } else {
+            // Nobody reads it, whatever its connection takes.
+            let mut client = Http2::connect(gateway.addr).await;
+            let mut second = client.events(&request, Judge::resumed(&turn, 0)).await.unwrap();
+            assert_eq!(second.expect().await.text("text"), Some("begin"));
+            (whole.await, second.rest().await.unwrap())
+        };
+        assert_eq!((whole.named("text").count(), last(&whole)), (1 + MUCH, ("allowed", "stop")));
+        is_whole_but_for_its_gaps(&second);
+        assert_eq!(gateway.ended().await, [end("complete", "ok", 1)]);
+    }
+}
+
+#[tokio::test]
+async fn a_socket_without_credit_does_not_stop_the_device_that_came_after_it() {
+    let go = Arc::new(Notify::new());
+    let upstream = Upstream::always(much(&go)).await;
+    let setup = Setup::new().chat("cancellation: { on_disconnect: grace 1min }").top("limits: { answer_bytes: 64MiB }");
+    let gateway = setup.start(&upstream.url()).await;
+    let (mut first, mut second) = (Ws::connect(gateway.addr).await.unwrap(), Ws::connect(gateway.addr).await.unwrap());
+    first.turn("a", "hi").await;
+    let turn = first.opened("a").await.unwrap();
+    assert_eq!(first.next().await.unwrap().unwrap().event.text("text"), Some("begin"));
+    first.credit(&turn, 1).await;
+    // Answered when the credit before it has been taken up.
+    first.send(&json!({"type": "stop", "ref": "nobody's"})).await;
+    assert_eq!(first.next().await.unwrap().unwrap().event.text("code"), Some("session_not_found"));
+    second.resume(&turn, 0).await;
+    assert_eq!(second.next().await.unwrap().unwrap().event.text("text"), Some("begin"));
+    go.notify_one();
+    let whole = second.finish(&turn).await.unwrap();
+    assert_eq!((whole.named("text").count(), last(&whole)), (1 + MUCH, ("allowed", "stop")));
+    first.share(&turn);
+    first.credit(&turn, 999).await;
+    is_whole_but_for_its_gaps(&first.finish(&turn).await.unwrap());
 }
 
 #[tokio::test]
