@@ -49,8 +49,12 @@ export class Answer {
   #lanes = new Map();
   #framed = false;
   #settled = false;
+  // What is asked now, and how its buttons are taken away.
+  #question = null;
 
-  constructor(prompt, transport) {
+  // confirm: told the question's id and the answer, gives why that was not taken, or null.
+  constructor(prompt, transport, confirm) {
+    this.confirm = confirm;
     this.body = el("div", { className: "lanes" });
     this.notice = el("div", { className: "notice", hidden: true });
     this.troubles = el("ul", { className: "troubles", hidden: true });
@@ -74,6 +78,8 @@ export class Answer {
   show(turn, event) {
     if (event?.name === "text" && typeof event.data.text === "string") this.#lane(event.data).push(event.data.text);
     else if (event?.name === "tool") this.#tool(event.data);
+    if (this.#question !== null && turn.asked !== this.#question.asked) this.#question.close();
+    if (event?.name === "confirm" && turn.asked !== null) this.#ask(turn.asked);
     if (turn.end !== null) return this.#settle(turn);
     // Numbers that nobody can read in between are not drawn.
     if (this.#framed) return;
@@ -106,9 +112,35 @@ export class Answer {
     this.#lanes.set(`${choice} tool_arguments ${index}`, new Lane(text));
   }
 
+  // Asks whether a tool may be called. What stands there was composed of a model's words: it is text, and says so.
+  #ask(asked) {
+    const text = el("div", { className: "lane" });
+    new Lane(text).push(asked.prompt);
+    const [yes, no] = ["Yes, call it", "No"].map((word) => el("button", { type: "button" }, word));
+    const note = el("p", { className: "advice" }, "The model wrote these arguments. Nothing happens until you answer.");
+    const title = `May ${asked.tool ? `the tool ${asked.tool}` : "a tool"} be called?`;
+    const box = el("section", { className: "question", role: "group", "aria-label": title }, el("p", { className: "lane-name" }, title), text, note, el("p", { className: "answers" }, yes, no));
+    const close = () => {
+      yes.disabled = no.disabled = true;
+      this.#question = null;
+    };
+    const say = async (accept) => {
+      yes.disabled = no.disabled = true;
+      note.textContent = accept ? "You said yes." : "You said no.";
+      const why = await this.confirm(asked.id, accept);
+      if (why === null) return;
+      note.textContent = `The answer was not taken: ${why}.`;
+      if (this.#question?.asked === asked) yes.disabled = no.disabled = false;
+    };
+    yes.addEventListener("click", () => say(true));
+    no.addEventListener("click", () => say(false));
+    this.#question = { asked, close };
+    this.body.append(box);
+  }
+
   #progress(turn) {
     const isTrying = turn.troubles.at(-1)?.endsWith("coming back");
-    this.#badge(...(isTrying ? ["coming back", "failed"] : turn.firstTextMs === null ? ["waiting", "waiting"] : ["streaming", "waiting"]));
+    this.#badge(...(isTrying ? ["coming back", "failed"] : turn.asked !== null ? ["asks you", "waiting"] : turn.firstTextMs === null ? ["waiting", "waiting"] : ["streaming", "waiting"]));
     this.#measure(turn);
   }
 

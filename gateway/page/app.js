@@ -28,10 +28,11 @@ async function ask(text) {
   const transport = transports[settings.elements.transport.value];
   // The gateway's side remembers the session: a turn carries only what is new.
   const request = { ...(session && { session_id: session }), messages: [{ role: "user", content: text }], ...(model && { model }) };
-  const answer = new Answer(text, transport.name);
+  const answer = new Answer(text, transport.name, (id, accept) => transport.confirm(turn, token, id, accept));
   const quit = new AbortController();
   const turn = new Turn(request, transport.name, (turn, event) => {
     answer.show(turn, event);
+    if (event?.name === "confirm") say("The model asks whether it may call a tool");
     if (event?.name === "open" && current?.turn === turn) session = event.data.session_id ?? session;
     follow();
   });

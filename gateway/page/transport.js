@@ -9,6 +9,9 @@ const PAUSES = [250, 500, 1000, 2000, 4000];
 
 const GONE = "The stream was cut and the gateway no longer has the turn: its route ends a turn whose client leaves.";
 
+// Why an answer to a question is not taken.
+const UNTAKEN = ["not_found", "already_answered"];
+
 // What one attempt to follow a stream came to, where the turn itself has no end yet.
 const BROKEN = "broken";
 const LOST = "lost";
@@ -60,6 +63,18 @@ export class SseTransport {
       return response.ok;
     } catch {
       return false;
+    }
+  }
+
+  // Says yes or no to a question; why that was not taken, or null.
+  async confirm(turn, token, id, accept) {
+    try {
+      const headers = { "content-type": "application/json", ...bearer(token) };
+      const url = `${PATH}/${encodeURIComponent(turn.id)}/confirm`;
+      const response = await fetch(url, { method: "POST", headers, body: JSON.stringify({ id, accept }), credentials: "omit" });
+      return response.ok ? null : ((await readProblem(response)).code ?? `HTTP ${response.status}`);
+    } catch {
+      return "the gateway cannot be reached";
     }
   }
 
@@ -116,6 +131,8 @@ export class SocketTransport {
           if (!object.retryable) turn.cut(`The stream was cut, and the gateway did not give the rest: ${object.code}.`);
           return finish(BROKEN);
         }
+        // Nor is what became of an answer to a question.
+        if (type === "error" && seq === undefined && UNTAKEN.includes(object.code)) return turn.trouble(`the answer was not taken: ${object.code}`);
         turn.take(type, seq, turn_id === undefined ? object : { turn_id, ...object });
         if (turn.end !== null) finish(BROKEN);
       };
@@ -153,6 +170,12 @@ export class SocketTransport {
     const which = turn.id === null ? { ref: this.#nameOf(this.#ref) } : { turn_id: turn.id };
     this.#socket.send(JSON.stringify({ type: "stop", ...which }));
     return true;
+  }
+
+  async confirm(turn, token, id, accept) {
+    if (this.#socket?.readyState !== WebSocket.OPEN) return "the connection is gone";
+    this.#socket.send(JSON.stringify({ type: "confirm", turn_id: turn.id, id, accept }));
+    return null;
   }
 
   #nameOf(number) {

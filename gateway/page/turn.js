@@ -13,7 +13,9 @@ export class Turn {
   firstTextMs = null;
   gaps = new Gaps();
   usage = null;
-  // All text of all lanes in the order it came: what the verdict's digest is of.
+  // What its person is asked and has not answered: the object of a `confirm` event.
+  asked = null;
+  // All text of all lanes, and of what was asked, in the order it came: what the verdict's digest is of.
   text = "";
   isWhole = true;
   // How it ended: {kind: "done" | "error" | "problem" | "cut" | "left", ...}; null while it goes on.
@@ -44,6 +46,9 @@ export class Turn {
       this.lastSeq = seq;
     }
     this.events += 1;
+    // The answer to a question is whatever comes next.
+    this.asked = name === "confirm" && typeof data.prompt === "string" ? data : null;
+    if (this.asked !== null) this.text += data.prompt;
     if (name === "open") {
       this.open = data;
       this.id ??= data.turn_id ?? null;
@@ -99,6 +104,7 @@ export class Turn {
 
   #finish(end) {
     if (this.end !== null) return;
+    this.asked = null;
     this.end = end;
     this.seen(this);
   }
@@ -115,6 +121,10 @@ export function explain(end) {
     return { word: outcome, tone: outcome, lines, advice: end.refusal ? "The text above had been cleared before the cut." : null };
   }
   if (end.kind === "cut") return { word: "cut off", tone: "failed", lines: [end.message], advice: "What is above may be incomplete, and no verdict was received." };
+  if (end.code === "declined" || end.code === "unanswered") {
+    const lines = [end.code === "declined" ? "You said no, so the tool was not called." : "Nobody answered in time, so the tool was not called."];
+    return { word: end.code, tone: "stopped", lines, advice: null };
+  }
   if (end.kind === "left" || end.code === "stopped") {
     return { word: "stopped", tone: "stopped", lines: end.kind === "left" ? [end.message] : [], advice: null };
   }

@@ -42,12 +42,29 @@ class Turn {
   say(name, data) {
     if (this.over) return;
     if (name === "text") this.text += data.text;
+    if (name === "confirm") this.text += data.prompt;
     // A gap is numbered as the last event it stands for.
     const seq = name === "gap" ? data.to : this.#next;
     this.#next = seq + 1;
     this.events.push({ seq, name, data });
     if (name === "done" || name === "error") this.over = true;
     this.#wakeAll();
+  }
+
+  // Asks, and waits for the answer.
+  ask(id, prompt, tool) {
+    const answered = new Promise((resolve) => (this.asked = { id, resolve }));
+    this.say("confirm", { id, prompt, tool });
+    return answered;
+  }
+
+  // The status and code of an answer; the first one counts.
+  confirm({ id, accept }) {
+    if (this.asked?.id !== id) return [404, "not_found"];
+    if (this.asked.resolve === null) return [409, "already_answered"];
+    this.asked.resolve(accept);
+    this.asked.resolve = null;
+    return [202];
   }
 
   // Breaks the connections that carry it; the turn itself goes on.
@@ -131,6 +148,10 @@ export async function startGateway(scripts, { publishesKeys = true } = {}) {
     const turn = known.get(id);
     if (turn === undefined) return problem(response, { status: 404, code: "session_not_found", retryable: false, detail: "there is no such session or turn" });
     if (verb === "stop") return (turn.stop(), response.writeHead(202).end());
+    if (verb === "confirm") {
+      const [status, code] = turn.confirm(JSON.parse(Buffer.concat(await request.toArray()).toString()));
+      return code ? problem(response, { status, code, retryable: false, detail: "not taken" }) : response.writeHead(202).end();
+    }
     const last = request.headers["last-event-id"];
     stream(response, turn, last === undefined ? -1 : Number(last.split(":")[1]));
   });
@@ -173,6 +194,10 @@ export async function startGateway(scripts, { publishesKeys = true } = {}) {
       const turn = known.get(id);
       if (turn === undefined) return tell({ type: "error", turn_id: id, code: "session_not_found", message: "there is no such session or turn", retryable: false });
       if (type === "stop") turn.stop();
+      if (type === "confirm") {
+        const [, code] = turn.confirm(request);
+        if (code) tell({ type: "error", turn_id: id, code, message: "not taken", retryable: false });
+      }
       if (type === "resume") speak(turn, after ?? -1, null);
     });
   }

@@ -39,6 +39,16 @@ const scripts = {
     turn.say("text", { text: "7}", lane: "tool_arguments", tool: 0 });
     turn.done();
   },
+  "Pay him": async (turn) => {
+    turn.open();
+    turn.say("text", { text: "Let me. " });
+    if (!(await turn.ask("q1", `Call pay with {"to":"•••","note":${JSON.stringify(HOSTILE)}}?`, "pay"))) {
+      return turn.say("error", { code: "declined", message: "the person who was asked did not agree", retryable: false });
+    }
+    turn.say("tool", { id: "c1", name: "pay", index: 0 });
+    turn.say("text", { text: '{"amount":5}', lane: "tool_arguments", tool: 0 });
+    turn.done();
+  },
   "What is your email address?": async (turn) => {
     turn.open();
     await tell(turn, "You can write to ");
@@ -229,6 +239,51 @@ describe("the chat page", () => {
     await over(turn);
     assert.equal(await turn.locator(".badge").textContent(), "stopped");
   });
+
+  for (const transport of ["SSE", "WebSocket"]) {
+    test(`a_person_is_asked_before_a_tool_is_called_and_may_say_yes_over_${transport}`, async () => {
+      if (transport === "WebSocket") await websocket();
+      const turn = await ask("Pay him");
+      const question = turn.getByRole("group", { name: "May the tool pay be called?" });
+      await question.waitFor();
+      assert.equal(await turn.locator(".badge").textContent(), "asks you");
+      // A model had its hand in what is asked.
+      assert.equal(await question.locator(".lane").textContent(), `Call pay with {"to":"•••","note":${JSON.stringify(HOSTILE)}}?`);
+      assert.equal(await turn.locator("img, script, a").count(), 0);
+      await shot(`asked-${transport}`);
+      await question.getByRole("button", { name: "Yes, call it" }).click();
+      await over(turn);
+      await turn.getByText("You said yes.").waitFor();
+      await turn.getByText("verdict verified").waitFor();
+      assert.equal(await turn.locator(".aside").textContent(), '{"amount":5}');
+      assert.equal(await question.getByRole("button", { name: "No" }).isDisabled(), true);
+    });
+
+    test(`after_a_no_the_turn_ends_without_the_call_over_${transport}`, async () => {
+      if (transport === "WebSocket") await websocket();
+      const turn = await ask("Pay him");
+      await turn.getByRole("button", { name: "No" }).click();
+      await over(turn);
+      assert.equal(await turn.locator(".badge").textContent(), "declined");
+      await turn.getByText("You said no, so the tool was not called.").waitFor();
+      assert.equal(await turn.locator(".aside").count(), 0);
+    });
+
+    test(`a_question_that_somebody_else_has_answered_says_so_over_${transport}`, async () => {
+      if (transport === "WebSocket") await websocket();
+      const turn = await ask("Pay him");
+      const yes = turn.getByRole("button", { name: "Yes, call it" });
+      await yes.waitFor();
+      gateway.turns[0].asked.resolve = null;
+      await yes.click();
+      await turn.getByText("already_answered").waitFor();
+      forgive(409);
+      gateway.turns[0].say("error", { code: "unanswered", message: "nobody answered", retryable: false });
+      await over(turn);
+      assert.equal(await yes.isDisabled(), true);
+      await turn.getByText("Nobody answered in time").waitFor();
+    });
+  }
 
   test("masked_parts_are_marked_also_where_two_events_cut_one", async () => {
     const turn = await ask("What is your email address?");
