@@ -92,7 +92,7 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
                 }
                 Ok(live) => {
                     let registry = |plan: &Plan| plan.policy.as_ref().and_then(|policy| Some(policy.registry.as_ref()?.folder.clone()));
-                    let redis = |plan: &Plan| plan.redis.as_ref().map(|redis| (redis.url.expose().to_owned(), redis.budget));
+                    let redis = |plan: &Plan| plan.redis.as_ref().map(|redis| (redis.url.expose().to_owned(), redis.ca.clone(), redis.budget));
                     let stays = |plan: &Plan| {
                         (
                             plan.listen,

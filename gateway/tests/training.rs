@@ -18,6 +18,7 @@ use headgate_testkit::{
     client::{Reply, Request, ask, stream},
     dialect::{Answer, Cut},
     kafka::Kafka,
+    proxy::{Flow, Proxy},
     services::{self, Missing, OrSkip, Program, Ready, Service, Signal, free_addr},
     soon,
     upstream::{Script, Upstream},
@@ -72,32 +73,39 @@ impl House {
         Ok(House { folder, ring, issuer, model, redis, identity, kafka: kafka.addr(), topics })
     }
 
-    async fn started(&self, command: &str, name: &str, at: SocketAddr, admin: SocketAddr, config: &str) -> Running {
+    async fn started(&self, command: &str, name: &str, at: SocketAddr, admin: SocketAddr, redis: SocketAddr, config: &str) -> Running {
         let file = self.folder.path().join(format!("{name}.yaml"));
-        let head = format!(
-            "admin: {{ listen: \"{admin}\" }}\nredis: {{ url: \"redis://{}\" }}\nobservability: {{ logs: json }}\n",
-            self.redis.addr()
-        );
+        let head = format!("admin: {{ listen: \"{admin}\" }}\nredis: {{ url: \"redis://{redis}\" }}\nobservability: {{ logs: json }}\n");
         fs::write(&file, head + config).unwrap();
         let service = Program::at(env!("CARGO_BIN_EXE_headgate")).argument(command).argument(&file).start(Ready::Connects(at)).await;
         Running { service, at, admin }
     }
 
     async fn orchestrator(&self, name: &str) -> Running {
+        self.orchestrator_for(name, "4h").await
+    }
+
+    /// One at which an admin alone keeps training mode on for `max_hold`.
+    async fn orchestrator_for(&self, name: &str, max_hold: &str) -> Running {
         let (at, admin) = (free_addr(), free_addr());
         let House { kafka, topics, identity, model, .. } = self;
         let config = format!(
             "policy: {{ constitution: constitution.md, version: \"7\" }}\nupstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"], health: {{ interval: 0s }} }}\n\
              orchestrator:\n  listen: {at}\n  upstream: model\n  keys: file:gateway.jwks.json\n  events:\n    folder: events-{name}\n    cap: 16MiB\n\
              \x20   kafka: {{ brokers: [\"{kafka}\"], topic: {topics}.events, replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 1 }}\n\
-             \x20 training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 3s, topic: {topics}.audit }}\n",
+             \x20 training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 3s, max_hold: {max_hold}, topic: {topics}.audit }}\n",
             model.url(),
             identity.addr(),
         );
-        self.started("orchestrator", name, at, admin, &config).await
+        self.started("orchestrator", name, at, admin, self.redis.addr(), &config).await
     }
 
     async fn gateway(&self, desk: &Running) -> Running {
+        self.gateway_beside(desk, self.redis.addr()).await
+    }
+
+    /// One that believes Redis to be at this address.
+    async fn gateway_beside(&self, desk: &Running, redis: SocketAddr) -> Running {
         let (at, admin) = (free_addr(), free_addr());
         let hash = KeyHash::of(KEY);
         let config = format!(
@@ -107,7 +115,23 @@ impl House {
              \x20 - path: /v1/training/*\n    kind: proxy\n    upstream: admins\n",
             desk.at
         );
-        self.started("run", "gateway", at, admin, &config).await
+        self.started("run", "gateway", at, admin, redis, &config).await
+    }
+
+    /// What `headgate training verify` says of the audit in the topic, with what these orchestrators remember of it.
+    async fn judged(&self, names: &[&str]) -> (Option<i32>, String) {
+        let mut program =
+            headgate(&["training", "verify", "--brokers", &self.kafka.to_string(), "--topic", &format!("{}.audit", self.topics)]);
+        for name in names {
+            program = program.argument("--heads").argument(self.folder.path().join(format!("events-{name}/training.json")));
+        }
+        let (status, said) = program.run(MINUTE).await;
+        (status.code(), said)
+    }
+
+    async fn sound(&self, names: &[&str]) {
+        let (code, said) = self.judged(names).await;
+        assert!(code == Some(0) && said.contains("violations      0"), "{said}");
     }
 
     async fn token(&self, who: &str) -> String {
@@ -146,6 +170,10 @@ impl House {
         }
         events
     }
+}
+
+fn headgate(arguments: &[&str]) -> Program {
+    Program::at(env!("CARGO_BIN_EXE_headgate")).arguments(arguments)
 }
 
 /// An access token for one of the provider's people.
@@ -268,6 +296,176 @@ async fn an_admin_turns_training_mode_on_and_off_and_turns_between_are_marked() 
         ]
     );
     assert!(records.iter().all(|record| record.facts["traceparent"].is_string()));
+    house.sound(&["first", "second"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn training_mode_goes_on_only_while_another_admin_approves() {
+    let Some((kafka, house)) = shared("training_mode_goes_on_only_while_another_admin_approves").await else { return };
+    let (first, second) = (house.orchestrator_for("first", "12s").await, house.orchestrator_for("second", "12s").await);
+    let (ann, bob, carl) = (house.token("ann").await, house.token("bob").await, house.token("carl").await);
+    let refused = async |token: &str, status: u16, code: &str| {
+        let reply = call(&second, "/approve", token).await;
+        assert_eq!((reply.status, reply.problem().unwrap().as_str()), (status, code), "{}", reply.text());
+    };
+    refused(&bob, 409, "stale_fence").await;
+    let fence = enabled(&first, &ann).await;
+    let before = call(&second, "", &ann).await.json();
+    refused(&ann, 403, "permission_denied").await;
+    refused(&carl, 403, "permission_denied").await;
+    assert_eq!(call(&second, "", &ann).await.json(), before, "her own word changes nothing");
+    let first_end = before["until"].as_u64().unwrap();
+    assert_eq!(before["since"].as_u64().unwrap() + 12, first_end);
+
+    // At another orchestrator than the one that renews, when half of her time is over.
+    let half = async {
+        while now() + 6 < first_end {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    within(MINUTE, half, "half of the time").await;
+    let state = call(&second, "/approve", &bob).await;
+    assert_eq!(state.status, 200, "{}", state.text());
+    let state = state.json();
+    let last_end = state["until"].as_u64().unwrap();
+    assert_eq!((&state["owner"], &state["approved_by"], &state["fence"]), (&json!("ann"), &json!("bob"), &json!(fence)));
+    assert!(last_end >= first_end + 6, "{state}");
+    let off = async {
+        let mut last_seen = 0;
+        while call(&second, "", &bob).await.json()["mode"] == "training" {
+            last_seen = now();
+            // Nothing tells a caller that a lock is over but asking again.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        last_seen
+    };
+    let last_seen = within(MINUTE, off, "training mode to be off").await;
+    assert!(last_seen > first_end, "bob's word counted for nothing: {last_seen}, {first_end}");
+    assert!(last_seen <= last_end, "{last_seen}, {last_end}");
+    first.service.line("\"reason\":\"max_hold\"").await;
+
+    // Her time is used up, and his begins.
+    let spent = call(&second, "/enable", &ann).await;
+    assert_eq!((spent.status, spent.problem().unwrap().as_str()), (423, "training_locked"));
+    assert!((1..=18).contains(&spent.header("retry-after").unwrap().parse::<u64>().unwrap()));
+    assert!(enabled(&second, &bob).await > fence);
+    assert_eq!(call(&first, "", &ann).await.json()["approved_by"], Value::Null);
+    assert_eq!(call(&second, "/disable", &bob).await.status, 200);
+
+    let records = audited(kafka, &format!("{}.audit", house.topics), 9).await;
+    let mut told: Vec<_> = records.iter().map(said).collect();
+    // What the first orchestrator wrote, and what the second.
+    told.sort_by_key(|(action, actor, ..)| *action == "training.lock.released" && *actor == "ann");
+    assert_eq!(
+        told,
+        [
+            ("training.approve", "bob", "denied", "stale_fence"),
+            ("training.lock.acquired", "ann", "allowed", ""),
+            ("training.approve", "ann", "denied", "permission_denied"),
+            ("training.approve", "carl", "denied", "permission_denied"),
+            ("training.lock.approved", "bob", "allowed", ""),
+            ("training.enable", "ann", "denied", "training_locked"),
+            ("training.lock.acquired", "bob", "allowed", ""),
+            ("training.lock.released", "bob", "allowed", ""),
+            ("training.lock.released", "ann", "allowed", ""),
+        ]
+    );
+    house.sound(&["first", "second"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_line_does_what_the_calls_do_and_says_what_helps() {
+    let Some((_, mut house)) = shared("the_command_line_does_what_the_calls_do").await else { return };
+    let desk = house.orchestrator("first").await;
+    let tokens: HashMap<&str, String> =
+        [("ann", house.token("ann").await), ("bob", house.token("bob").await), ("carl", house.token("carl").await)].into();
+    let run = async |verb: &str, who: &str| {
+        let url = format!("http://{}", desk.at);
+        let program = headgate(&["training", verb, "--orchestrator", &url]);
+        let program = if who == "bob" {
+            let file = program.file("token.txt", format!("{}\n", tokens[who]));
+            program.argument("--token-file").argument(file)
+        } else {
+            program.variable("HEADGATE_TOKEN", tokens.get(who).map_or(who, String::as_str))
+        };
+        let (status, said) = program.run(MINUTE).await;
+        assert!(tokens.values().all(|token| !said.contains(token.as_str())), "{said}");
+        (status.code().unwrap(), said)
+    };
+    let says = async |verb: &str, who: &str, code: i32, words: &[&str]| {
+        let (status, said) = run(verb, who).await;
+        assert!(status == code && words.iter().all(|word| said.contains(word)), "{verb} by {who}: {status}, {said}");
+    };
+    says("show", "ann", 0, &["training mode of acme is off"]).await;
+    says("enable", "ann", 0, &["is on", "owner        ann", "until        20"]).await;
+    says("enable", "bob", 1, &["423 training_locked", "headgate training show", "ask again in"]).await;
+    says("enable", "carl", 1, &["403 permission_denied", "role"]).await;
+    says("enable", "nonsense", 1, &["401 unauthenticated", "audience"]).await;
+    says("approve", "ann", 1, &["403 permission_denied", "another admin"]).await;
+    says("approve", "bob", 0, &["approved by  bob"]).await;
+    says("disable", "bob", 0, &["is off"]).await;
+    says("approve", "bob", 1, &["409 stale_fence", "off"]).await;
+    house.redis.signal(Signal::Kill);
+    house.redis.exited().await;
+    says("show", "ann", 69, &["503 policy_registry_unavailable", "Redis"]).await;
+    let gone = headgate(&["training", "show", "--orchestrator", &format!("http://{}", free_addr())]).variable("HEADGATE_TOKEN", "x");
+    let (status, said) = gone.run(MINUTE).await;
+    assert!(status.code() == Some(69) && said.contains("cannot connect"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_judge_of_the_audit_reads_a_topic_and_finds_what_was_planted_there() {
+    let Some((kafka, house)) = shared("the_judge_of_the_audit_reads_a_topic").await else { return };
+    let desk = house.orchestrator("first").await;
+    let ann = house.token("ann").await;
+    enabled(&desk, &ann).await;
+    assert_eq!(call(&desk, "/disable", &ann).await.status, 200);
+    house.sound(&["first"]).await;
+
+    // A chain that goes on elsewhere than its writer remembers: the last record was taken away and another put there.
+    let topic = format!("{}.audit", house.topics);
+    let records = kafka.read(&topic, 2).await;
+    let first = audit::Record::read(records[0].value.as_bytes()).unwrap();
+    let mut facts = first.facts.clone();
+    facts["outcome"] = json!("denied");
+    facts.remove("session");
+    let (_, other) = audit::Record::after(Some((first.seq, first.hash)), now(), "training.status", "eve", facts.into()).unwrap();
+    let cut = format!("{topic}.cut");
+    kafka.topic(&cut, 1, &[]).await;
+    kafka.write(&cut, &[("acme", &records[0].value), ("acme", str::from_utf8(&other).unwrap())]).await;
+    let heads = house.folder.path().join("events-first/training.json");
+    let judged = async |topic: &str| {
+        let program = headgate(&["training", "verify", "--brokers", &house.kafka.to_string(), "--topic", topic]);
+        let (status, said) = program.argument("--heads").argument(&heads).run(MINUTE).await;
+        assert_eq!(status.code(), Some(1), "{said}");
+        said
+    };
+    assert!(judged(&cut).await.contains("is not the one that its writer remembers"));
+    // A record that is put in, and one under another tenant's key.
+    kafka.write(&topic, &[("acme", &records[0].value), ("other", str::from_utf8(&other).unwrap())]).await;
+    let said = judged(&topic).await;
+    assert!(said.contains("it is there twice") && said.contains("its key is not its tenant"), "{said}");
+    let (status, said) = headgate(&["training", "verify", "--brokers", &house.kafka.to_string(), "--topic", "none.such"]).run(MINUTE).await;
+    assert_eq!(status.code(), Some(69), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_starts_without_redis_marks_nothing_until_it_has_seen_the_locks() {
+    let Some((_, house)) = shared("a_gateway_that_starts_without_redis_marks_nothing").await else { return };
+    let desk = house.orchestrator("first").await;
+    let fence = enabled(&desk, &house.token("ann").await).await;
+    // Its way to Redis, and to Redis alone, is broken.
+    let way = Proxy::start(house.redis.addr()).await;
+    way.both(Flow::ResetAfter(0));
+    let gateway = house.gateway_beside(&desk, way.addr()).await;
+    assert_eq!(house.turn(&gateway).await.fence, None);
+    gateway.service.line("\"mode\":\"unknown\"").await;
+    let shows = async |line: &str| ask(gateway.admin, &Request::get("/metrics")).await.unwrap().text().contains(line);
+    assert!(shows("training_mode_unknown 1\n").await);
+    way.both(Flow::Pass);
+    let marked = async { while house.turn(&gateway).await.fence != Some(fence) {} };
+    within(Duration::from_secs(10), marked, "a turn in training mode").await;
+    assert!(shows("training_mode_unknown 0\n").await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -391,6 +589,7 @@ async fn whoever_slept_through_the_end_of_its_lock_is_refused_with_its_fence() {
     assert_eq!(of("training.lock.acquired"), ["ann", "bob", "ann"]);
     assert_eq!(of("training.lock.expired"), ["ann", "bob"], "each end is told once");
     assert_eq!(of("training.lock.lost"), ["ann"]);
+    house.sound(&["first", "second"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -429,6 +628,7 @@ async fn without_redis_nothing_runs_in_training_mode_and_a_forgotten_lock_must_b
     rejected(&house, &desk, old, 409, "stale_fence").await;
     assert_eq!(house.dispatch(&desk, new).await.status, 200);
     desk.service.line("the lock was lost").await;
+    house.sound(&["first"]).await;
 }
 
 /// The verdict of an answer that came whole.
@@ -456,6 +656,7 @@ async fn without_kafka_there_is_no_training_mode() {
     let (new, _) = waited_for(&desk, &ann).await;
     assert!(new > old);
     assert_eq!(house.dispatch(&desk, new).await.status, 200);
+    house.sound(&["first"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -493,4 +694,7 @@ async fn a_process_that_is_alone_keeps_lock_and_audit_itself_and_ends_training_m
     let mut told = Vec::new();
     audit::verify(&folder.path().join("events/training.jsonl"), |record| told.push(record.action.clone())).unwrap();
     assert_eq!(told, ["training.lock.acquired", "training.lock.released"]);
+    let audit = folder.path().join("events/training.jsonl");
+    let (status, said) = headgate(&["training", "verify", "--ended", "--alone"]).argument(audit).run(MINUTE).await;
+    assert!(status.success(), "{said}");
 }

@@ -18,7 +18,9 @@ use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
 };
-use redis::{AsyncConnectionConfig, Client, Cmd, FromRedisValue, Pipeline, RedisError, ServerErrorKind, aio::MultiplexedConnection};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, FromRedisValue, Pipeline, RedisError, ServerErrorKind, TlsCertificates, aio::MultiplexedConnection,
+};
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
@@ -32,6 +34,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 const BEAT: Duration = Duration::from_secs(1);
 /// How long one try may take: name lookup, TCP, TLS, the handshake and a PING.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// What a certificate in PEM begins with (RFC 7468).
+const PEM: &[u8] = b"-----BEGIN CERTIFICATE-----";
 
 /// A connection to Redis, shared by all its clones.
 #[derive(Clone)]
@@ -76,10 +80,16 @@ pub enum Unanswered {
     Refused(String),
 }
 
-/// The URL is none that Redis can be reached by. Does not show it: there may be a password in it.
+/// Why Redis cannot be reached in this way. Does not show the URL: there may be a password in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a URL of Redis: expected redis://host:6379, or rediss:// for TLS")]
-pub struct Unusable;
+pub enum Unusable {
+    /// The URL is none.
+    #[error("not a URL of Redis: expected redis://host:6379, or rediss:// for TLS")]
+    Url,
+    /// Nobody can be checked by these certificates.
+    #[error("not certificates to trust: expected PEM, for a URL with rediss://")]
+    Certificates,
+}
 
 impl Redis {
     /// A connection to Redis at `url` (`redis://`, or `rediss://` for TLS with the system's certificates), made in the
@@ -87,9 +97,25 @@ impl Redis {
     ///
     /// Must be called within a runtime that lives as long as the connection is to.
     pub fn connect(url: &str, budget: Duration) -> Result<Redis, Unusable> {
+        Redis::of(Client::open(url).map_err(|_| Unusable::Url)?, budget)
+    }
+
+    /// The same over TLS with these certificates, as PEM, in place of the system's.
+    pub fn connect_trusting(url: &str, ca: &[u8], budget: Duration) -> Result<Redis, Unusable> {
+        // Without a single one it would go on to trust nobody, and say so at every try.
+        if !ca.windows(PEM.len()).any(|window| window == PEM) {
+            return Err(Unusable::Certificates);
+        }
+        let trusted = TlsCertificates { client_tls: None, root_cert: Some(ca.to_vec()) };
+        Redis::of(Client::build_with_tls(url, trusted).map_err(|_| Unusable::Certificates)?, budget)
+    }
+
+    fn of(client: Client, budget: Duration) -> Result<Redis, Unusable> {
+        // The client asks for the process' own, and panics where nobody has named one. Whoever did so before us is right.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let lost = Arc::new(Notify::new());
         let shared = Arc::new(Shared {
-            client: Client::open(url).map_err(|_| Unusable)?,
+            client,
             budget,
             lost: lost.clone(),
             link: Mutex::new(Link { connection: None, number: 0, late_in_a_row: 0 }),

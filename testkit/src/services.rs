@@ -375,6 +375,28 @@ pub async fn redis_loading(addr: SocketAddr, dump: &[u8], per_key: Duration) -> 
     Ok(program.try_start(Ready::Connects(addr)).await)
 }
 
+/// A Redis that speaks TLS alone, with this certificate and key in PEM, to nobody but the user `headgate` with this password.
+pub async fn redis_tls(certificate: &str, key: &str, password: &str) -> Result<Service, Missing> {
+    let mut failed = String::new();
+    for _ in 0..ATTEMPTS {
+        let addr = free_addr();
+        let port = addr.port().to_string();
+        let program = redis_program(addr)?;
+        let (certificate, key) = (program.file("certificate.pem", certificate), program.file("key.pem", key));
+        let program = program.arguments(["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no", "--tls-cert-file"]);
+        let program = program.argument(certificate).argument("--tls-key-file").argument(key);
+        let user = ["--user", "headgate", "on", &format!(">{password}"), "~*", "&*", "+@all", "--user", "default", "off"];
+        match program.arguments(user).try_start(Ready::Line("eady to accept connections".into())).await {
+            Ok(mut service) => {
+                service.addr = Some(addr);
+                return Ok(service);
+            }
+            Err(sentence) => failed = sentence,
+        }
+    }
+    panic!("{failed}")
+}
+
 fn redis_program(addr: SocketAddr) -> Result<Program, Missing> {
     let program = Program::find(&["redis-server", "valkey-server"], "HEADGATE_REDIS_SERVER", "apt-get install redis-server")?;
     let port = addr.port().to_string();

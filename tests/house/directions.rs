@@ -41,7 +41,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("futures-util", &["upstream", "store", "orchestrator", "slm", "gateway"]),
     ("bytes", &["contracts", "upstream", "orchestrator", "slm", "gateway"]),
     // TLS and signatures
-    ("rustls", &["upstream", "gateway"]),
+    ("rustls", &["upstream", "store", "gateway"]),
     ("tokio-rustls", &["upstream", "gateway"]),
     ("rustls-native-certs", &["upstream", "gateway"]),
     ("ed25519-dalek", &["policy"]),

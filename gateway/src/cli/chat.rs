@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use headgate_contracts::{Message, Role, Secret, SessionId, wire::chat::TurnRequest};
+use headgate_contracts::{
+    Message, Role, Secret, SessionId, TurnId,
+    wire::chat::{Confirmation, TurnRequest},
+};
 use http::Uri;
 use tokio::{
     sync::mpsc,
@@ -18,16 +21,21 @@ use tokio::{
 };
 
 use self::{
-    line::{Heard, Line, Place, Trouble},
+    line::{DEFAULT_PATH, Heard, Line, Trouble},
     screen::Screen,
     tale::{End, Tale},
 };
-use super::{EX_UNAVAILABLE, EX_USAGE, fail};
+use super::{
+    EX_UNAVAILABLE, EX_USAGE, fail,
+    place::{Place, token},
+};
 
 /// The longest prompt, in bytes: what a WebSocket message of the gateway's takes, less room for the rest of the frame.
 const MAX_PROMPT_BYTES: u64 = 60 << 10;
 /// How long a turn may take to end after it was asked to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to say yes or no.
+const SAY_PATIENCE: Duration = Duration::from_secs(10);
 /// How long nothing may come, heartbeats included; a gateway's are at most 300 seconds apart.
 const SILENCE: Duration = Duration::from_secs(330);
 /// How often, and after which pauses, a stream that was cut is asked for again.
@@ -83,12 +91,6 @@ pub struct Args {
     pub prompt: Option<String>,
 }
 
-fn token(text: &str) -> Result<Secret, &'static str> {
-    let text = text.trim();
-    let is_token = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
-    if is_token { Ok(Secret::new(text)) } else { Err("a token has no spaces and only ASCII characters") }
-}
-
 /// How a turn ended, as the exit code has it; worse ones last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Came {
@@ -112,7 +114,7 @@ impl Came {
 
 /// Talks until there is nothing left to ask.
 pub async fn run(args: Args) -> ExitCode {
-    let place = match Place::of(&args.url) {
+    let place = match Place::of(&args.url, DEFAULT_PATH) {
         Ok(place) => place,
         Err(error) => return fail(&error, EX_USAGE),
     };
@@ -133,6 +135,8 @@ pub async fn run(args: Args) -> ExitCode {
         },
         session: args.session,
         model: args.model,
+        input: None,
+        is_asking: io::stdin().is_terminal() && io::stderr().is_terminal(),
     };
     let came = match prompt {
         Some(prompt) => talk.turn(prompt).await,
@@ -197,20 +201,23 @@ struct Talk<W: Write, E: Write> {
     interrupts: mpsc::Receiver<()>,
     session: Option<SessionId>,
     model: Option<String>,
+    /// Lines of standard input, once somebody was asked for one.
+    input: Option<mpsc::Receiver<io::Result<String>>>,
+    /// A person sits there.
+    is_asking: bool,
 }
 
 impl<W: Write, E: Write> Talk<W, E> {
     /// A turn for each line of standard input; the worst of how they came.
     async fn lines(&mut self) -> Came {
-        let mut lines = lines();
-        let is_asking = io::stdin().is_terminal() && io::stderr().is_terminal();
+        let is_asking = self.is_asking;
         let mut worst = Came::Answered;
         loop {
             if is_asking {
                 self.screen.ask();
             }
             let line = tokio::select! {
-                line = lines.recv() => line,
+                line = self.input.get_or_insert_with(lines).recv() => line,
                 // Between turns a WebSocket has pings to answer.
                 () = self.line.idle() => continue,
                 _ = self.interrupts.recv() => {
@@ -274,6 +281,8 @@ impl<W: Write, E: Write> Talk<W, E> {
         }
         // Set once the turn was asked to stop: when we give up waiting for its end.
         let mut give_up: Option<Instant> = None;
+        // A question that waits for a yes or no.
+        let mut asked: Option<(TurnId, String)> = None;
         // So many returns in all, so that a gateway that takes us back and sends nothing is left in the end.
         let mut pauses = RETURNS.iter().copied();
         loop {
@@ -284,6 +293,17 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Ok(Heard::Event(event)) => {
                         tale.take(&event, Instant::now());
                         self.screen.show(&event);
+                        // Whatever else comes, the question is over.
+                        asked = event.said.question().zip(tale.turn()).map(|(id, turn)| (turn, id.to_owned()));
+                        match &asked {
+                            Some(_) if self.is_asking => self.screen.ask_whether(),
+                            Some((turn, id)) => {
+                                self.screen.note("there is nobody to ask: the answer is no");
+                                self.say(*turn, id, false).await;
+                                asked = None;
+                            }
+                            None => {}
+                        }
                         if tale.end().is_some() {
                             return came(tale);
                         }
@@ -295,6 +315,12 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Ok(Heard::Over) | Err(Trouble::Broken(_)) => return Came::Stopped,
                     Err(trouble) => return self.tell(trouble, tale),
                 },
+                line = async { self.input.get_or_insert_with(lines).recv().await }, if asked.is_some() => {
+                    if let Some((turn, id)) = asked.take() {
+                        let accept = matches!(line, Some(Ok(line)) if matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes"));
+                        self.say(turn, &id, accept).await;
+                    }
+                }
                 _ = self.interrupts.recv() => {
                     if give_up.is_some() {
                         self.line.drop_stream();
@@ -322,6 +348,16 @@ impl<W: Write, E: Write> Talk<W, E> {
                     return Came::Wrong;
                 }
             }
+        }
+    }
+
+    /// Says yes or no to a question.
+    async fn say(&mut self, turn: TurnId, id: &str, accept: bool) {
+        let said = Confirmation { id: id.to_owned(), accept };
+        match timeout(SAY_PATIENCE, self.line.confirm(turn, &said)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(Trouble::Problem(problem))) => self.screen.note(&format!("the answer was not taken: {}", problem.code.unwrap_or_default())),
+            Ok(Err(Trouble::Broken(_) | Trouble::Nonsense(_))) | Err(_) => self.screen.note("the gateway could not be told the answer"),
         }
     }
 
@@ -382,7 +418,7 @@ fn came(tale: &Tale) -> Came {
         Some(End::Done { .. }) => Came::Answered,
         Some(End::Error(said)) => match said.code.as_deref() {
             Some("policy_denied") => Came::Refused,
-            Some("stopped") => Came::Stopped,
+            Some("stopped" | "declined" | "unanswered") => Came::Stopped,
             _ => Came::Wrong,
         },
         None => Came::Wrong,

@@ -9,10 +9,12 @@ pub mod check;
 pub mod dev;
 pub mod events;
 pub mod keys;
+mod place;
 pub mod policy;
 pub mod run;
 pub mod schema;
 pub mod token;
+pub mod training;
 
 /// A streaming chat gateway: moderates answers while they stream, releases each byte the moment it is provably clean, and signs
 /// what it did.
@@ -51,6 +53,9 @@ enum Command {
     /// Put a policy in force, show what is, and go back to the one before.
     #[command(subcommand)]
     Policy(policy::Policy),
+    /// Turn training mode on and off, approve of it, show it, and judge its audit.
+    #[command(subcommand)]
+    Training(training::Training),
     /// Make an API key.
     Token(token::Args),
     /// Talk through a gateway from this terminal.
@@ -91,6 +96,7 @@ pub fn main() -> ExitCode {
         Command::Events(args) => events::run(args),
         Command::Keys(keys) => keys::run(keys),
         Command::Policy(policy) => block_on(policy::run(policy)),
+        Command::Training(training) => block_on(training::run(training)),
         Command::Token(args) => token::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Completions { shell } => {

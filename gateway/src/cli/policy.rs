@@ -17,11 +17,12 @@ use headgate_policy::{
     audit::{Audit, AuditFault},
     custody::audit_beside,
 };
-use headgate_store::{MOST_TENANTS, NotPut, Redis, Store, Unreachable, Unusable};
+use headgate_store::{MOST_TENANTS, NotPut, Store, Unreachable, Unusable};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::{EX_CONFIG, EX_UNAVAILABLE, fail, keys::user};
+use crate::build;
 
 /// What to do with the policy registry.
 #[derive(clap::Subcommand)]
@@ -281,7 +282,7 @@ impl Place {
         let store = match (folder, &plan.redis) {
             (Some(folder), _) => Store::Folder(folder),
             (None, Some(redis)) if named.is_some() => {
-                let redis = Redis::connect(redis.url.expose(), PATIENCE)?;
+                let redis = build::redis(redis, PATIENCE)?;
                 timeout(PATIENCE, redis.up()).await.map_err(|_| Failed::NoRedis)?;
                 Store::Redis(redis)
             }

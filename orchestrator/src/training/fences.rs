@@ -45,6 +45,32 @@ struct Of {
     head: Option<(u64, Digest)>,
 }
 
+/// Where an orchestrator remembers that its chains of the audit end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heads {
+    /// Who writes them.
+    pub writer: String,
+    /// Number and hash of the last record that was acknowledged, by tenant.
+    pub tenants: BTreeMap<String, (u64, Digest)>,
+}
+
+impl Heads {
+    /// Those in `file`, the `training.json` beside an orchestrator's event log. Blocks.
+    ///
+    /// Errors: it cannot be read, or is none of ours.
+    pub fn read(file: &Path) -> io::Result<Heads> {
+        let Kept { writer, tenants } = kept(file)?;
+        Ok(Heads { writer, tenants: tenants.into_iter().filter_map(|(tenant, of)| Some((tenant, of.head?))).collect() })
+    }
+}
+
+fn kept(file: &Path) -> io::Result<Kept> {
+    if fs::metadata(file)?.len() > MAX_BYTES {
+        return Err(io::Error::other("training.json is too large to be ours"));
+    }
+    serde_json::from_slice(&fs::read(file)?).map_err(|_| io::Error::other("training.json cannot be understood"))
+}
+
 /// What became of a fence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Weighed {
@@ -59,14 +85,11 @@ impl Fences {
     ///
     /// Errors: the file is there and cannot be read, or is none of ours: nobody knows then which fences are old.
     pub(crate) fn open(folder: &Path) -> io::Result<Fences> {
-        let path = folder.join(NAME);
-        let kept = match fs::metadata(&path) {
-            Ok(about) if about.len() > MAX_BYTES => return Err(io::Error::other("training.json is too large to be ours")),
-            Ok(_) => serde_json::from_slice(&fs::read(&path)?).map_err(|_| io::Error::other("training.json cannot be understood"))?,
+        let kept = match kept(&folder.join(NAME)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Kept { writer: SessionId::fresh().to_string(), tenants: BTreeMap::new() }
             }
-            Err(error) => return Err(error),
+            kept => kept?,
         };
         let fences = Fences { folder: Some(folder.to_owned()), kept: Mutex::new(kept) };
         fences.save(&fences.kept())?;

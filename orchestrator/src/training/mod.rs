@@ -12,6 +12,7 @@
 
 mod audit;
 mod fences;
+mod judge;
 #[cfg(test)]
 mod model;
 
@@ -39,6 +40,9 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use crate::front::{Body, refusal, respond};
 use audit::{Audit, Entry, Target, UNKNOWN};
 pub(crate) use fences::{Fences, Weighed};
+#[cfg(feature = "kafka")]
+pub use judge::verify_topic;
+pub use judge::{Heads, Judged, Lock, verify_export, verify_file};
 
 /// The path of all calls.
 pub(crate) const PATH: &str = "/v1/training";

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use headgate_policy::{Jti, Use};
-use headgate_store::{Redis, Unanswered, Used, cmd, pipe};
+use headgate_store::{Redis, Unanswered, Unusable, Used, cmd, pipe};
 use headgate_testkit::{
     services::{self, OrSkip, Signal},
     soon,
@@ -159,4 +159,42 @@ async fn a_password_is_never_shown() {
     assert!(!format!("{redis:?}").contains("canary"), "{redis:?}");
     let unusable = Redis::connect("redis-canary-7f3a", BUDGET).unwrap_err();
     assert!(!format!("{unusable} {unusable:?}").contains("canary"));
+}
+
+#[tokio::test]
+async fn redis_over_tls_is_believed_by_its_certificate_and_believes_us_by_our_password() {
+    let test = "redis_over_tls_is_believed_by_its_certificate";
+    let made = || rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (own, other) = (made(), made());
+    let Some(server) = services::redis_tls(&own.cert.pem(), &own.signing_key.serialize_pem(), "s3cret#/").await.or_skip(test) else {
+        return;
+    };
+    // What has a meaning in URLs is written by its number.
+    let url = |password: &str| format!("rediss://headgate:{password}@localhost:{}", server.addr().port());
+    let trusting = |url: &str, ca: &str| Redis::connect_trusting(url, ca.as_bytes(), BUDGET).unwrap().within(Duration::from_secs(5));
+    let redis = trusting(&url("s3cret%23%2F"), &own.cert.pem());
+    soon(redis.up(), "redis over TLS").await;
+    assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
+    // Its messages come the same way.
+    let mut changes = redis.listen("changes").await.unwrap();
+    redis.ask::<()>(&cmd("PUBLISH").arg("changes").arg("x")).await.unwrap();
+    soon(futures_util::StreamExt::next(&mut changes), "a message over TLS").await.unwrap();
+
+    let wrong = [
+        ("another authority", trusting(&url("s3cret%23%2F"), &other.cert.pem())),
+        ("the machine's own authorities", Redis::connect(&url("s3cret%23%2F"), BUDGET).unwrap()),
+        ("another name", trusting(&url("s3cret%23%2F").replace("localhost", "127.0.0.1"), &own.cert.pem())),
+        ("another password", trusting(&url("wrong"), &own.cert.pem())),
+    ];
+    for _ in 0..5 {
+        // Each of these takes as long as a try of the others, and comes after it.
+        soon(trusting(&url("s3cret%23%2F"), &own.cert.pem()).up(), "redis over TLS").await;
+    }
+    for (what, redis) in wrong {
+        assert_eq!(ping(&redis).await, Err(Unanswered::Away), "{what}");
+    }
+    for ca in ["", "no PEM", &own.signing_key.serialize_pem()] {
+        assert_eq!(Redis::connect_trusting(&url("x"), ca.as_bytes(), BUDGET).unwrap_err(), Unusable::Certificates, "{ca}");
+    }
+    assert_eq!(Redis::connect_trusting("redis://localhost", own.cert.pem().as_bytes(), BUDGET).unwrap_err(), Unusable::Certificates);
 }

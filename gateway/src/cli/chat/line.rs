@@ -1,130 +1,31 @@
 //! Carries turns to a gateway and events back: over server-sent events or a WebSocket.
 
-use std::{io, sync::Arc, time::Duration};
+use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use headgate_contracts::{
     Secret, TurnId,
-    wire::{chat::TurnRequest, frames, problem, sse},
+    wire::{
+        chat::{Confirmation, TurnRequest},
+        frames, problem, sse,
+    },
 };
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Bytes, Incoming};
-use hyper_util::rt::TokioIo;
-use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-    time::timeout,
-};
-use tokio_rustls::TlsConnector;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use tokio::time::timeout;
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
     tungstenite::{self, Message, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 
 use super::tale::{Event, Said};
+use crate::cli::place::{CONNECT_PATIENCE, Place, Wire, sign};
 
 /// The chat route where the URL names none.
-const DEFAULT_PATH: &str = "/v1/chat/stream";
-/// How long a connection may take to be made, TLS and WebSocket handshakes included.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const DEFAULT_PATH: &str = "/v1/chat/stream";
 /// The largest event that is read, in bytes; the gateway's are at most 128 KiB.
 const MAX_EVENT_BYTES: usize = 256 << 10;
-
-/// A gateway's chat route, and how to get there.
-pub(super) struct Place {
-    host: String,
-    port: u16,
-    tls: Option<(TlsConnector, ServerName<'static>)>,
-    authority: HeaderValue,
-    path: String,
-}
-
-/// Why a URL is no place to go.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum BadUrl {
-    #[error("--url must begin with http:// or https://")]
-    Scheme,
-    #[error("--url must name a host, such as http://127.0.0.1:8080")]
-    Host,
-    #[error("--url must not hold a name or password: use --token")]
-    UserInfo,
-    #[error("--url must not have a query: it names the chat route and nothing else")]
-    Query,
-    #[error("this system has no certificates to check a server by; name some in SSL_CERT_FILE")]
-    NoRoots,
-    #[error("cannot speak TLS")]
-    Tls(#[from] rustls::Error),
-}
-
-impl Place {
-    pub(super) fn of(url: &Uri) -> Result<Place, BadUrl> {
-        let is_tls = match url.scheme_str() {
-            Some("http") => false,
-            Some("https") => true,
-            _ => return Err(BadUrl::Scheme),
-        };
-        let authority = url.authority().ok_or(BadUrl::Host)?;
-        if authority.as_str().contains('@') {
-            return Err(BadUrl::UserInfo);
-        }
-        if url.query().is_some() {
-            return Err(BadUrl::Query);
-        }
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let tls = match is_tls {
-            false => None,
-            true => Some((connector()?, ServerName::try_from(host.clone()).map_err(|_| BadUrl::Host)?)),
-        };
-        let path = match url.path().trim_end_matches('/') {
-            "" => DEFAULT_PATH,
-            path => path,
-        };
-        Ok(Place {
-            port: authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 }),
-            authority: HeaderValue::from_str(authority.as_str()).map_err(|_| BadUrl::Host)?,
-            path: path.to_owned(),
-            host,
-            tls,
-        })
-    }
-
-    /// Whether others on the way can read along.
-    pub(super) fn is_exposed(&self) -> bool {
-        let is_here = self.host == "localhost" || self.host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
-        self.tls.is_none() && !is_here
-    }
-
-    async fn connect(&self) -> io::Result<Box<dyn Wire>> {
-        let connecting = async {
-            let tcp = TcpStream::connect((&*self.host, self.port)).await?;
-            tcp.set_nodelay(true)?;
-            Ok(match &self.tls {
-                None => Box::new(tcp) as Box<dyn Wire>,
-                Some((tls, name)) => Box::new(tls.connect(name.clone(), tcp).await?),
-            })
-        };
-        timeout(CONNECT_PATIENCE, connecting).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-    }
-}
-
-fn connector() -> Result<TlsConnector, BadUrl> {
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if roots.is_empty() {
-        return Err(BadUrl::NoRoots);
-    }
-    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(TlsConnector::from(Arc::new(config)))
-}
-
-trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
 
 /// Why there is no event.
 #[derive(Debug)]
@@ -231,6 +132,16 @@ impl Line {
         if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
     }
 
+    /// Says yes or no to a question of the turn.
+    pub(super) async fn confirm(&mut self, turn: TurnId, said: &Confirmation) -> Result<(), Trouble> {
+        if let Carrier::WebSocket(_) = self.carrier {
+            return self.send(&ClientConfirm { kind: "confirm", turn_id: turn, said }).await;
+        }
+        let request = Request::post(format!("{}/{turn}/confirm", self.place.path)).header(header::CONTENT_TYPE, "application/json");
+        let response = self.ask(request, said.body()).await?;
+        if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
+    }
+
     /// What comes next. Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Heard, Trouble> {
         match &mut self.carrier {
@@ -325,26 +236,8 @@ impl Line {
         Ok(())
     }
 
-    /// One request on a connection of its own, which lives as long as the response is read.
     async fn ask(&self, request: http::request::Builder, body: Vec<u8>) -> Result<Response<Incoming>, Trouble> {
-        let mut request = request.body(Full::<Bytes>::from(body)).map_err(Trouble::broken)?;
-        self.sign(request.headers_mut())?;
-        request.headers_mut().insert(header::HOST, self.place.authority.clone());
-        let wire = self.place.connect().await.map_err(Trouble::broken)?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(wire)).await.map_err(Trouble::broken)?;
-        // Ends with the response: with its last byte, or when its body is dropped.
-        tokio::spawn(connection);
-        sender.send_request(request).await.map_err(Trouble::broken)
-    }
-
-    fn sign(&self, headers: &mut HeaderMap) -> Result<(), Trouble> {
-        if let Some(token) = &self.token {
-            let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose()))
-                .map_err(|_| Trouble::Nonsense("a token that no header can hold"))?;
-            value.set_sensitive(true);
-            headers.insert(header::AUTHORIZATION, value);
-        }
-        Ok(())
+        self.place.ask(self.token.as_ref(), request, body).await.map_err(Trouble::broken)
     }
 
     async fn send(&mut self, frame: &impl serde::Serialize) -> Result<(), Trouble> {
@@ -361,7 +254,7 @@ impl Line {
     async fn shake_hands(&self) -> Result<WebSocketStream<Box<dyn Wire>>, Trouble> {
         let authority = self.place.authority.to_str().map_err(Trouble::broken)?;
         let mut request = format!("ws://{authority}{}", self.place.path).into_client_request().map_err(Trouble::broken)?;
-        self.sign(request.headers_mut())?;
+        sign(self.token.as_ref(), request.headers_mut()).map_err(Trouble::broken)?;
         request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(frames::SUBPROTOCOL));
         debug_assert_eq!(request.method(), Method::GET);
         let wire = self.place.connect().await.map_err(Trouble::broken)?;
@@ -417,6 +310,15 @@ struct ClientStop<'a> {
     reference: Option<&'a str>,
 }
 
+#[derive(serde::Serialize)]
+struct ClientConfirm<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    turn_id: TurnId,
+    #[serde(flatten)]
+    said: &'a Confirmation,
+}
+
 fn is_kind(headers: &HeaderMap, kind: &str) -> bool {
     let named = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).and_then(|value| value.split(';').next());
     named.is_some_and(|named| named.trim().eq_ignore_ascii_case(kind))
@@ -454,39 +356,6 @@ fn said_by(status: StatusCode, body: &[u8]) -> Trouble {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn place(url: &str) -> Result<Place, BadUrl> {
-        Place::of(&url.parse().unwrap())
-    }
-
-    #[test]
-    fn a_url_names_the_gateway_and_may_name_the_route() {
-        for (url, host, port, path) in [
-            ("http://127.0.0.1:8080", "127.0.0.1", 8080, "/v1/chat/stream"),
-            ("http://gate/", "gate", 80, "/v1/chat/stream"),
-            ("http://[::1]:9000/team/chat/", "::1", 9000, "/team/chat"),
-        ] {
-            let place = place(url).unwrap_or_else(|error| panic!("{url}: {error}"));
-            assert_eq!((&*place.host, place.port, &*place.path), (host, port, path), "{url}");
-        }
-    }
-
-    #[test]
-    fn a_url_that_would_be_misread_is_refused() {
-        assert!(matches!(place("ftp://gate/"), Err(BadUrl::Scheme)));
-        assert!(matches!(place("/v1/chat"), Err(BadUrl::Scheme)));
-        assert!(matches!(place("http://me:secret@gate/"), Err(BadUrl::UserInfo)));
-        assert!(matches!(place("http://gate/?token=x"), Err(BadUrl::Query)));
-    }
-
-    #[test]
-    fn a_token_is_exposed_only_where_others_can_read_along() {
-        for (url, exposed) in
-            [("http://127.0.0.1:1", false), ("http://localhost:1", false), ("http://[::1]", false), ("http://10.0.0.1", true)]
-        {
-            assert_eq!(place(url).map(|place| place.is_exposed()).ok(), Some(exposed), "{url}");
-        }
-    }
 
     #[test]
     fn a_body_that_is_no_problem_counts_by_its_status() {

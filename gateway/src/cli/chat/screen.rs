@@ -75,6 +75,8 @@ impl<W: Write, E: Write> Screen<W, E> {
                 self.write(text);
             }
             ("tool", ..) => self.note(&format!("calls the tool {}", said.name.as_deref().unwrap_or_default())),
+            // A model had its hand in it: made safe, as all remarks are.
+            ("confirm", ..) => self.note(said.prompt.as_deref().unwrap_or_default()),
             ("gap", ..) => self.note("events are missing here: the gateway no longer has them"),
             _ => {}
         }
@@ -154,6 +156,13 @@ impl<W: Write, E: Write> Screen<W, E> {
         let _ = self.err.flush();
     }
 
+    /// Shows that a yes or no is waited for.
+    pub(super) fn ask_whether(&mut self) {
+        self.end_line();
+        let _ = write!(self.err, "yes or no? ");
+        let _ = self.err.flush();
+    }
+
     /// Ends a line that was asked for and never came.
     pub(super) fn rest(&mut self) {
         let _ = writeln!(self.err);
@@ -198,6 +207,7 @@ mod tests {
     fn a_terminal_is_never_told_what_to_do_by_a_model() {
         let hostile = r#"{"text":"a\u001b]0;owned\u0007b\u009b2Jc\rd\u202ee\n\tf"}"#;
         assert_eq!(shown(Form::Terminal, &[("text", hostile)]).0, "a\u{fffd}]0;owned\u{fffd}b\u{fffd}2Jc\u{fffd}d\u{fffd}e\n\tf");
+        assert_eq!(shown(Form::Terminal, &[("confirm", r#"{"id":"q","prompt":"pay\u001b[2J?"}"#)]).1, "\x1b[2mpay\u{fffd}[2J?\x1b[0m\n");
         assert!(!shown(Form::Terminal, &[("tool", r#"{"id":"1","name":"x\u001b[2J","index":0}"#)]).1.contains("\x1b[2J"));
         assert!(!shown(Form::Json, &[("text", hostile)]).0.contains(|char: char| is_command(char) && char != '\n'));
     }

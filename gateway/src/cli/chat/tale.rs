@@ -36,6 +36,9 @@ pub(super) struct Said {
     pub lane: Option<String>,
     pub choice: u16,
     pub name: Option<String>,
+    /// Of a question.
+    pub id: Option<String>,
+    pub prompt: Option<String>,
     pub from: Option<u64>,
     pub to: Option<u64>,
     pub input_tokens: Option<u64>,
@@ -63,6 +66,11 @@ impl std::fmt::Debug for Said {
 }
 
 impl Said {
+    /// The id of the question that it is, if it is one.
+    pub(super) fn question(&self) -> Option<&str> {
+        if self.kind == "confirm" { self.id.as_deref() } else { None }
+    }
+
     /// Whether it says that the turn is not there any more.
     pub(super) fn is_gone(&self) -> bool {
         self.code.as_deref() == Some("session_not_found")
@@ -287,7 +295,7 @@ fn complain(said: &Said) -> String {
             .map_or_else(|| "policy refused this prompt".to_owned(), |why| format!("policy refused this prompt{}", because(why)));
     }
     let advice = match (code, said.retryable, said.retry_after_ms) {
-        ("stopped", ..) => "",
+        ("stopped" | "declined" | "unanswered", ..) => "",
         ("unauthenticated" | "token_expired", ..) => "; put a token into HEADGATE_TOKEN",
         (_, false, _) => "; the same request will fail again",
         (_, true, None | Some(0)) => "; the same request may work now",
