@@ -278,6 +278,23 @@ impl Batch {
         self.text.get(span.range()).unwrap_or_default()
     }
 
+    /// The words of the text events from `index` on that are of one lane and stand one behind the other, and how many these are.
+    pub fn run(&self, index: usize) -> (&str, usize) {
+        let pieces = self.events.get(index..).unwrap_or_default().iter().map_while(|event| match event.what {
+            What::Text { lane, text } => Some((lane, text)),
+            What::Tool { .. } | What::Confirm { .. } | What::Finish { .. } | What::Usage(_) | What::Note => None,
+        });
+        let (mut run, mut count) = (None, 0);
+        for (lane, text) in pieces {
+            let (of, all) = run.get_or_insert((lane, Span { end: text.start, ..text }));
+            if *of != lane || all.end != text.start {
+                break;
+            }
+            (all.end, count) = (text.end, count + 1);
+        }
+        (run.map_or("", |(_, all)| self.text(all)), count)
+    }
+
     /// The raw payload of a span.
     pub fn wire(&self, span: Span) -> &[u8] {
         self.wire.get(span.range()).unwrap_or_default()
@@ -498,6 +515,22 @@ mod tests {
         again.keep_wire(&[b' '; MAX_LENT_BYTES + 1]);
         again.give_back();
         assert_eq!(Batch::lent().wire.capacity(), 0);
+    }
+
+    #[test]
+    fn a_run_is_what_one_lane_says_without_a_word_between() {
+        let reasoning = Lane { channel: Channel::Reasoning, ..Lane::DEFAULT };
+        let mut batch = Batch::new();
+        for (lane, words) in [(Lane::DEFAULT, "a"), (Lane::DEFAULT, ""), (Lane::DEFAULT, "b"), (reasoning, "c"), (reasoning, "d")] {
+            batch.push_text(lane, words);
+        }
+        batch.push(Event { what: What::Note, raw: None });
+        batch.push_text(reasoning, "e");
+        batch.keep_text("a name");
+        batch.push_text(reasoning, "f");
+        let runs: Vec<_> = (0..=9).map(|index| batch.run(index)).collect();
+        let expected = [("ab", 3), ("b", 2), ("b", 1), ("cd", 2), ("d", 1), ("", 0), ("e", 1), ("f", 1), ("", 0), ("", 0)];
+        assert_eq!(runs, expected);
     }
 
     #[test]

@@ -52,6 +52,7 @@ const MAX_DESKS: usize = 4;
 const MAX_DESK_BYTES: usize = 16 << 10;
 
 thread_local! {
+    #[expect(clippy::vec_box, reason = "a gate takes the box, too")]
     static DESKS: RefCell<Vec<Box<Desk>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -231,11 +232,6 @@ impl Gate {
         !self.textless
     }
 
-    /// Whether its filter is shown the answer's text.
-    pub(crate) fn judges_text(&self) -> bool {
-        !self.textless
-    }
-
     /// The filter's name.
     pub fn name(&self) -> &'static str {
         self.name
@@ -340,21 +336,23 @@ impl Gate {
         let nothing_held = self.is_empty();
         let mut clean = 0;
         let mut judged = None;
-        if nothing_held {
-            for event in batch.events() {
-                match event.what {
-                    What::Text { lane, text } => {
-                        let (start, is_clean) = self.judge(lane, batch.text(text));
-                        if !is_clean {
-                            judged = Some(start);
-                            break;
-                        }
+        while nothing_held && let Some(event) = batch.events().get(clean) {
+            match event.what {
+                What::Text { lane, .. } => {
+                    // All that one lane says without a word between is judged at once.
+                    let (words, count) = batch.run(clean);
+                    let (start, is_clean) = self.judge(lane, words);
+                    if !is_clean {
+                        let (untouched, start) = self.untouched(lane, start, batch, clean..clean + count);
+                        judged = Some((start, count - untouched));
+                        clean += untouched;
+                        break;
                     }
-                    What::Finish { .. } if !self.lanes.is_empty() => break,
-                    What::Confirm { .. } => break,
-                    What::Finish { .. } | What::Tool { .. } | What::Usage(_) | What::Note => {}
+                    clean += count;
                 }
-                clean += 1;
+                What::Finish { .. } if !self.lanes.is_empty() => break,
+                What::Confirm { .. } => break,
+                What::Finish { .. } | What::Tool { .. } | What::Usage(_) | What::Note => clean += 1,
             }
         }
         if nothing_held && clean == batch.events().len() {
@@ -367,21 +365,19 @@ impl Gate {
             // A verdict that was waited for may have come meanwhile.
             self.release(&mut desk, now);
         }
-        // Each event goes its whole way before the next is judged: so what comes out first does not depend on the batches.
-        for event in batch.events().get(clean..).unwrap_or_default() {
-            // What comes after a cut is neither judged nor kept.
-            if self.stop.is_some() {
-                break;
-            }
-            let (mut start, mut question) = (At::default(), 0);
+        // Each run of text goes its whole way before what comes next is judged: so what comes out first does not depend on the batches.
+        // What comes after a cut is neither judged nor kept.
+        let mut next = clean;
+        while self.stop.is_none()
+            && let Some(&event) = batch.events().get(next)
+        {
+            let (mut start, mut question, mut count) = (At::default(), 0, 1);
             match event.what {
-                What::Text { lane, text } => {
-                    let words = batch.text(text);
-                    start = match judged.take() {
-                        Some(start) => start,
-                        None => self.judge(lane, words).0,
-                    };
-                    self.held_bytes += words.len() as u64;
+                What::Text { lane, .. } => {
+                    (start, count) = judged.take().unwrap_or_else(|| {
+                        let (words, count) = batch.run(next);
+                        (self.judge(lane, words).0, count)
+                    });
                 }
                 What::Confirm { prompt, .. } => {
                     let words = batch.text(prompt);
@@ -396,14 +392,38 @@ impl Gate {
                 What::Finish { choice, .. } => self.finish(choice),
                 What::Tool { .. } | What::Usage(_) | What::Note => {}
             }
-            desk.held.push_from(batch, *event);
-            desk.waits.push(Wait { start, since: now, gone: false, question });
+            for event in batch.events().iter().skip(next).take(count) {
+                desk.held.push_from(batch, *event);
+                desk.waits.push(Wait { start, since: now, gone: false, question });
+                if let What::Text { text, .. } = event.what {
+                    self.held_bytes += text.len() as u64;
+                    start.0 += text.len() as u64;
+                }
+            }
+            next += count;
             self.release(&mut desk, now);
             self.keep_bounds(&mut desk, now);
         }
         batch.truncate(clean);
         desk.hand_over(batch);
         self.desk = desk.kept();
+    }
+
+    /// How many of the events of a run, which begins at `start` in its lane, may go as they came though not all of it may; and where the
+    /// next one begins.
+    fn untouched(&self, lane: Lane, mut start: At, batch: &Batch, run: std::ops::Range<usize>) -> (usize, At) {
+        let Some(track) = self.lanes.iter().find(|track| track.lane == lane) else { return (0, start) };
+        let edited = track.edits.front().map_or(At::END, |(edit, _)| edit.range.start);
+        let mut count = 0;
+        for event in batch.events().get(run).unwrap_or_default() {
+            let What::Text { text, .. } = event.what else { break };
+            let end = At(start.0 + text.len() as u64);
+            if end > track.cleared.min(edited) {
+                break;
+            }
+            (start, count) = (end, count + 1);
+        }
+        (count, start)
     }
 
     /// Nothing more will come: every lane gets its last verdict, and what is clean leaves. What the filter still thinks about stays.

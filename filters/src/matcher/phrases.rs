@@ -103,21 +103,24 @@ impl Phrases {
         }
     }
 
-    /// Reads on while no phrase ends and `other` agrees to the byte, in lower case.
+    /// Reads on while no phrase ends and `other` agrees to the next byte, in lower case, and its place. Gives how many it read.
     #[inline]
-    pub(super) fn coast(&self, state: &mut StateID, run: &[u8], other: impl FnMut(u8) -> bool) {
+    pub(super) fn coast(&self, state: &mut StateID, run: &[u8], other: impl FnMut(usize, u8) -> bool) -> usize {
         #[inline]
-        fn of<A: Automaton>(automaton: &A, state: &mut StateID, run: &[u8], mut other: impl FnMut(u8) -> bool) {
+        fn of<A: Automaton>(automaton: &A, state: &mut StateID, run: &[u8], mut other: impl FnMut(usize, u8) -> bool) -> usize {
             let mut now = *state;
+            let mut read = 0;
             for byte in run {
                 let byte = byte.to_ascii_lowercase();
                 let next = automaton.next_state(Anchored::No, now, byte);
-                if (automaton.is_special(next) && automaton.is_match(next)) || !other(byte) {
+                if (automaton.is_special(next) && automaton.is_match(next)) || !other(read, byte) {
                     break;
                 }
                 now = next;
+                read += 1;
             }
             *state = now;
+            read
         }
         match &self.automaton {
             Form::Table(table) => of(table, state, run, other),
