@@ -1,7 +1,7 @@
 //! A person is asked before a tool is called: a real gateway, a real orchestrator and a scripted model, over both hops and both of the
 //! transports that clients have.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, process::Stdio, time::Duration};
 
 use headgate_contracts::TurnId;
 use headgate_filters::auth::KeyHash;
@@ -15,6 +15,7 @@ use headgate_testkit::{
     ws::Ws,
 };
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 
 /// Of the person, and of somebody else.
 const KEYS: [&str; 2] = [
@@ -322,5 +323,36 @@ async fn where_nobody_can_be_asked_the_answer_is_no() {
         assert_eq!((whole.status, whole.json()["code"].as_str()), (403, Some("declined")));
         let streamed = ask(house.clients, &completion(true)).await.unwrap().text();
         assert!(streamed.contains("\"code\":\"declined\"") && !streamed.contains("pay") && !streamed.contains("[DONE]"), "{streamed}");
+    }
+}
+
+#[tokio::test]
+async fn the_terminal_client_says_no_where_nobody_sits_at_it() {
+    let house = House::new("events", "60s", calls(&[("pay", "{\"amount\":5}")])).await;
+    for transport in [&[][..], &["--ws"]] {
+        let mut chat = tokio::process::Command::new(env!("CARGO_BIN_EXE_headgate"));
+        chat.args(["chat", "--url", &format!("http://{}", house.clients), "pay him"]).args(transport);
+        let said = chat.env("HEADGATE_TOKEN", KEYS[0]).env("NO_COLOR", "1").stdin(Stdio::null()).output().await.unwrap();
+        let err = String::from_utf8(said.stderr).unwrap();
+        assert_eq!((said.status.code(), String::from_utf8(said.stdout).unwrap().as_str()), (Some(2), "Let me. \n"), "{err}");
+        assert!(err.contains("Call pay with {\"amount\":5}?\nthere is nobody to ask: the answer is no\n") && err.contains("declined"), "{err}");
+    }
+}
+
+/// `script` gives a program a terminal; it stands on every Debian.
+#[tokio::test]
+async fn the_terminal_client_asks_who_sits_at_it() {
+    let house = House::new("websocket", "60s", calls(&[("pay", "{\"amount\":5}")])).await;
+    for (transport, answer, ends) in [("", "yes\n", "allowed"), (" --ws", "y\n", "allowed"), ("", "what?\n", "declined")] {
+        let chat = format!("{} chat --url http://{} 'pay him'{transport}", env!("CARGO_BIN_EXE_headgate"), house.clients);
+        let mut terminal = tokio::process::Command::new("script");
+        terminal.args(["-qec", &chat, "/dev/null"]).env("HEADGATE_TOKEN", KEYS[0]);
+        let mut terminal = terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let mut keyboard = terminal.stdin.take().unwrap();
+        keyboard.write_all(answer.as_bytes()).await.unwrap();
+        let said = soon(terminal.wait_with_output(), "the turn to end").await.unwrap();
+        let said = String::from_utf8(said.stdout).unwrap();
+        assert!(said.contains("Call pay with {\"amount\":5}?") && said.contains("yes or no? "), "{said}");
+        assert!(said.contains(ends) && said.contains("calls the tool pay") == (ends == "allowed"), "{said}");
     }
 }

@@ -36,6 +36,8 @@ const MAX_PROMPT_BYTES: u64 = 60 << 10;
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// How long it may take to say yes or no.
 const SAY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to say yes or no.
+const SAY_PATIENCE: Duration = Duration::from_secs(10);
 /// How long nothing may come, heartbeats included; a gateway's are at most 300 seconds apart.
 const SILENCE: Duration = Duration::from_secs(330);
 /// How often, and after which pauses, a stream that was cut is asked for again.
@@ -47,9 +49,11 @@ const EXIT_INTERRUPTED: u8 = 130;
 #[derive(clap::Args)]
 #[command(after_help = "\
 The answer goes to standard output as it comes. What the gate did to it (outcome, time to the first text, gaps between events, \
-the verdict) goes to standard error. Ctrl-C stops the turn and keeps what had been said; a second one leaves at once.
+the verdict) goes to standard error. Ctrl-C stops the turn and keeps what had been said; a second one leaves at once. Where a tool needs a \
+yes, a terminal is asked for it; where there is none, the answer is no.
 
-Exit code: 0 answered, 1 something went wrong, 2 policy refused the prompt or cut the answer, 130 stopped by Ctrl-C.
+Exit code: 0 answered, 1 something went wrong, 2 policy refused the prompt or cut the answer, \
+or a tool that needs a yes was not called, 130 stopped by Ctrl-C.
 
 Begin, in another terminal, with a gateway that prints a token; the environment hides it from the list of processes:
   headgate dev
@@ -283,6 +287,8 @@ impl<W: Write, E: Write> Talk<W, E> {
         let mut give_up: Option<Instant> = None;
         // A question that waits for a yes or no.
         let mut asked: Option<(TurnId, String)> = None;
+        // A question that waits for a yes or no.
+        let mut asked: Option<(TurnId, String)> = None;
         // So many returns in all, so that a gateway that takes us back and sends nothing is left in the end.
         let mut pauses = RETURNS.iter().copied();
         loop {
@@ -293,6 +299,17 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Ok(Heard::Event(event)) => {
                         tale.take(&event, Instant::now());
                         self.screen.show(&event);
+                        // Whatever else comes, the question is over.
+                        asked = event.said.question().zip(tale.turn()).map(|(id, turn)| (turn, id.to_owned()));
+                        match &asked {
+                            Some(_) if self.is_asking => self.screen.ask_whether(),
+                            Some((turn, id)) => {
+                                self.screen.note("there is nobody to ask: the answer is no");
+                                self.say(*turn, id, false).await;
+                                asked = None;
+                            }
+                            None => {}
+                        }
                         // Whatever else comes, the question is over.
                         asked = event.said.question().zip(tale.turn()).map(|(id, turn)| (turn, id.to_owned()));
                         match &asked {
@@ -315,6 +332,12 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Ok(Heard::Over) | Err(Trouble::Broken(_)) => return Came::Stopped,
                     Err(trouble) => return self.tell(trouble, tale),
                 },
+                line = async { self.input.get_or_insert_with(lines).recv().await }, if asked.is_some() => {
+                    if let Some((turn, id)) = asked.take() {
+                        let accept = matches!(line, Some(Ok(line)) if matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes"));
+                        self.say(turn, &id, accept).await;
+                    }
+                }
                 line = async { self.input.get_or_insert_with(lines).recv().await }, if asked.is_some() => {
                     if let Some((turn, id)) = asked.take() {
                         let accept = matches!(line, Some(Ok(line)) if matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes"));
@@ -348,6 +371,16 @@ impl<W: Write, E: Write> Talk<W, E> {
                     return Came::Wrong;
                 }
             }
+        }
+    }
+
+    /// Says yes or no to a question.
+    async fn say(&mut self, turn: TurnId, id: &str, accept: bool) {
+        let said = Confirmation { id: id.to_owned(), accept };
+        match timeout(SAY_PATIENCE, self.line.confirm(turn, &said)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(Trouble::Problem(problem))) => self.screen.note(&format!("the answer was not taken: {}", problem.code.unwrap_or_default())),
+            Ok(Err(Trouble::Broken(_) | Trouble::Nonsense(_))) | Err(_) => self.screen.note("the gateway could not be told the answer"),
         }
     }
 
@@ -417,8 +450,8 @@ fn came(tale: &Tale) -> Came {
         Some(End::Done { outcome, .. }) if outcome.as_deref() == Some("blocked") => Came::Refused,
         Some(End::Done { .. }) => Came::Answered,
         Some(End::Error(said)) => match said.code.as_deref() {
-            Some("policy_denied") => Came::Refused,
-            Some("stopped" | "declined" | "unanswered") => Came::Stopped,
+            Some("policy_denied" | "declined" | "unanswered") => Came::Refused,
+            Some("stopped") => Came::Stopped,
             _ => Came::Wrong,
         },
         None => Came::Wrong,
