@@ -36,8 +36,6 @@ const MAX_PROMPT_BYTES: u64 = 60 << 10;
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// How long it may take to say yes or no.
 const SAY_PATIENCE: Duration = Duration::from_secs(10);
-/// How long it may take to say yes or no.
-const SAY_PATIENCE: Duration = Duration::from_secs(10);
 /// How long nothing may come, heartbeats included; a gateway's are at most 300 seconds apart.
 const SILENCE: Duration = Duration::from_secs(330);
 /// How often, and after which pauses, a stream that was cut is asked for again.
@@ -287,8 +285,6 @@ impl<W: Write, E: Write> Talk<W, E> {
         let mut give_up: Option<Instant> = None;
         // A question that waits for a yes or no.
         let mut asked: Option<(TurnId, String)> = None;
-        // A question that waits for a yes or no.
-        let mut asked: Option<(TurnId, String)> = None;
         // So many returns in all, so that a gateway that takes us back and sends nothing is left in the end.
         let mut pauses = RETURNS.iter().copied();
         loop {
@@ -299,17 +295,6 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Ok(Heard::Event(event)) => {
                         tale.take(&event, Instant::now());
                         self.screen.show(&event);
-                        // Whatever else comes, the question is over.
-                        asked = event.said.question().zip(tale.turn()).map(|(id, turn)| (turn, id.to_owned()));
-                        match &asked {
-                            Some(_) if self.is_asking => self.screen.ask_whether(),
-                            Some((turn, id)) => {
-                                self.screen.note("there is nobody to ask: the answer is no");
-                                self.say(*turn, id, false).await;
-                                asked = None;
-                            }
-                            None => {}
-                        }
                         // Whatever else comes, the question is over.
                         asked = event.said.question().zip(tale.turn()).map(|(id, turn)| (turn, id.to_owned()));
                         match &asked {
@@ -332,12 +317,6 @@ impl<W: Write, E: Write> Talk<W, E> {
                     Ok(Heard::Over) | Err(Trouble::Broken(_)) => return Came::Stopped,
                     Err(trouble) => return self.tell(trouble, tale),
                 },
-                line = async { self.input.get_or_insert_with(lines).recv().await }, if asked.is_some() => {
-                    if let Some((turn, id)) = asked.take() {
-                        let accept = matches!(line, Some(Ok(line)) if matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes"));
-                        self.say(turn, &id, accept).await;
-                    }
-                }
                 line = async { self.input.get_or_insert_with(lines).recv().await }, if asked.is_some() => {
                     if let Some((turn, id)) = asked.take() {
                         let accept = matches!(line, Some(Ok(line)) if matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes"));
@@ -371,16 +350,6 @@ impl<W: Write, E: Write> Talk<W, E> {
                     return Came::Wrong;
                 }
             }
-        }
-    }
-
-    /// Says yes or no to a question.
-    async fn say(&mut self, turn: TurnId, id: &str, accept: bool) {
-        let said = Confirmation { id: id.to_owned(), accept };
-        match timeout(SAY_PATIENCE, self.line.confirm(turn, &said)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(Trouble::Problem(problem))) => self.screen.note(&format!("the answer was not taken: {}", problem.code.unwrap_or_default())),
-            Ok(Err(Trouble::Broken(_) | Trouble::Nonsense(_))) | Err(_) => self.screen.note("the gateway could not be told the answer"),
         }
     }
 

@@ -142,16 +142,6 @@ impl Line {
         if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
     }
 
-    /// Says yes or no to a question of the turn.
-    pub(super) async fn confirm(&mut self, turn: TurnId, said: &Confirmation) -> Result<(), Trouble> {
-        if let Carrier::WebSocket(_) = self.carrier {
-            return self.send(&ClientConfirm { kind: "confirm", turn_id: turn, said }).await;
-        }
-        let request = Request::post(format!("{}/{turn}/confirm", self.place.path)).header(header::CONTENT_TYPE, "application/json");
-        let response = self.ask(request, said.body()).await?;
-        if response.status().is_success() { Ok(()) } else { Err(problem_of(response).await) }
-    }
-
     /// What comes next. Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Heard, Trouble> {
         match &mut self.carrier {
@@ -318,15 +308,6 @@ struct ClientStop<'a> {
     turn_id: Option<TurnId>,
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     reference: Option<&'a str>,
-}
-
-#[derive(serde::Serialize)]
-struct ClientConfirm<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    turn_id: TurnId,
-    #[serde(flatten)]
-    said: &'a Confirmation,
 }
 
 #[derive(serde::Serialize)]
