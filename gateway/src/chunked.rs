@@ -136,6 +136,16 @@ impl Answer {
     ///
     /// Errors: the client left, or took nothing for the stall time. Dropping the future is the client's leaving.
     pub(crate) async fn write<S: AsyncRead + AsyncWrite + Unpin>(self, io: &mut Patient<S>, stays: bool) -> io::Result<bool> {
+        // In a box: an answer lasts, what comes before it does not.
+        let (stream, stays) = Box::pin(self.begin(io, stays)).await?;
+        if let Some((stream, head)) = stream {
+            write_stream(io, stream, head).await?;
+        }
+        Ok(stays)
+    }
+
+    /// Waits for it, and writes it where it has come whole; else gives what is to be streamed, after the head.
+    async fn begin<S: AsyncRead + AsyncWrite + Unpin>(self, io: &mut Patient<S>, stays: bool) -> io::Result<(Option<Begun>, bool)> {
         let Answer { mut call, terms } = self;
         let response = poll_fn(|cx| {
             let response = call.as_mut().poll(cx);
@@ -150,19 +160,21 @@ impl Answer {
         let whole = if let Reply::Whole(body) = &body { Some(body.as_deref().unwrap_or_default()) } else { None };
         write_head(&mut out, &head, stays, whole.map(<[u8]>::len));
         out.extend_from_slice(whole.unwrap_or_default());
-        drop(head);
         match body {
-            Reply::Turn(stream) => write_stream(io, stream, out).await?,
+            Reply::Turn(stream) => Ok((Some((stream, out)), stays)),
             Reply::Whole(_) => {
                 io.write_all(&out).await?;
                 io.flush().await?;
                 buffers::give_back(&mut out);
+                Ok((None, stays))
             }
-            Reply::Passed(_) => return Err(io::Error::other("another server's answer is no turn's")),
+            Reply::Passed(_) => Err(io::Error::other("another server's answer is no turn's")),
         }
-        Ok(stays)
     }
 }
+
+/// A stream, and the head that is written before it.
+type Begun = (Box<Stream>, Vec<u8>);
 
 fn write_head(out: &mut Vec<u8>, head: &Parts, stays: bool, length: Option<usize>) {
     let status = head.status;

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use headgate_config::plan::Kind;
 use headgate_contracts::{
-    Code, Credential, Fault, Gone, Head, Principal, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
+    Code, Credential, Fault, Gone, Principal, Prompt, Refusal, Secret, SessionId, Stop, Trace, TurnId,
     wire::{
         chat::{Confirmation, TurnRequest},
         openai,
@@ -25,6 +25,7 @@ use crate::{
     body::Reply,
     drive::{Call, Drive, Line},
     live::{App, Live, Route},
+    outbox::Fields,
     page, proxy,
     serve::{Peer, Service},
     session::{Begun, Key, identify},
@@ -205,7 +206,7 @@ async fn stream(route: &Route, begun: Begun, framing: Framing, line: Arc<Line>, 
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-    stamp(headers, turn, trace, head.as_deref());
+    stamp(headers, turn, trace, head);
     Ok(response)
 }
 
@@ -227,16 +228,16 @@ async fn whole(begun: Begun, line: Arc<Line>, trace: &Trace) -> Result<Response<
         Ok(head) => {
             let mut response = Response::new(Reply::from(answer));
             response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-            stamp(response.headers_mut(), turn, trace, Some(&head));
+            stamp(response.headers_mut(), turn, trace, Some(head));
             Ok(response)
         }
         Err(stop) => Ok(problem(&stop, Some(turn))),
     }
 }
 
-fn stamp(headers: &mut HeaderMap, turn: TurnId, trace: &Trace, head: Option<&Head>) {
-    if let Some(head) = head {
-        headers.extend(head.headers.clone());
+fn stamp(headers: &mut HeaderMap, turn: TurnId, trace: &Trace, head: Option<Fields>) {
+    for (name, value) in head.iter().flat_map(|head| head.iter()) {
+        headers.append(name, value.clone());
     }
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     for (name, value) in [("x-headgate-turn", turn.to_string()), ("traceparent", trace.traceparent())] {

@@ -21,6 +21,7 @@ use headgate_contracts::{
     wire::chat::{Confirmation, Gap},
 };
 use headgate_upstream::Line;
+use http::{HeaderName, HeaderValue};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
@@ -68,9 +69,10 @@ struct State {
     entries: VecDeque<Entry>,
     /// The sequence number of the first entry kept.
     first: u64,
-    head: Option<Arc<Head>>,
+    /// What the answer's head says to clients, once there is one.
+    head: Option<Fields>,
     /// Set once: nothing more will come. `Some`: why, where no event could say it.
-    closed: Option<Option<Stop>>,
+    closed: Option<Option<Box<Stop>>>,
     /// The turn has ended with an answer: whole, or cut by policy.
     is_answered: bool,
     readers: Vec<Place>,
@@ -107,6 +109,9 @@ struct Place {
     is_cut: bool,
     waker: Option<Waker>,
 }
+
+/// Header fields, in order.
+pub type Fields = Arc<[(HeaderName, HeaderValue)]>;
 
 /// One event as a reader gets it.
 pub struct Numbered<'a> {
@@ -310,7 +315,8 @@ impl Outbox {
     pub fn open(&self, turn: &Turn, head: Head) {
         let mut state = self.ring.state();
         state.add(None, |voice, bytes, add| voice.open(turn, &head, bytes, add));
-        state.head = Some(Arc::new(head));
+        // Not as a map: it would be the largest thing that a turn keeps.
+        state.head = Some(head.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect());
     }
 
     /// Puts a batch in, then waits while a reader is behind: this is the backpressure. Cancel safe: what was put in stays in.
@@ -339,7 +345,8 @@ impl Outbox {
             } else if futures_util::poll!(room.as_mut()).is_pending() {
                 let stalled = self.ring.state().moved(begun) + self.stall;
                 let look = if readers > 1 { stalled.min(Instant::now() + NAP) } else { stalled };
-                if timeout_at(look, room).await.is_err() {
+                // In a box: most turns never wait here.
+                if Box::pin(timeout_at(look, room)).await.is_err() {
                     let (mut state, now) = (self.ring.state(), Instant::now());
                     if state.moved(begun) + self.stall <= now {
                         return Err(Stop::Gone(Gone::Slow));
@@ -399,7 +406,7 @@ impl Outbox {
                 remember(&mut state.wants_gone, cx);
                 Poll::Pending
             });
-            if timeout_at(since + patience, changed).await.is_err() {
+            if Box::pin(timeout_at(since + patience, changed)).await.is_err() {
                 return Gone::Left;
             }
         }
@@ -442,7 +449,7 @@ impl Outbox {
         });
         let told = opened && (!state.voice.is_whole() || matches!(end, Ok(()) | Err(Stop::Refused(_))));
         state.is_answered = opened && matches!(end, Ok(()) | Err(Stop::Refused(_)));
-        state.closed = Some(end.clone().err().filter(|_| !told));
+        state.closed = Some(end.clone().err().filter(|_| !told).map(Box::new));
         state.wake_readers(None);
         record
     }
@@ -459,7 +466,7 @@ impl Drop for Outbox {
                 let seq = state.next();
                 state.add(None, |voice, bytes, add| voice.break_off(&stop, seq, bytes, add));
             }
-            state.closed = Some(Some(stop));
+            state.closed = Some(Some(Box::new(stop)));
             state.wake_readers(None);
         }
     }
@@ -467,10 +474,10 @@ impl Drop for Outbox {
 
 impl Reader {
     /// The head of the answer, once there is one; why there will be none otherwise.
-    pub fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arc<Head>, Stop>> {
+    pub fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Fields, Stop>> {
         let mut state = self.ring.state();
         if let Some(Some(stop)) = &state.closed {
-            return Poll::Ready(Err(stop.clone()));
+            return Poll::Ready(Err(Stop::clone(stop)));
         }
         if state.readers.iter().any(|place| place.id == self.id && place.is_cut) {
             return Poll::Ready(Err(missing()));
@@ -541,7 +548,7 @@ impl Reader {
 
     /// Why the turn is over, where no event could say it: it was refused or failed before its answer began.
     pub fn untold(&self) -> Option<Stop> {
-        self.ring.state().closed.clone().flatten()
+        self.ring.state().closed.clone().flatten().map(|stop| *stop)
     }
 
     /// Whether the turn is over, read or not.

@@ -27,13 +27,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
     select,
-    sync::watch,
+    sync::{OwnedSemaphorePermit, watch},
     time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 
 use crate::{
     body::Reply,
-    chunked::{Handover, Terms},
+    chunked::{Answer, Handover, Terms},
     drive::Line,
     front,
     streams::Streams,
@@ -101,6 +101,10 @@ pub struct Peer {
 }
 
 impl Peer {
+    fn new(address: SocketAddr, tls: bool, limits: &Limits, line: Arc<Line>) -> Peer {
+        Peer { address, tls, stall: limits.stall, head: limits.head, idle: limits.idle, line }
+    }
+
     /// The line for a turn over this version of HTTP: a connection of HTTP/2 carries many, each with its own.
     pub fn line(&self, version: http::Version) -> Arc<Line> {
         if version < http::Version::HTTP_2 { self.line.clone() } else { Arc::new(Line::shared()) }
@@ -165,7 +169,7 @@ impl Drain {
     }
 
     /// A place for a connection that has left hyper's hands; `None` while there is no room.
-    pub fn hold(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
+    pub fn hold(&self) -> Option<OwnedSemaphorePermit> {
         self.open.clone().try_acquire_owned().ok()
     }
 
@@ -175,9 +179,18 @@ impl Drain {
     }
 }
 
+/// What the connections of a listener have in common.
+struct Shared<V> {
+    speakers: Speakers,
+    limits: Limits,
+    service: V,
+    drain: Drain,
+}
+
 /// Accepts on `listener` until the drain begins. One of these runs per worker; all may share a listener.
 pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, service: impl Service, drain: Drain) {
-    let speakers = Arc::new(Speakers::new(&limits));
+    let shared = Arc::new(Shared { speakers: Speakers::new(&limits), limits, service, drain });
+    let Shared { limits, drain, .. } = &*shared;
     loop {
         let accepted = select! { biased;
             () = drain.wait() => return,
@@ -197,21 +210,18 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
             drop(socket);
             continue;
         };
-        let (tls, limits, service, drain, speakers) = (tls.clone(), limits.clone(), service.clone(), drain.clone(), speakers.clone());
-        tokio::spawn(async move {
-            let _permit = permit;
-            tune(&socket, limits.stall);
-            let peer = |tls| Peer { address, tls, stall: limits.stall, head: limits.head, idle: limits.idle, line: Arc::default() };
-            match tls {
-                None => converse(socket, peer(false), &speakers, &limits, service, drain).await,
-                Some(tls) => {
-                    // In a box, or connections without TLS had room for it too.
-                    if let Ok(Ok(socket)) = Box::pin(timeout(limits.handshake, tls.accept(socket))).await {
-                        Box::pin(converse(socket, peer(true), &speakers, &limits, service, drain)).await;
-                    }
+        tune(&socket, limits.stall);
+        let shared = shared.clone();
+        match tls.clone() {
+            None => drop(tokio::spawn(converse(Patient::of_requests(socket, limits.stall), address, false, permit, shared))),
+            Some(tls) => drop(tokio::spawn(async move {
+                // In a box, which goes when the handshake is over.
+                if let Ok(Ok(socket)) = Box::pin(timeout(shared.limits.handshake, tls.accept(socket))).await {
+                    let io = Patient::of_requests(socket, shared.limits.stall);
+                    converse(io, address, true, permit, shared).await;
                 }
-            }
-        });
+            })),
+        }
     }
 }
 
@@ -252,114 +262,151 @@ impl Speakers {
     }
 }
 
-/// One connection, to its end.
-async fn converse<S>(socket: S, peer: Peer, speakers: &Speakers, limits: &Limits, service: impl Service, drain: Drain)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let mut io = Patient::of_requests(socket, limits.stall, peer.line.clone());
-    let first = Instant::now() + limits.handshake + limits.head;
-    let is_http2 = select! { biased;
-        sniffed = io.sniff() => match sniffed {
-            Ok(is_http2) => is_http2,
-            Err(_) => return,
-        },
-        () = sleep_until(first) => return peer.line.be_late(),
-        () = drain.wait() => return,
-    };
-    if is_http2 {
-        Box::pin(converse_http2(io, peer, first, speakers, service, drain)).await;
-    } else {
-        converse_http1(io, peer, first, speakers, service, drain).await;
-    }
-}
-
-/// Requests are read by hyper; answers that stream are written by [`crate::chunked`].
+/// One connection, to its end. Requests are read by hyper; answers that stream are written by [`crate::chunked`].
+///
+/// What does not last as long as an answer does is boxed, since a future is as large as the largest it waits for.
 #[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, for as long as the connection lasts")]
-fn converse_http1<S>(
+fn converse<S, V>(
     mut io: Patient<S>,
-    peer: Peer,
-    first: Instant,
-    speakers: &Speakers,
-    service: impl Service,
-    drain: Drain,
+    address: SocketAddr,
+    tls: bool,
+    permit: OwnedSemaphorePermit,
+    shared: Arc<Shared<V>>,
 ) -> impl Future<Output = ()> + Send
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    V: Service,
 {
     async move {
-        let (line, handover, patience) = (peer.line.clone(), io.handover.clone(), peer.head);
-        let heard = Arc::new(AtomicBool::new(false));
+        let _permit = &permit;
+        let mut first = Some(Instant::now() + shared.limits.handshake + shared.limits.head);
+        match Box::pin(greet(&mut io, first, &shared.drain)).await {
+            None => return,
+            Some(Http::One) => {}
+            Some(Http::Two) => return Box::pin(converse_http2(io, address, tls, first, &shared)).await,
+        }
         loop {
-            let (service, peer, hears, hands) = (service.clone(), peer.clone(), heard.clone(), handover.clone());
-            let serving = service_fn(move |request: Request<Incoming>| {
-                hears.store(true, Ordering::Relaxed);
-                let (service, peer, hands, terms) = (service.clone(), peer.clone(), hands.clone(), Terms::of(&request));
-                // In a box: hyper keeps room for what answers a request as long as it has the connection.
-                let call = Box::pin(async move { service.call(request, peer).await });
-                async move { Ok::<_, Infallible>(hands.answer(terms, call).await) }
-            });
-            // In a box, which goes with its buffers when the connection is handed over.
-            let mut connection = Box::new(speakers.http1.serve_connection(TokioIo::new(io), serving).with_upgrades());
-            let mut is_draining = false;
-            loop {
-                select! { biased;
-                    ended = std::future::poll_fn(|cx| handover.poll(cx, &line, &mut *connection)) => match ended {
-                        None => break,
-                        Some(Ok(())) => return,
-                        Some(Err(error)) => {
-                            if error.is_timeout() {
-                                line.be_late();
-                            }
-                            return;
-                        }
-                    },
-                    () = sleep_until(first), if !heard.load(Ordering::Relaxed) => if !heard.load(Ordering::Relaxed) {
-                        return line.be_late();
-                    },
-                    () = drain.wait(), if !is_draining => {
-                        is_draining = true;
-                        Pin::new(&mut *connection).graceful_shutdown();
-                    }
-                }
-            }
-            let answer = {
-                // Moved here, so that its box goes here.
-                let connection = connection;
-                let (Some(parts), Some(answer)) = (connection.into_parts(), handover.take()) else { return };
-                io = parts.io.into_inner();
-                // Copied: else a byte, or none, would keep hyper's buffer.
-                io.ahead = Bytes::copy_from_slice(&parts.read_buf);
-                answer
+            let answer;
+            Asked { io, answer } = match Box::pin(hear(io, address, tls, first.take(), &shared)).await {
+                Some(asked) => asked,
+                None => return,
             };
-            match answer.write(&mut io, !drain.has_begun()).await {
-                Ok(true) => {}
-                Ok(false) => {
+            match answer.write(&mut io, !shared.drain.has_begun()).await {
+                // hyper and its buffers come when there is a request to read.
+                Ok(true) if Box::pin(is_asked_again(&mut io, &shared)).await => {}
+                Ok(_) => {
                     let _ = io.shutdown().await;
                     return;
                 }
                 Err(_) => return,
             }
-            // hyper and its buffers come when there is a request to read.
-            let is_next = select! { biased;
-                sniffed = io.sniff() => sniffed.is_ok() && !io.ahead.is_empty(),
-                () = sleep(patience) => false,
-                () = drain.wait() => false,
-            };
-            if !is_next {
-                let _ = io.shutdown().await;
-                return;
-            }
         }
     }
 }
 
-async fn converse_http2<S>(io: Patient<S>, peer: Peer, first: Instant, speakers: &Speakers, service: impl Service, drain: Drain)
+/// Which version of HTTP a connection speaks.
+enum Http {
+    One,
+    Two,
+}
+
+/// Waits for the beginning of the first request; `None` where there is none in time.
+async fn greet<S: AsyncRead + AsyncWrite + Unpin>(io: &mut Patient<S>, first: Option<Instant>, drain: &Drain) -> Option<Http> {
+    let line = io.line.clone();
+    select! { biased;
+        sniffed = io.sniff() => sniffed.ok().map(|is_http2| if is_http2 { Http::Two } else { Http::One }),
+        () = until(first) => {
+            line.be_late();
+            None
+        }
+        () = drain.wait() => None,
+    }
+}
+
+async fn until(first: Option<Instant>) {
+    match first {
+        Some(first) => sleep_until(first).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for the beginning of a next request.
+async fn is_asked_again<S: AsyncRead + AsyncWrite + Unpin, V>(io: &mut Patient<S>, shared: &Shared<V>) -> bool {
+    io.tap.get_or_insert_default();
+    select! { biased;
+        sniffed = io.sniff() => sniffed.is_ok() && !io.ahead.is_empty(),
+        () = sleep(shared.limits.head) => false,
+        () = shared.drain.wait() => false,
+    }
+}
+
+/// A request that is to be answered by hand, and where.
+struct Asked<S: AsyncWrite + Unpin> {
+    io: Patient<S>,
+    answer: Answer,
+}
+
+/// Lets hyper read requests, and answer them, until one is to be answered by hand; `None` at the connection's end.
+///
+/// `first`: when the first request must have come, where none has.
+async fn hear<S, V>(io: Patient<S>, address: SocketAddr, tls: bool, first: Option<Instant>, shared: &Shared<V>) -> Option<Asked<S>>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    V: Service,
 {
+    let Shared { speakers, limits, service, drain } = shared;
+    let (line, handover) = (io.line.clone(), io.handover.clone());
+    let heard = Arc::new(AtomicBool::new(first.is_none()));
+    let (service, peer, hears, hands) = (service.clone(), Peer::new(address, tls, limits, line.clone()), heard.clone(), handover.clone());
+    let serving = service_fn(move |request: Request<Incoming>| {
+        hears.store(true, Ordering::Relaxed);
+        let (service, peer, hands, terms) = (service.clone(), peer.clone(), hands.clone(), Terms::of(&request));
+        // In a box: hyper keeps room for what answers a request as long as it has the connection.
+        let call = Box::pin(async move { service.call(request, peer).await });
+        async move { Ok::<_, Infallible>(hands.answer(terms, call).await) }
+    });
+    let mut connection = speakers.http1.serve_connection(TokioIo::new(io), serving).with_upgrades();
+    let mut is_draining = false;
+    loop {
+        select! { biased;
+            ended = std::future::poll_fn(|cx| handover.poll(cx, &line, &mut connection)) => match ended {
+                None => break,
+                Some(Ok(())) => return None,
+                Some(Err(error)) => {
+                    if error.is_timeout() {
+                        line.be_late();
+                    }
+                    return None;
+                }
+            },
+            () = until(first), if !heard.load(Ordering::Relaxed) => if !heard.load(Ordering::Relaxed) {
+                line.be_late();
+                return None;
+            },
+            () = drain.wait(), if !is_draining => {
+                is_draining = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+        }
+    }
+    let (parts, answer) = (connection.into_parts()?, handover.take()?);
+    let mut io = parts.io.into_inner();
+    // Between two requests there is nothing that it would have to remember.
+    io.tap.take_if(|tap| tap.is_between());
+    // Copied: else a byte, or none, would keep hyper's buffer.
+    io.ahead = Bytes::copy_from_slice(&parts.read_buf);
+    Some(Asked { io, answer })
+}
+
+async fn converse_http2<S, V>(io: Patient<S>, address: SocketAddr, tls: bool, first: Option<Instant>, shared: &Shared<V>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    V: Service,
+{
+    let Shared { speakers, limits, service, drain } = shared;
+    let peer = Peer::new(address, tls, limits, io.line.clone());
     let streams = Streams::default();
-    let (idle, begins) = (peer.idle, streams.clone());
+    let (service, idle, begins) = (service.clone(), peer.idle, streams.clone());
     let serving = service_fn(move |request| {
         let (service, peer, stream) = (service.clone(), peer.clone(), begins.begin());
         let is_refused = begins.are_refused();
@@ -371,7 +418,7 @@ where
     let mut connection = std::pin::pin!(speakers.http2.serve_connection(TokioIo::new(io), serving));
     select! { biased;
         _ = connection.as_mut() => return,
-        () = sleep_until(first) => if !streams.have_begun() { return },
+        () = until(first) => if !streams.have_begun() { return },
         () = streams.enough(idle) => {}
         () = drain.wait() => {}
     }
@@ -399,7 +446,8 @@ pub(crate) struct Patient<S: AsyncWrite + Unpin> {
     stall: Duration,
     alarm: Option<Pin<Box<Sleep>>>,
     line: Arc<Line>,
-    tap: Option<Tap>,
+    /// There while requests are read.
+    tap: Option<Box<Tap>>,
     /// Bytes that were read and given back.
     ahead: Bytes,
     handover: Arc<Handover>,
@@ -411,9 +459,10 @@ impl<S: AsyncWrite + Unpin> Patient<S> {
     }
 
     /// One that requests come over.
-    fn of_requests(socket: S, stall: Duration, line: Arc<Line>) -> Patient<S> {
-        let (tap, ahead, handover) = (Some(Tap::default()), Bytes::new(), Arc::default());
-        Patient { socket, stall, alarm: None, line, tap, ahead, handover }
+    fn of_requests(socket: S, stall: Duration) -> Patient<S> {
+        let mut patient = Patient::new(socket, stall);
+        patient.tap = Some(Box::default());
+        patient
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -437,7 +486,7 @@ fn left() -> io::Error {
 
 impl<S: AsyncWrite + Unpin> Drop for Patient<S> {
     fn drop(&mut self) {
-        if self.line.is_late() && self.tap.as_ref().is_some_and(Tap::is_within_head) {
+        if self.line.is_late() && self.tap.as_ref().is_some_and(|tap| tap.is_within_head()) {
             let mut cx = Context::from_waker(Waker::noop());
             // Nothing was ever written for this request, so there is room; where there is none, silence has to do.
             if Pin::new(&mut self.socket).poll_write(&mut cx, &front::late_head()).is_ready() {
@@ -547,6 +596,16 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+
+    fn bytes<A, B, C, D, E, T>(_: impl Fn(A, B, C, D, E) -> T) -> usize {
+        size_of::<T>()
+    }
+
+    #[test]
+    fn a_connection_that_waits_takes_little_room() {
+        let bytes = bytes(converse::<TcpStream, crate::live::App>);
+        assert!(bytes <= 700, "{bytes}");
+    }
 
     #[tokio::test]
     async fn a_peer_that_vanishes_is_given_up_on_after_twice_the_stall_time() {

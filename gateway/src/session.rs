@@ -33,9 +33,11 @@ const KEY_KEPT: Duration = Duration::from_secs(60);
 
 /// The turns that are running, or kept for a client that may come back.
 #[derive(Clone)]
-pub struct Turns {
-    map: Arc<Mutex<HashMap<TurnId, Kept>>>,
-    keyed: Arc<Mutex<Keyed>>,
+pub struct Turns(Arc<Shared>);
+
+struct Shared {
+    map: Mutex<HashMap<TurnId, Kept>>,
+    keyed: Mutex<Keyed>,
     keeping: Arc<Semaphore>,
     places: Arc<Semaphore>,
 }
@@ -88,14 +90,14 @@ pub struct Begun {
 
 impl Turns {
     fn map(&self) -> MutexGuard<'_, HashMap<TurnId, Kept>> {
-        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Room for `most` turns at once, over all connections: a socket or an HTTP/2 connection carries many, and the memory
     /// ceiling printed at start-up counts on it.
     pub fn new(most: usize) -> Turns {
         let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
-        Turns { map: Arc::default(), keyed: Arc::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)), places }
+        Turns(Arc::new(Shared { map: Mutex::default(), keyed: Mutex::default(), keeping: Arc::new(Semaphore::new(MAX_KEPT)), places }))
     }
 
     /// How many there are.
@@ -122,7 +124,7 @@ impl Turns {
     /// Errors: `idempotency_mismatch`, where the key was used for another body; those of [`Turns::begin`].
     pub fn begin_once(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice, key: Key, body: Digest) -> Result<Begun, Stop> {
         // Held over the beginning, which waits for nothing: of two copies one has to be the first.
-        let mut keyed = self.keyed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut keyed = self.0.keyed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(asked) = keyed.asked.get(&key).filter(|asked| asked.hook.is_good()) {
             if asked.body != body {
                 return Err(Fault::client(Code::IdempotencyMismatch).into());
@@ -142,7 +144,7 @@ impl Turns {
 
     /// `kept`: how long the turn is kept after its end, whatever its route says of clients that leave.
     fn start(&self, route: &Arc<Route>, prompt: Prompt, voice: Voice, kept: Option<Duration>) -> Result<(Begun, Hook), Stop> {
-        let place = self.places.clone().try_acquire_owned();
+        let place = self.0.places.clone().try_acquire_owned();
         let place = place.map_err(|_| Fault::us(Code::Overloaded).after(Duration::from_secs(1)))?;
         let (id, session) = (prompt.turn, prompt.session.clone());
         let mut turn =
@@ -160,7 +162,7 @@ impl Turns {
         let watch = Watch::begin(route.clone(), &prompt, owner);
         let upstream = route.upstream.clone();
         let drive = match chain {
-            Ok(chain) => Drive::new(turn::run(turn, prompt, chain, upstream, outbox, watch).map(|()| drop((entry, place)))),
+            Ok(chain) => Drive::new(turn::run(turn, Box::new(prompt), chain, upstream, outbox, watch).map(|()| drop((entry, place)))),
             // Without a chain there is no turn: its outbox and its watch, dropped, say so.
             Err(_) => Drive::elsewhere(),
         };
@@ -199,7 +201,7 @@ struct Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let (turns, id) = (self.turns.clone(), self.id);
-        let place = turns.keeping.clone().try_acquire_owned();
+        let place = turns.0.keeping.clone().try_acquire_owned();
         match (self.keep.take(), place, tokio::runtime::Handle::try_current()) {
             (Some((stay, patience)), Ok(place), Ok(runtime)) => {
                 runtime.spawn(async move {

@@ -2,17 +2,19 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
-use headgate_contracts::{Gone, Head, Stop, TurnId, wire::sse};
+use headgate_contracts::{Gone, Stop, TurnId, wire::sse};
 use hyper::body::{Body, Frame};
 use tokio::time::{Instant, Sleep};
 
-use crate::{drive::Call, outbox::Reader};
+use crate::{
+    drive::Call,
+    outbox::{Fields, Reader},
+};
 
 /// The most events between two looks at how many bytes there are.
 const MAX_EVENTS_AT_ONCE: usize = 256;
@@ -64,7 +66,7 @@ impl Silence {
 
 /// Waits for the answer's head, at most one heartbeat long: a model that reads a long prompt must not look like a dead
 /// connection. `Ok(None)`: the response begins without the head; what the answer then turns out to be comes as events.
-pub async fn begin(call: &Call, reader: &mut Reader, patience: Duration) -> Result<Option<Arc<Head>>, Stop> {
+pub async fn begin(call: &Call, reader: &mut Reader, patience: Duration) -> Result<Option<Fields>, Stop> {
     let head = std::future::poll_fn(|cx| {
         call.poll(cx);
         reader.poll_head(cx)

@@ -81,6 +81,11 @@ impl Tap {
         self.at == At::Fields || (self.at == At::Start && self.line_bytes > 0)
     }
 
+    /// Whether nothing of a request has gone by that is not over.
+    pub(crate) fn is_between(&self) -> bool {
+        self.at == At::Start && self.line_bytes == 0
+    }
+
     fn keep(&mut self, part: &[u8]) {
         let room = self.line.get_mut(self.line_bytes..).unwrap_or_default();
         let kept = room.len().min(part.len());

@@ -33,7 +33,14 @@ pub struct Voice {
 enum Manner {
     Chat,
     Chunks(Box<Chunks>),
-    Whole { envelope: Option<Envelope>, answer: Box<Completion> },
+    Whole(Box<Whole>),
+}
+
+/// OpenAI's whole answer.
+#[derive(Default)]
+struct Whole {
+    envelope: Option<Envelope>,
+    answer: Completion,
 }
 
 /// OpenAI's stream.
@@ -65,12 +72,12 @@ impl Voice {
 
     /// One whole answer, as OpenAI writes it: a single payload at the end.
     pub fn whole() -> Voice {
-        Voice::new(Manner::Whole { envelope: None, answer: Box::default() })
+        Voice::new(Manner::Whole(Box::default()))
     }
 
     /// Whether a client learns how the turn ended from the response's status, since nothing is sent before the end.
     pub(crate) fn is_whole(&self) -> bool {
-        matches!(self.manner, Manner::Whole { .. })
+        matches!(self.manner, Manner::Whole(_))
     }
 
     /// Whether its client can be asked something.
@@ -105,7 +112,7 @@ impl Voice {
                 chunks.passes = !head.id.is_empty();
                 chunks.speak(0, bytes, add);
             }
-            Manner::Whole { envelope: kept, .. } => *kept = Some(envelope()),
+            Manner::Whole(whole) => whole.envelope = Some(envelope()),
         }
     }
 
@@ -166,7 +173,7 @@ impl Voice {
                         written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body()));
                     }
                     // The response's status says it.
-                    Manner::Whole { .. } => {}
+                    Manner::Whole(_) => {}
                 }
                 return verdict;
             }
@@ -195,14 +202,14 @@ impl Voice {
                 }
                 written("done", bytes, add, |bytes| bytes.extend_from_slice(DONE));
             }
-            Manner::Whole { envelope: Some(envelope), answer } => {
+            Manner::Whole(whole) => {
+                let Whole { envelope: Some(envelope), answer } = &mut **whole else { return verdict };
                 let choices: Vec<u16> = answer.choices().map(|(choice, _)| choice).collect();
                 for (choice, finish) in finishes(&self.finishes, &choices, refusal) {
                     answer.finish(choice, finish);
                 }
                 written("answer", bytes, add, |bytes| answer.write(bytes, envelope, Some(tail)));
             }
-            Manner::Whole { envelope: None, .. } => {}
         }
         verdict
     }
@@ -232,7 +239,7 @@ impl Voice {
                 Some((Gap::NAME, payload))
             }
             Manner::Chunks(_) => Some(("error", ErrorObject::of(cut).body())),
-            Manner::Whole { .. } => None,
+            Manner::Whole(_) => None,
         }
     }
 
@@ -244,7 +251,7 @@ impl Voice {
                 written(ErrorEvent::NAME, bytes, add, |bytes| error.write(bytes));
             }
             Manner::Chunks(_) => written("error", bytes, add, |bytes| bytes.extend_from_slice(&ErrorObject::of(stop).body())),
-            Manner::Whole { .. } => {}
+            Manner::Whole(_) => {}
         }
     }
 }
@@ -283,7 +290,7 @@ impl Manner {
                     _ => drop(envelope.event(bytes, batch, event)),
                 });
             }
-            Manner::Whole { answer, .. } => answer.add_event(batch, event),
+            Manner::Whole(whole) => whole.answer.add_event(batch, event),
         }
     }
 }

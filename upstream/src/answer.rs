@@ -27,7 +27,7 @@ use crate::{
     http1::Framing,
     line::Line,
     open::Opened,
-    settings::{Limits, Protocol, Timeouts},
+    settings::{Protocol, Timeouts},
     stats::Count,
 };
 
@@ -47,7 +47,7 @@ pub struct Answer {
     early: Vec<u8>,
     body: Body,
     clock: Clock,
-    broken: Option<Fault>,
+    broken: Option<Box<Fault>>,
     cancel: Cancel,
 }
 
@@ -56,18 +56,18 @@ enum Connection {
     /// A connection of its own.
     Own(Io),
     /// A place on a socket of many turns.
-    Shared(Place),
+    Shared(Box<Place>),
 }
 
 impl Answer {
     pub(crate) fn new(shared: Arc<Shared>, opened: Opened, clock: Clock) -> Answer {
         let (connection, lease, begun, form, cancel) = match opened {
             Opened::Own { io, lease, begun, form, cancel } => (Connection::Own(io), lease, Some(begun), form, cancel),
-            Opened::Shared { place, lease } => (Connection::Shared(place), lease, None, Form::Frames, Cancel::none()),
+            Opened::Shared { place, lease } => (Connection::Shared(Box::new(place)), lease, None, Form::Frames, Cancel::none()),
         };
         let body = Body {
             protocol: shared.settings.protocol,
-            limits: shared.settings.limits,
+            max_whole: shared.settings.limits.whole,
             framing: begun.as_ref().map_or(Framing::UntilClose, |begun| begun.head.body),
             keep: begun.as_ref().is_some_and(|begun| begun.head.keep),
             form,
@@ -102,7 +102,7 @@ impl Answer {
         };
         loop {
             if let Some(fault) = &self.broken {
-                return Poll::Ready(Err(fault.clone()));
+                return Poll::Ready(Err(Fault::clone(fault)));
             }
             if self.body.ended {
                 return Poll::Ready(Ok(false));
@@ -113,7 +113,7 @@ impl Answer {
             }
             if let Err(fault) = filled {
                 self.connection = None;
-                self.broken = Some(self.shared.placed(&self.endpoint, fault));
+                self.broken = Some(Box::new(self.shared.placed(&self.endpoint, fault)));
             }
             if !batch.is_empty() {
                 self.clock.begun = true;
@@ -158,7 +158,7 @@ impl Answer {
             Some((Connection::Own(io), _)) => io,
             Some((Connection::Shared(place), _)) => {
                 return match place.poll_ready(cx) {
-                    Poll::Pending => clock.poll(cx, body.asked == Asked::Now).map(Err),
+                    Poll::Pending => clock.poll(cx, &shared.settings.timeouts, body.asked == Asked::Now).map(Err),
                     Poll::Ready(Err(fault)) => Poll::Ready(Err(fault)),
                     Poll::Ready(Ok(())) => {
                         clock.last = Instant::now();
@@ -171,7 +171,7 @@ impl Answer {
             shared.stats.bytes.add(bytes.len() as u64);
             body.take(bytes, head, batch)
         }) {
-            Poll::Pending => clock.poll(cx, body.asked == Asked::Now).map(Err),
+            Poll::Pending => clock.poll(cx, &shared.settings.timeouts, body.asked == Asked::Now).map(Err),
             Poll::Ready(Ok(Some(taken))) => {
                 clock.last = Instant::now();
                 Poll::Ready(taken)
@@ -229,7 +229,8 @@ pub(crate) enum Form {
 /// The body as it is taken apart: frame, form, vocabulary.
 struct Body {
     protocol: Protocol,
-    limits: Limits,
+    /// The most bytes of an answer that comes whole.
+    max_whole: usize,
     framing: Framing,
     keep: bool,
     form: Form,
@@ -286,8 +287,8 @@ impl Body {
                 }
             }
             Form::Whole(whole) => {
-                if whole.len() + data.len() > self.limits.whole {
-                    return Err(Fault::upstream(Code::UpstreamEventTooLarge).caused_by(Cut::TooLarge(self.limits.whole)));
+                if whole.len() + data.len() > self.max_whole {
+                    return Err(Fault::upstream(Code::UpstreamEventTooLarge).caused_by(Cut::TooLarge(self.max_whole)));
                 }
                 whole.extend_from_slice(data);
                 Ok(())
@@ -393,7 +394,6 @@ fn protocol_error(cause: impl Error + Send + Sync + 'static) -> Fault {
 
 /// The deadlines of one turn. The timer is set once and moved only when it fires: an event costs a look at the clock.
 pub(crate) struct Clock {
-    timeouts: Timeouts,
     opened: Instant,
     last: Instant,
     /// An event has come.
@@ -402,34 +402,30 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    pub(crate) fn new(timeouts: Timeouts) -> Clock {
+    /// A clock, and when the answer must have begun.
+    pub(crate) fn new(timeouts: &Timeouts) -> (Clock, Instant) {
         let opened = Instant::now();
         let first = opened + timeouts.first_byte.min(timeouts.total);
-        Clock { timeouts, opened, last: opened, begun: false, timer: Box::pin(sleep_until(first)) }
-    }
-
-    /// When the answer must have begun.
-    pub(crate) fn first(&self) -> Instant {
-        self.due(false).0
+        (Clock { opened, last: opened, begun: false, timer: Box::pin(sleep_until(first)) }, first)
     }
 
     /// `asked`: what is waited for is a person, whom only the total time bounds here.
-    fn due(&self, asked: bool) -> (Instant, Code) {
-        let total = self.opened + self.timeouts.total;
+    fn due(&self, timeouts: &Timeouts, asked: bool) -> (Instant, Code) {
+        let total = self.opened + timeouts.total;
         let (at, code) = if asked {
             (total, Code::StreamLimitExceeded)
         } else if self.begun {
-            (self.last + self.timeouts.idle, Code::UpstreamStalled)
+            (self.last + timeouts.idle, Code::UpstreamStalled)
         } else {
-            (self.opened + self.timeouts.first_byte, Code::UpstreamTimeoutFirstByte)
+            (self.opened + timeouts.first_byte, Code::UpstreamTimeoutFirstByte)
         };
         if at <= total { (at, code) } else { (total, Code::StreamLimitExceeded) }
     }
 
     /// Ready with the fault when a deadline has passed.
-    fn poll(&mut self, cx: &mut Context<'_>, asked: bool) -> Poll<Fault> {
+    fn poll(&mut self, cx: &mut Context<'_>, timeouts: &Timeouts, asked: bool) -> Poll<Fault> {
         loop {
-            let (at, code) = self.due(asked);
+            let (at, code) = self.due(timeouts, asked);
             if self.timer.deadline() > at {
                 self.timer.as_mut().reset(at);
             }

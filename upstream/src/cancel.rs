@@ -13,7 +13,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) const MAX_UNDER_WAY: usize = 64;
 
 /// Makes the cancel call when dropped, unless the turn ended by itself.
-pub(crate) struct Cancel(Option<Armed>);
+pub(crate) struct Cancel(Option<Box<Armed>>);
 
 struct Armed {
     shared: Arc<Shared>,
@@ -28,7 +28,8 @@ impl Cancel {
         Cancel(match shared.settings.protocol {
             Protocol::OpenAi => None,
             Protocol::Orchestrator => {
-                Some(Armed { shared: Arc::clone(shared), endpoint: Arc::clone(lease.endpoint()), turn, traceparent: traceparent() })
+                let (shared, endpoint) = (Arc::clone(shared), Arc::clone(lease.endpoint()));
+                Some(Box::new(Armed { shared, endpoint, turn, traceparent: traceparent() }))
             }
         })
     }

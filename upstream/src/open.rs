@@ -67,8 +67,7 @@ pub(crate) async fn open(shared: &Arc<Shared>, prompt: &Prompt) -> Result<Answer
     shared.stats.opened.one();
     shared.budget.deposit();
     let settings = &shared.settings;
-    let clock = Clock::new(settings.timeouts);
-    let first = clock.first();
+    let (clock, first) = Clock::new(&settings.timeouts);
     let request =
         TurnRequest::new(prompt, settings.protocol, settings.model.as_deref(), shared.authorization.as_ref(), settings.path.as_deref());
     // Dropped when the time is up: that closes the connection, as leaving does.

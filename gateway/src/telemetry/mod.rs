@@ -18,10 +18,9 @@ use headgate_filters::Chain;
 use tokio::time::Instant;
 use tracing::{Span, field::Empty};
 
+use crate::{delivery::Slip, live::Route};
 pub use histogram::{Histogram, Tally};
 pub use meters::{Meters, RouteMeters};
-
-use crate::{delivery::Slip, live::Route};
 
 /// Watches one turn.
 pub struct Watch {
@@ -92,15 +91,24 @@ impl Watch {
     /// The filters let the prompt through.
     pub fn admitted(&mut self, prompt: &Prompt) {
         self.admitted = Some(Instant::now());
-        self.trace = prompt.trace.clone();
         self.span.record("tenant", tracing::field::display(&prompt.principal.tenant));
+        self.known(prompt);
+    }
+
+    /// Whose prompt it is, and where it stands in a trace, as far as the filters came.
+    pub fn known(&mut self, prompt: &Prompt) {
+        self.trace = prompt.trace.clone();
         // A turn has one owner: the first to be named.
         let _ = self.owner.set(prompt.principal.clone());
     }
 
+    fn whose(&self) -> &Principal {
+        self.owner.get_or_init(Principal::anonymous)
+    }
+
     /// A prompt of nothing but whose it is, for what its orchestrator is told while it answers.
     pub fn caller(&self, turn: &Turn, seal: Option<Seal>) -> Prompt {
-        let (principal, trace) = (self.owner.get_or_init(Principal::anonymous).clone(), self.trace.clone());
+        let (principal, trace) = (self.whose().clone(), self.trace.clone());
         Prompt { principal, trace, seal, ..Prompt::new(turn.id, turn.session.clone(), Vec::new()) }
     }
 
@@ -110,9 +118,9 @@ impl Watch {
     }
 
     /// The slip of the turn, where there is somebody to tell what became of it.
-    pub fn slip(&self, turn: &Turn, prompt: &Prompt, end: &End) -> Option<Slip> {
+    pub fn slip(&self, turn: &Turn, end: &End) -> Option<Slip> {
         let Route { courier, upstream, .. } = &*self.route;
-        courier.slip(upstream, self.admitted.map(|_| self.endpoint.as_deref()), turn, prompt, end)
+        courier.slip(upstream, self.admitted.map(|_| self.endpoint.as_deref()), turn, self.whose(), &self.trace, end)
     }
 
     /// A batch came from the upstream.
@@ -138,7 +146,7 @@ impl Watch {
     }
 
     /// The turn is over: the one log line, the metrics, the span.
-    pub fn end(&mut self, turn: &Turn, prompt: &Prompt, chain: &Chain, record: &Record, end: &End) {
+    pub fn end(&mut self, turn: &Turn, chain: &Chain, record: &Record, end: &End) {
         self.is_over = true;
         let now = Instant::now();
         let (word, code, cause) = match end {
@@ -177,8 +185,8 @@ impl Watch {
             upstream = self.route.upstream.name(),
             turn_id = %turn.id,
             session_id = turn.session.as_str(),
-            tenant = prompt.principal.tenant.as_str(),
-            subject = prompt.principal.subject.as_str(),
+            tenant = self.whose().tenant.as_str(),
+            subject = self.whose().subject.as_str(),
             trace_id = self.trace.trace_id_hex(),
             span_id = self.trace.span_id_hex(),
             parent_id = self.trace.parent_id_hex(),
