@@ -7,6 +7,10 @@ use serde_json::{Value, json};
 
 use crate::file::File;
 
+/// The version of the config's form. What was promised last is kept in `config/frozen/`; a test asks for the version that the changes
+/// since then need: a major one where a config that was taken is refused, a minor one for a new setting, a patch for other words.
+pub const VERSION: &str = "1.1.0";
+
 /// The schema: JSON Schema, draft 2020-12. Kept in `config/schema/headgate.schema.json`, and held fresh by a test.
 pub fn text() -> String {
     format!("{:#}\n", value())
@@ -15,6 +19,7 @@ pub fn text() -> String {
 fn value() -> Value {
     let mut schema = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<File>().to_value();
     admit_variables(&mut schema);
+    schema["$comment"] = format!("version {VERSION} of the config's form").into();
     schema
 }
 

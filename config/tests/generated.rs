@@ -56,3 +56,41 @@ fn every_config_in_the_guide_is_taken() {
         headgate_config::load(&folder.path().join("headgate.yaml"), production, &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
     assert_eq!((plan.workers, plan.routes[0].effect.delay), (16, headgate_config::effect::Delay::Milliseconds(100)));
 }
+
+/// `HEADGATE_FREEZE=1` promises what is there now, under the version it has: part of a release.
+#[test]
+fn a_change_of_the_form_that_was_promised_has_the_version_it_needs() {
+    use headgate_contracts::drift::{Change, Version, changes_of_what_is_read};
+    let frozen = home().join("frozen");
+    let version: Version = headgate_config::schema::VERSION.parse().unwrap();
+    if std::env::var_os("HEADGATE_FREEZE").is_some() {
+        let _ = fs::remove_dir_all(&frozen);
+        fs::create_dir_all(frozen.join(version.to_string())).unwrap();
+        fs::write(frozen.join(version.to_string()).join("headgate.schema.json"), headgate_config::schema::text()).unwrap();
+    }
+    let folders: Vec<_> = fs::read_dir(&frozen).unwrap().map(|entry| entry.unwrap()).collect();
+    let [folder] = folders.as_slice() else { panic!("config/frozen/ has one folder, the version promised last") };
+    let promised: Version = folder.file_name().to_str().unwrap().parse().unwrap();
+    let old = fs::read_to_string(folder.path().join("headgate.schema.json")).unwrap();
+    let needed = |new: &str| {
+        let found = changes_of_what_is_read(&old, new);
+        (promised.after(found.iter().map(|change| change.weight).max()), found)
+    };
+    let (least, found) = needed(&headgate_config::schema::text());
+    let list: Vec<String> = found.iter().map(Change::to_string).collect();
+    assert!(
+        version >= least,
+        "the config's form promised as {promised} changed: raise VERSION in config/src/schema.rs from {version} to {least}\n{}",
+        list.join("\n")
+    );
+    // Planted: a setting that is gone, one that is new, other words.
+    let Version(major, minor, patch) = promised;
+    for (from, to, next) in [
+        ("\"budget\": {", "\"patience\": {", Version(major + 1, 0, 0)),
+        ("\"budget\": {", "\"patience\": { \"type\": \"string\" }, \"budget\": {", Version(major, minor + 1, 0)),
+        ("\"description\": \"Where it is", "\"description\": \"Its place", Version(major, minor, patch + 1)),
+    ] {
+        assert!(old.contains(from), "{from}");
+        assert_eq!(needed(&old.replacen(from, to, 1)).0, next, "{to}");
+    }
+}

@@ -1,8 +1,9 @@
 //! Says how two versions of a document differ, and whether whoever knows the older can go on with the newer.
 //!
 //! What is plainly an addition is one: an optional member, a value of an enumeration, a variant, a call, an error code. What
-//! changes only words counts for nothing. Everything else breaks somebody: a member that is gone, renamed, of another type, or
-//! suddenly required, and a bound that moved. Whether a schema is read or written is not asked: one rule for both is the stricter.
+//! changes only words is told as such. Everything else breaks somebody: a member that is gone, renamed, of another type, or
+//! suddenly required, and a bound that moved. Of what goes over the wire it is not asked who reads and who writes: one rule for both
+//! is the stricter. What we alone read, as the config, may also ask for less than it did: that is an addition.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,11 +20,11 @@ pub const VERSION: &str = "1.1.0";
 /// How much a change asks of those who know the older version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Weight {
-    /// Nothing: only explanations differ.
+    /// Nothing: only explanations differ. Asks for a patch.
     Words,
-    /// Nothing, if they let pass what they do not know.
+    /// Nothing, if they let pass what they do not know. Asks for a minor version.
     Addition,
-    /// They must change.
+    /// They must change. Asks for a major version.
     Break,
 }
 
@@ -57,12 +58,12 @@ impl fmt::Display for Change {
 
 /// How the document `new` differs from `old`: two JSON documents, or two tables of errors.
 pub fn changes(old: &str, new: &str) -> Vec<Change> {
-    let mut found = Found(Vec::new());
-    match (serde_json::from_str(old), serde_json::from_str(new)) {
-        (Ok(old), Ok(new)) => found.node("", &old, &new),
-        _ => found.table(old, new),
-    }
-    found.0
+    Found::default().between(old, new)
+}
+
+/// The same of a schema for what we read and never write: to take more than before breaks nobody.
+pub fn changes_of_what_is_read(old: &str, new: &str) -> Vec<Change> {
+    Found { is_read: true, ..Found::default() }.between(old, new)
 }
 
 /// A version of contracts: breaks, additions, words.
@@ -73,7 +74,8 @@ impl Version {
     /// The least version that may follow this one with changes of that weight.
     pub fn after(self, weight: Option<Weight>) -> Version {
         match weight {
-            None | Some(Weight::Words) => self,
+            None => self,
+            Some(Weight::Words) => Version(self.0, self.1, self.2 + 1),
             Some(Weight::Addition) => Version(self.0, self.1 + 1, 0),
             Some(Weight::Break) => Version(self.0 + 1, 0, 0),
         }
@@ -98,7 +100,10 @@ impl FromStr for Version {
 }
 
 /// Members that only explain.
-const WORDS: [&str; 9] = ["$schema", "title", "description", "summary", "examples", "$comment", "info", "tags", "license"];
+const WORDS: [&str; 10] = ["$schema", "title", "description", "summary", "examples", "$comment", "info", "tags", "license", "deprecated"];
+/// Members that bound from above, and from below.
+const ABOVE: [&str; 5] = ["maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"];
+const BELOW: [&str; 5] = ["minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"];
 /// Members whose value maps names to things: a name more is an addition, a name less a break.
 const NAMED: [&str; 12] = [
     "properties",
@@ -115,11 +120,29 @@ const NAMED: [&str; 12] = [
     "securitySchemes",
 ];
 
-struct Found(Vec<Change>);
+#[derive(Default)]
+struct Found {
+    changes: Vec<Change>,
+    /// Whether what the schema is of is only read by us.
+    is_read: bool,
+}
 
 impl Found {
+    fn between(mut self, old: &str, new: &str) -> Vec<Change> {
+        match (serde_json::from_str(old), serde_json::from_str(new)) {
+            (Ok(old), Ok(new)) => self.node("", &old, &new),
+            _ => self.table(old, new),
+        }
+        self.changes
+    }
+
     fn add(&mut self, weight: Weight, at: &str, what: String) {
-        self.0.push(Change { weight, at: at.to_owned(), what });
+        self.changes.push(Change { weight, at: at.to_owned(), what });
+    }
+
+    /// The weight of asking for less than before.
+    fn less(&self) -> Weight {
+        if self.is_read { Weight::Addition } else { Weight::Break }
     }
 
     /// A schema, or a part of a document that is built like one: its members are keywords.
@@ -154,8 +177,14 @@ impl Found {
                 ("paths" | "components", Some(Value::Object(was)), Some(Value::Object(is))) => {
                     self.names(&at, was, is, &mut |found, at, was, is| found.names(at, map(Some(was)), map(Some(is)), &mut Found::node));
                 }
+                // OpenAPI names headers, AsyncAPI has a schema of them.
+                ("headers", Some(was), Some(is)) if was.get("properties").is_some() => self.node(&at, was, is),
                 (named, was, is) if NAMED.contains(&named) && !matches!(was.or(is), Some(Value::Array(_))) => {
                     self.names(&at, map(was), map(is), &mut Found::node);
+                }
+                (word, was, is) if asks_less(word, was, is) => {
+                    let or_none = |value: Option<&Value>| value.map_or_else(|| "nothing".to_owned(), short);
+                    self.add(self.less(), &at, format!("was {}, is {}", or_none(was), or_none(is)));
                 }
                 (_, Some(Value::Array(was)), Some(Value::Array(is))) if was.len() == is.len() => {
                     for (n, (was, is)) in was.iter().zip(is).enumerate() {
@@ -188,7 +217,7 @@ impl Found {
             self.add(Weight::Break, at, format!("`{name}` was optional, is required"));
         }
         for name in was.difference(&is).filter(|name| has(new, name)) {
-            self.add(Weight::Break, at, format!("`{name}` was always there, is optional"));
+            self.add(self.less(), at, format!("`{name}` was always there, is optional"));
         }
     }
 
@@ -244,9 +273,26 @@ impl Found {
         for name in is.keys().filter(|name| !was.contains_key(*name)) {
             self.add(Weight::Addition, name, "is new".into());
         }
-        if self.0.is_empty() && old != new {
+        if self.changes.is_empty() && old != new {
             self.add(Weight::Words, "", "was said differently".into());
         }
+    }
+}
+
+/// Whether a keyword that changed lets through all that it did, and more.
+fn asks_less(keyword: &str, was: Option<&Value>, is: Option<&Value>) -> bool {
+    let number = |value: Option<&Value>| value.and_then(Value::as_f64);
+    match keyword {
+        word if ABOVE.contains(&word) => is.is_none() || number(was).zip(number(is)).is_some_and(|(was, is)| is > was),
+        word if BELOW.contains(&word) => is.is_none() || number(was).zip(number(is)).is_some_and(|(was, is)| is < was),
+        "pattern" => is.is_none(),
+        "additionalProperties" => was == Some(&Value::Bool(false)) && is.is_none_or(|is| *is == Value::Bool(true)),
+        "type" => match (was, is) {
+            (Some(Value::String(was)), Some(Value::Array(is))) => is.iter().any(|is| is == was),
+            (Some(Value::Array(was)), Some(Value::Array(is))) => was.iter().all(|was| is.contains(was)),
+            _ => false,
+        },
+        _ => false,
     }
 }
 
@@ -270,12 +316,23 @@ fn keyed(list: &[Value], name: impl Fn(&Value) -> String) -> BTreeMap<String, &V
     all
 }
 
-/// What tells a variant from its siblings: a constant, in it or in a member of it, what it refers to, or its type.
+/// What tells a variant from its siblings: a constant, in it or in a member of it, what it refers to, that it lists words, its only
+/// member, or its type.
 fn variant(schema: &Value) -> String {
     let member = |member: &Value| member.get("const").cloned();
     let tag = schema.get("const").cloned().or_else(|| map(schema.get("properties")).values().find_map(member));
-    let name = tag.as_ref().or_else(|| schema.get("$ref")).or_else(|| schema.get("type"));
-    name.map_or_else(|| short(schema), short)
+    if let Some(name) = tag.as_ref().or_else(|| schema.get("$ref")) {
+        return short(name);
+    }
+    if schema.get("enum").is_some() {
+        return "a word".to_owned();
+    }
+    // Of objects that have one member each, that one.
+    let mut members = map(schema.get("properties")).keys();
+    match (members.next(), members.next()) {
+        (Some(only), None) => format!("an object of `{only}`"),
+        _ => schema.get("type").map_or_else(|| short(schema), short),
+    }
 }
 
 fn rows(table: &str) -> BTreeMap<String, Vec<String>> {
@@ -304,9 +361,18 @@ mod tests {
     use crate::schema::documents;
 
     fn weight(old: &Value, new: &Value) -> Option<Weight> {
-        let mut found = Found(Vec::new());
+        heaviest(Found::default(), old, new)
+    }
+
+    /// The same of what is only read.
+    fn weight_of_read(old: &Value, new: &Value) -> Option<Weight> {
+        heaviest(Found { is_read: true, ..Found::default() }, old, new)
+    }
+
+    // Of values, not of texts: thousands of documents are weighed below.
+    fn heaviest(mut found: Found, old: &Value, new: &Value) -> Option<Weight> {
         found.node("", old, new);
-        found.0.into_iter().map(|change| change.weight).max()
+        found.changes.into_iter().map(|change| change.weight).max()
     }
 
     /// All differences of two sets of documents.
@@ -357,7 +423,8 @@ mod tests {
             }
         }
         let (least, found) = needed(promised, &old, &now());
-        let list: Vec<String> = found.iter().filter(|change| change.weight > Weight::Words).map(Change::to_string).collect();
+        let heaviest = found.iter().map(|change| change.weight).max();
+        let list: Vec<String> = found.iter().filter(|change| Some(change.weight) == heaviest).map(Change::to_string).collect();
         assert!(
             version >= least,
             "the contracts promised as {promised} changed: raise VERSION in contracts/src/drift.rs from {version} to {least}\n{}",
@@ -402,10 +469,11 @@ mod tests {
         let addition = Some(Weight::Addition);
         let breaks = Some(Weight::Break);
         type Mutate = fn(&mut Value);
-        let planted: [(&str, Option<Weight>, Mutate); 22] = [
+        let planted: [(&str, Option<Weight>, Mutate); 23] = [
             ("nothing", None, |_| {}),
             ("a description", words, |v| v["properties"]["id"]["description"] = json!("The name.")),
             ("a title", words, |v| v["title"] = json!("One turn")),
+            ("a member that should not be used any more", words, |v| v["properties"]["note"]["deprecated"] = json!(true)),
             ("an optional member", addition, |v| v["properties"]["more"] = json!({"type": "integer"})),
             ("a value of an enumeration", addition, |v| v["$defs"]["Kind"]["enum"] = json!(["one", "two", "three"])),
             ("the order of an enumeration", None, |v| v["$defs"]["Kind"]["enum"] = json!(["two", "one"])),
@@ -438,6 +506,40 @@ mod tests {
             let mut new = sample();
             mutate(&mut new);
             assert_eq!(weight(&sample(), &new), expected, "{what}: {:?}", changes(&sample().to_string(), &new.to_string()));
+        }
+    }
+
+    #[test]
+    fn variants_are_known_by_what_tells_them_apart_and_not_by_their_place() {
+        let object = |name: &str| json!({"type": "object", "properties": {name: {"type": "string"}}, "required": [name]});
+        let old = json!({"anyOf": [{"enum": ["one", "two"]}, {"type": "string", "pattern": "x"}, object("auth"), object("budget")]});
+        let mut new = old.clone();
+        new["anyOf"][0]["enum"] = json!(["one", "two", "three"]);
+        new["anyOf"].as_array_mut().unwrap().insert(2, object("accent"));
+        assert_eq!(weight(&old, &new), Some(Weight::Addition), "{:?}", changes(&old.to_string(), &new.to_string()));
+        assert_eq!(weight(&new, &old), Some(Weight::Break));
+    }
+
+    #[test]
+    fn what_is_only_read_may_ask_for_less_and_not_for_more() {
+        type Mutate = fn(&mut Value);
+        let less: [(&str, Mutate); 7] = [
+            ("a member that may be missing", |v| v["required"] = json!(["id"])),
+            ("a wider bound", |v| v["properties"]["id"]["maxLength"] = json!(65)),
+            ("no bound", |v| drop(v["properties"]["id"].as_object_mut().unwrap().remove("maxLength"))),
+            ("a lower floor", |v| v["properties"]["count"]["minimum"] = json!(0)),
+            ("another type beside", |v| v["properties"]["note"]["type"] = json!(["string", "null"])),
+            ("other members allowed", |v| drop(v.as_object_mut().unwrap().remove("additionalProperties"))),
+            ("no pattern", |v| drop(v["properties"]["count"].as_object_mut().unwrap().remove("pattern"))),
+        ];
+        let mut old = sample();
+        old["properties"]["count"] = json!({"type": "integer", "minimum": 1, "pattern": "x"});
+        for (what, mutate) in less {
+            let mut new = old.clone();
+            mutate(&mut new);
+            assert_eq!(weight_of_read(&old, &new), Some(Weight::Addition), "{what}");
+            assert_eq!(weight_of_read(&new, &old), Some(Weight::Break), "{what}, taken back");
+            assert_eq!(weight(&old, &new), Some(Weight::Break), "{what}, of what others read");
         }
     }
 
@@ -547,7 +649,7 @@ mod tests {
     fn a_version_rises_with_the_heaviest_change() {
         let version: Version = "1.4.2".parse().unwrap();
         assert_eq!(version.after(None), version);
-        assert_eq!(version.after(Some(Weight::Words)), version);
+        assert_eq!(version.after(Some(Weight::Words)).to_string(), "1.4.3");
         assert_eq!(version.after(Some(Weight::Addition)).to_string(), "1.5.0");
         assert_eq!(version.after(Some(Weight::Break)).to_string(), "2.0.0");
         assert!(Version(1, 10, 0) > Version(1, 9, 9));
