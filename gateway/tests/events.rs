@@ -124,6 +124,9 @@ async fn an_orchestrator_killed_at_any_moment_has_kept_what_it_acknowledged_and_
     let lines = String::from_utf8(tail.stdout).unwrap();
     assert_eq!(lines.lines().count() as u64, judged.records);
     assert!(lines.contains("turn.completed.v1") && !lines.contains("canary"), "names and numbers, and nothing that was said");
+    let name = headgate(&["events", "name", &house.events().display().to_string(), "--tenant", "acme", "--subject", "u1"]);
+    let name = String::from_utf8(name.stdout).unwrap();
+    assert_eq!(lines.matches(&format!("\"subject\":\"{}\"", name.trim())).count() as u64, judged.begun, "and the name is u1's");
 }
 
 #[cfg(feature = "kafka")]

@@ -69,6 +69,31 @@ impl Master {
         write_private(path, line.as_bytes()).map_err(|source| KeyFault::Io { path: path.to_owned(), source })
     }
 
+    /// Reads its file, or makes it where there is none: for what needs no copy elsewhere.
+    ///
+    /// Errors: as of [`Master::generate`] and [`Master::load`].
+    fn load_or_generate(path: &Path) -> Result<Master, KeyFault> {
+        match Master::load(path) {
+            Err(KeyFault::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            found => return found,
+        }
+        let name = fresh_name().map_err(|_| KeyFault::Random)?;
+        let new = path.with_file_name(format!("new-{name}"));
+        Master::generate(&new)?;
+        // It is there whole or not at all; of two that begin at once, one puts it there.
+        let placed = fs::hard_link(&new, path);
+        let placed = fs::remove_file(&new).and(match placed {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            placed => placed,
+        });
+        placed.map_err(|source| KeyFault::Io { path: path.to_owned(), source })?;
+        Master::load(path)
+    }
+
+    fn names(&self) -> Result<Names, Unspecified> {
+        self.0.expand(&[b"headgate: names of subjects"], hmac::HMAC_SHA256).map(|key| Names(hmac::Key::from(key)))
+    }
+
     /// Reads its file. One that others can read is refused, as a ring's is.
     ///
     /// Errors: [`KeyFault::Io`], [`KeyFault::Exposed`], [`KeyFault::Malformed`].
@@ -90,12 +115,45 @@ impl fmt::Debug for Master {
     }
 }
 
+/// Names that stand for people: the same for the same person for as long as the key is, and nothing leads back from them without it.
+pub struct Names(hmac::Key);
+
+impl Names {
+    /// Names under the key in a file, which is made (mode 0600) where there is none.
+    ///
+    /// Errors: [`KeyFault::Io`], [`KeyFault::Exposed`], [`KeyFault::Malformed`], [`KeyFault::Random`].
+    pub fn open(path: &Path) -> Result<Names, KeyFault> {
+        Master::load_or_generate(path)?.names().map_err(|_| KeyFault::Random)
+    }
+
+    /// The name of a tenant's subject: 22 characters of base64url.
+    pub fn subject(&self, tenant: &str, subject: &str) -> String {
+        self.keyed("subject", &[tenant, subject])
+    }
+
+    /// 128 bits of a keyed hash, as 22 characters.
+    fn keyed(&self, what: &str, of: &[&str]) -> String {
+        let mut context = hmac::Context::with_key(&self.0);
+        for part in std::iter::once(&what).chain(of) {
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part.as_bytes());
+        }
+        URL_SAFE_NO_PAD.encode(context.sign().as_ref().get(..16).unwrap_or_default())
+    }
+}
+
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Names")
+    }
+}
+
 /// The keys of all subjects, in one folder. Any number of processes may use it at once; none of them keeps a subject's key: each use
 /// reads it again, so that one which is destroyed is destroyed for all.
 pub struct Vault {
     folder: PathBuf,
     wrap: LessSafeKey,
-    names: hmac::Key,
+    names: Names,
 }
 
 impl Vault {
@@ -104,14 +162,13 @@ impl Vault {
     /// Errors: [`VaultFault::Io`]; [`VaultFault::OtherMaster`] where its keys were wrapped with another.
     pub fn open(folder: &Path, master: &Master) -> Result<Vault, VaultFault> {
         let wrap = master.0.expand(&[b"headgate: keys of subjects"], &AES_256_GCM).map(UnboundKey::from)?;
-        let names = master.0.expand(&[b"headgate: names of subjects"], hmac::HMAC_SHA256).map(hmac::Key::from)?;
-        let vault = Vault { folder: folder.to_owned(), wrap: LessSafeKey::new(wrap), names };
+        let vault = Vault { folder: folder.to_owned(), wrap: LessSafeKey::new(wrap), names: master.names()? };
         let fault = |source| vault.fault(source);
         let mut builder = fs::DirBuilder::new();
         #[cfg(unix)]
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
         builder.recursive(true).create(folder).map_err(fault)?;
-        let (path, name) = (folder.join(MASTER), vault.keyed("master", &[]));
+        let (path, name) = (folder.join(MASTER), vault.names.keyed("master", &[]));
         match fs::read(&path) {
             Ok(found) if found == name.as_bytes() => {}
             Ok(_) => return Err(VaultFault::OtherMaster(folder.to_owned())),
@@ -160,7 +217,7 @@ impl Vault {
     /// The name that stands for a session of a tenant where anybody may look: only who has the master key can tell whether it is
     /// one that they know.
     pub fn session(&self, tenant: &str, session: &str) -> String {
-        self.keyed("session", &[tenant, session])
+        self.names.keyed("session", &[tenant, session])
     }
 
     /// What was sealed under a key of that name, bound to `bound`.
@@ -193,7 +250,7 @@ impl Vault {
     pub fn forget(&self, tenant: &str, subject: &str, audit: &mut Audit, actor: &str, now: u64) -> Result<bool, VaultFault> {
         let path = self.of(tenant, subject);
         // The name is not recorded: the record would lead from the subject's hash to its events.
-        let hash = self.keyed("of", &[tenant, subject]);
+        let hash = self.names.keyed("of", &[tenant, subject]);
         let was = path.try_exists().map_err(|source| self.fault(source))?;
         audit.append(now, FORGOTTEN, actor, json!({"tenant": tenant, "subject_hash": hash, "had_key": was}))?;
         let gone = self.folder.join(format!("{GONE}{}", fresh_name()?));
@@ -273,17 +330,7 @@ impl Vault {
     }
 
     fn of(&self, tenant: &str, subject: &str) -> PathBuf {
-        self.folder.join(format!("of-{}", self.keyed("of", &[tenant, subject])))
-    }
-
-    /// 128 bits of a keyed hash, as 22 characters.
-    fn keyed(&self, what: &str, of: &[&str]) -> String {
-        let mut context = hmac::Context::with_key(&self.names);
-        for part in std::iter::once(&what).chain(of) {
-            context.update(&(part.len() as u64).to_be_bytes());
-            context.update(part.as_bytes());
-        }
-        URL_SAFE_NO_PAD.encode(context.sign().as_ref().get(..16).unwrap_or_default())
+        self.folder.join(format!("of-{}", self.names.keyed("of", &[tenant, subject])))
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -461,6 +508,23 @@ mod tests {
 
     fn opened(vault: &Vault, (name, sealed): &(String, String)) -> Opened {
         vault.open_sealed(name, b"bound", sealed).unwrap()
+    }
+
+    #[test]
+    fn names_are_the_same_after_a_start_and_others_under_another_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("names.key"), folder.path().join("other.key"));
+        let name = Names::open(&path).unwrap().subject("acme", "u1@example.com");
+        assert_eq!(Names::open(&path).unwrap().subject("acme", "u1@example.com"), name);
+        let others = [
+            Names::open(&path).unwrap().subject("acme", "u2@example.com"),
+            Names::open(&path).unwrap().subject("acmeu1", "@example.com"),
+            Names::open(&other).unwrap().subject("acme", "u1@example.com"),
+        ];
+        assert!(name.len() == 22 && !others.contains(&name), "{name} {others:?}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing but the keys is left behind");
+        fs::write(&path, "half").unwrap();
+        assert!(matches!(Names::open(&path), Err(KeyFault::Malformed(_))), "another key would make others of everybody");
     }
 
     #[test]

@@ -230,7 +230,7 @@ pub struct Accepted {
     pub tenant: TenantId,
     /// Of which session.
     pub session: SessionId,
-    /// Who asks; where text is kept, the name of a key stands for them.
+    /// A name that stands for who asks: where text is kept, that of the subject's key, else a keyed hash.
     pub subject: Subject,
     /// By which call: `stream`, `step` or `websocket`.
     pub route: String,
@@ -268,7 +268,7 @@ pub struct InputVerdict {
     /// The fence of the lock that it ran under; present exactly in training mode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fence: Option<u64>,
-    /// Who asked, where no `turn.accepted.v1` says so.
+    /// The name that stands for who asked, where no `turn.accepted.v1` has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subject: Option<Subject>,
 }

@@ -11,7 +11,7 @@ use std::{
 use headgate_config::Environment;
 use headgate_contracts::{Subject, TenantId};
 use headgate_filters::unix_now;
-use headgate_orchestrator::events::{Brokers, Follow, Judged, unseal, verify};
+use headgate_orchestrator::events::{Brokers, Follow, Judged, name, unseal, verify};
 use headgate_policy::{
     audit::{Audit, AuditFault},
     custody::audit_beside,
@@ -82,6 +82,24 @@ Examples:
         /// Where the events are.
         #[command(flatten)]
         from: Source,
+    },
+    /// Print the name that stands for a subject in a log that keeps no text.
+    #[command(after_help = "\
+Events name nobody: where text is kept, a subject is the name of a key; elsewhere a keyed hash, under the key `names.key` in the folder of
+the log. Only who has that file can tell whose name it is.
+
+Exit codes: 0 printed; 69 there is no such key.
+
+Example: headgate events tail events | grep \"$(headgate events name events --tenant acme --subject user-7)\"")]
+    Name {
+        /// The folder of the log: `orchestrator.events.folder` of the config.
+        folder: PathBuf,
+        /// Whose subject it is.
+        #[arg(long)]
+        tenant: TenantId,
+        /// The subject, as tokens name them.
+        #[arg(long)]
+        subject: Subject,
     },
     /// Make a master key, which the keys that seal text are wrapped with.
     #[command(after_help = "\
@@ -174,6 +192,9 @@ pub fn run(events: Events) -> ExitCode {
             Some(folder) => tail(folder, *follow, vault.as_ref(), &mut out),
             None => tail_topic(from, *follow, vault.as_ref(), &mut out),
         }),
+        Events::Name { folder, tenant, subject } => {
+            name(folder, tenant, subject).and_then(|name| writeln!(out, "{name}")).map(|()| ExitCode::SUCCESS)
+        }
         Events::Key { file } => make_key(file, &mut out),
         Events::Forget { key, keys, tenant, subject, audit, actor } => {
             let audit = audit.clone().unwrap_or_else(|| audit_beside(keys));

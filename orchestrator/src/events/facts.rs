@@ -77,6 +77,11 @@ impl Beginning {
         Whose { tenant: tenant.clone(), session: session.clone(), subject: subject.clone() }
     }
 
+    /// Says `name` in place of who asks.
+    pub(super) fn pseudonym(&mut self, name: Subject) {
+        self.accepted.data.subject = name;
+    }
+
     /// Says `names` in place of who asks and where, and gives what there is to be sealed.
     pub(super) fn rename(&mut self, names: Whose) -> String {
         self.accepted.partitionkey = names.key();
@@ -141,11 +146,16 @@ impl Denial {
         self.whose.clone()
     }
 
+    /// Says `name` in place of who asked.
+    pub(super) fn pseudonym(&mut self, name: Subject) {
+        self.verdict.data.subject = Some(name);
+    }
+
     /// Says `names` in place of who asked and where.
     pub(super) fn rename(&mut self, names: Whose) {
         self.verdict.partitionkey = names.key();
         self.denied.partitionkey = names.key();
-        self.verdict.data.subject = Some(names.subject);
+        self.pseudonym(names.subject);
     }
 
     pub(super) fn events(&self) -> [Vec<u8>; 2] {

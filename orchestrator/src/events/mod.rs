@@ -30,7 +30,7 @@ use std::{
     fmt,
     fs::File,
     io, mem,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
@@ -40,10 +40,10 @@ use std::{
 };
 
 use headgate_contracts::{
-    Batch, End, Finish, Gone, InvalidId, TurnId,
+    Batch, End, Finish, Gone, InvalidId, Subject, TenantId, TurnId,
     wire::log::{Delivered, Progress},
 };
-use headgate_policy::vault::{Sealer, Vault};
+use headgate_policy::vault::{Names, Sealer, Vault};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
@@ -77,6 +77,8 @@ use sealed::Text;
 
 /// The latest turns that have ended and are remembered, so that none of them begins again.
 const MOST_ENDED: usize = 1 << 16;
+/// In the folder of a log, the key that names of subjects are made with.
+const NAMES: &str = "names.key";
 
 /// Where a log is and how large it may be.
 #[derive(Debug, Clone)]
@@ -181,6 +183,18 @@ pub struct Recovered {
     pub torn_bytes: u64,
 }
 
+/// The name that stands for a subject in the log in `folder`, which keeps no text.
+///
+/// Errors: there is no log there that does, or its key cannot be used.
+pub fn name(folder: &Path, tenant: &TenantId, subject: &Subject) -> io::Result<String> {
+    let key = folder.join(NAMES);
+    // It would be made, and the name would be nobody's.
+    if !key.is_file() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no {}: the log there names nobody by it", key.display())));
+    }
+    Names::open(&key).map(|names| names.subject(tenant.as_str(), subject.as_str())).map_err(io::Error::other)
+}
+
 /// A log that is written to. Dropping the last handle ends it; [`Log::flush`] before that.
 pub struct Log {
     writer: mpsc::Sender<writer::Command>,
@@ -189,8 +203,16 @@ pub struct Log {
     /// Says nothing, and is closed when the deliverer has ended.
     delivery: Option<Mutex<std::sync::mpsc::Receiver<()>>>,
     cap: u64,
-    /// The keys that text is sealed under, where it is kept.
-    vault: Option<Arc<Vault>>,
+    /// By what names people stand in events.
+    people: People,
+}
+
+/// What stands for people in events.
+enum People {
+    /// A keyed hash for the subject.
+    Named(Names),
+    /// The names of the keys that their text is sealed under.
+    Sealed(Arc<Vault>),
 }
 
 /// What the writer tells the others.
@@ -261,6 +283,10 @@ impl Log {
         let unusable = |source| Unopened::Unusable { folder: settings.folder.clone(), source };
         let vault = settings.keys.as_ref().map(Keys::open).transpose()?.map(Arc::new);
         let folder = segment::Folder::open(&settings.folder).map_err(unusable)?;
+        let people = match vault {
+            Some(vault) => People::Sealed(vault),
+            None => People::Named(Names::open(&settings.folder.join(NAMES)).map_err(Unopened::Nameless)?),
+        };
         let mut found = recover::recover(&settings.folder, &folder)?;
         let crashed: Vec<_> = mem::take(&mut found.open).iter().map(|(turn, first)| facts::Crashed::of(*turn, first)).collect();
         let recovered = Recovered { records: found.next_record - found.first_record, crashed: crashed.len(), torn_bytes: found.torn_bytes };
@@ -291,7 +317,7 @@ impl Log {
         // A turn has two places: one to begin and one to end. As many again wait while the disk is busy.
         let (to_writer, asked) = mpsc::channel(4 * settings.turns.max(1));
         let thread = thread::Builder::new().name("event-log".to_owned()).spawn(move || writer.run(asked)).map_err(unusable)?;
-        let mut log = Log { writer: to_writer, shared, thread: Mutex::new(Some(thread)), delivery: None, cap, vault };
+        let mut log = Log { writer: to_writer, shared, thread: Mutex::new(Some(thread)), delivery: None, cap, people };
         if let (Some(topic), Some(cursor)) = (&settings.topic, cursor) {
             log.deliver(settings.folder.clone(), topic.clone(), cursor)?;
         }
@@ -316,6 +342,9 @@ impl Log {
             refused
         };
         let sealer = self.sealer(beginning.whose()).await.map_err(refused)?;
+        if let Some(name) = self.name(&beginning.whose()).map_err(refused)? {
+            beginning.pseudonym(name);
+        }
         let sealer = sealer.map(|(sealer, names)| (sealer, beginning.rename(names)));
         let (for_end, for_begin) = (place().map_err(refused)?, place().map_err(refused)?);
         let (tell, told) = oneshot::channel();
@@ -338,12 +367,20 @@ impl Log {
 
     /// Whether text is kept.
     pub(crate) fn keeps_text(&self) -> bool {
-        self.vault.is_some()
+        matches!(self.people, People::Sealed(_))
+    }
+
+    /// The name that stands for a subject whose text is not kept.
+    fn name(&self, whose: &Whose) -> Result<Option<Subject>, Refused> {
+        let People::Named(names) = &self.people else { return Ok(None) };
+        // 22 characters of base64url: any name may be that.
+        names.subject(whose.tenant.as_str(), whose.subject.as_str()).parse().map(Some).map_err(|_: InvalidId| Refused::Keyless)
     }
 
     /// What seals the text of a subject, and the names that stand for subject and session; `None` where no text is kept.
     async fn sealer(&self, whose: Whose) -> Result<Option<(Sealer, Whose)>, Refused> {
-        let Some(vault) = self.vault.clone() else { return Ok(None) };
+        let People::Sealed(vault) = &self.people else { return Ok(None) };
+        let vault = vault.clone();
         let Whose { tenant, session, subject } = whose;
         let session = vault.session(tenant.as_str(), session.as_str());
         let of = tenant.clone();
@@ -363,8 +400,10 @@ impl Log {
     pub(crate) async fn tell(&self, turn: TurnId, key: String, told: Told) -> Result<Heard, Untold> {
         let (tell, heard) = oneshot::channel();
         // The turn may be from before text was kept, or from after.
-        let named = self.vault.as_ref().zip(key.split_once('/'));
-        let named = named.map(|(vault, (tenant, session))| format!("{tenant}/{}", vault.session(tenant, session)));
+        let named = match &self.people {
+            People::Sealed(vault) => key.split_once('/').map(|(tenant, session)| format!("{tenant}/{}", vault.session(tenant, session))),
+            People::Named(_) => None,
+        };
         self.ask(writer::Command::Tell { turn, key, named, told: Box::new(told), tell })?;
         heard.await.unwrap_or(Err(Untold::Refused(Refused::Sealed)))
     }
@@ -373,6 +412,8 @@ impl Log {
     pub(crate) async fn deny(&self, mut denial: Denial) -> Result<Heard, Untold> {
         if let Some((_, names)) = self.sealer(denial.whose()).await.map_err(Untold::Refused)? {
             denial.rename(names);
+        } else if let Some(name) = self.name(&denial.whose()).map_err(Untold::Refused)? {
+            denial.pseudonym(name);
         }
         let (tell, heard) = oneshot::channel();
         self.ask(writer::Command::Deny { turn: denial.turn(), events: denial.events(), tell })?;

@@ -35,6 +35,9 @@ pub enum Unopened {
     /// The master key of the text cannot be used.
     #[error("the event log cannot seal text")]
     Unsealable(#[from] KeyFault),
+    /// The key that subjects are named by cannot be used.
+    #[error("the event log cannot name who asks")]
+    Nameless(#[source] KeyFault),
     /// The keys of subjects cannot be used.
     #[error("the event log cannot seal text")]
     Keyless(#[from] VaultFault),

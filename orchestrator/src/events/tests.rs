@@ -672,6 +672,36 @@ fn last_of(folder: &Path, turn: TurnId) -> serde_json::Value {
 }
 
 #[tokio::test]
+async fn who_asks_stands_in_no_event_and_has_one_name_across_starts() {
+    let folder = in_memory();
+    let (log, _) = open(folder.path());
+    whole_turn(&log).await;
+    log.deny(denial(TurnId::fresh())).await.unwrap();
+    drop(log);
+    let (log, _) = open(folder.path());
+    whole_turn(&log).await;
+    log.flush().await.unwrap();
+    let mut events = Follow::open(folder.path()).unwrap();
+    let mut subjects = Vec::new();
+    while let Some(entry) = events.next_entry().unwrap() {
+        let event: serde_json::Value = serde_json::from_slice(&entry.event).unwrap();
+        assert!(!event.to_string().contains("\"u1\""), "{event}");
+        subjects.extend(event["data"].get("subject").map(|name| name.as_str().unwrap().to_owned()));
+    }
+    assert!(subjects.len() == 3 && subjects[0].len() == 22 && subjects.iter().all(|name| *name == subjects[0]), "{subjects:?}");
+    // With the key nobody leads from the names to who asked any more, and nobody gets an old name again.
+    drop(log);
+    fs::remove_file(folder.path().join("names.key")).unwrap();
+    let (log, _) = open(folder.path());
+    let turn = TurnId::fresh();
+    complete(log.begin(of(turn)).await.unwrap());
+    log.flush().await.unwrap();
+    let mut events = Follow::open(folder.path()).unwrap();
+    let last = std::iter::from_fn(|| events.next_entry().unwrap()).find(|entry| entry.turn == turn).unwrap();
+    assert!(!String::from_utf8(last.event).unwrap().contains(&subjects[0]));
+}
+
+#[tokio::test]
 async fn a_refused_prompt_torn_after_its_verdict_is_refused_by_the_next_start() {
     let folder = in_memory();
     let (log, _) = open(folder.path());
