@@ -59,12 +59,23 @@ pub enum Delay {
 }
 
 /// The most memory that one open stream can take, in bytes, computed from the bounds of its parts.
+///
+/// What a request takes has gone before its answer comes: the prompt is dropped once it was sent.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Ceiling {
-    /// The parts.
-    pub parts: Vec<Part>,
-    /// Their sum.
+    /// The parts while the upstream is asked.
+    pub asking: Vec<Part>,
+    /// The parts while it answers.
+    pub answering: Vec<Part>,
+    /// The larger sum.
     pub total_bytes: u64,
+}
+
+impl Ceiling {
+    fn of(asking: Vec<Part>, answering: Vec<Part>) -> Ceiling {
+        let sum = |parts: &[Part]| parts.iter().map(|part| part.bytes).sum();
+        Ceiling { total_bytes: u64::max(sum(&asking), sum(&answering)), asking, answering }
+    }
 }
 
 /// One part of a ceiling.
@@ -107,23 +118,27 @@ impl Effect {
         // One batch is always taken whole, however full it is behind it.
         let batch = READ_BYTES + bounds.event_bytes;
         let held: u64 = chain.iter().map(Built::ceiling_bytes).filter(|bytes| *bytes > 0).map(|bytes| bytes + bounds.event_bytes).sum();
-        let parts = [
-            ("request head", bounds.head_bytes),
-            ("request body and prompt", 2 * bounds.body_bytes),
-            ("upstream head, line and event", bounds.upstream_head_bytes + bounds.line_bytes + bounds.event_bytes + READ_BYTES),
-            ("held by filters", held),
-            ("waiting for the client", flow.max_buffered as u64 + batch),
-            ("WebSocket buffers", WEBSOCKET_BYTES),
-        ];
+        let part = |name, bytes| Part { name, bytes };
+        let both = [part("request head", bounds.head_bytes), part("WebSocket buffers", WEBSOCKET_BYTES)];
         // What has come and what has been taken over: the credit, and the event that took the last of it.
         let frames = 2 * (u64::from(headgate_contracts::wire::hop::WINDOW) + bounds.event_bytes);
-        let of_frames = bounds.shares_socket.then_some(("frames of a shared socket", frames));
-        let parts: Vec<Part> = parts.into_iter().chain(of_frames).map(|(name, bytes)| Part { name, bytes }).collect();
+        let of_frames = bounds.shares_socket.then(|| part("frames of a shared socket", frames));
+        let asking = [
+            part("body and prompt", 2 * bounds.body_bytes),
+            part("upstream head", bounds.upstream_head_bytes + READ_BYTES),
+        ];
+        let answering = [
+            part("upstream line and event", bounds.line_bytes + bounds.event_bytes + READ_BYTES),
+            part("held by filters", held),
+            part("waiting for the client", flow.max_buffered as u64 + batch),
+        ];
+        let asking = both.iter().cloned().chain(asking).collect();
+        let answering = both.into_iter().chain(answering).chain(of_frames).collect();
         Effect {
             chain: chain.iter().map(link).collect(),
             delay: delay(chain),
             unverified_bytes: chain.iter().map(Built::worst_unverified_bytes).sum(),
-            ceiling: Ceiling { total_bytes: parts.iter().map(|part| part.bytes).sum(), parts },
+            ceiling: Ceiling::of(asking, answering),
         }
     }
 
@@ -134,7 +149,7 @@ impl Effect {
             Part { name: "upstream head", bytes: bounds.upstream_head_bytes },
             Part { name: "pieces of bodies, both ways", bytes: 4 * READ_BYTES },
         ];
-        let ceiling = Ceiling { total_bytes: parts.iter().map(|part| part.bytes).sum(), parts };
+        let ceiling = Ceiling::of(parts.clone(), parts);
         Effect { chain, delay: Delay::None, unverified_bytes: 0, ceiling }
     }
 }
@@ -198,8 +213,13 @@ impl fmt::Display for Link {
 impl fmt::Display for Ceiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", Size(self.total_bytes))?;
-        for (index, part) in self.parts.iter().filter(|part| part.bytes > 0).enumerate() {
-            write!(f, "{}{} {}", if index == 0 { " = " } else { " + " }, part.name, Size(part.bytes))?;
+        let phases = [("asking", &self.asking), ("answering", &self.answering)];
+        for (phase, parts) in phases.iter().take(if self.asking == self.answering { 1 } else { 2 }) {
+            let sum = Size(parts.iter().map(|part| part.bytes).sum());
+            write!(f, "\n                   {phase}: {sum}")?;
+            for (index, part) in parts.iter().filter(|part| part.bytes > 0).enumerate() {
+                write!(f, "{}{} {}", if index == 0 { " = " } else { " + " }, part.name, Size(part.bytes))?;
+            }
         }
         Ok(())
     }
