@@ -99,12 +99,13 @@ pub type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
 pub fn load(path: &Path, environment: Option<Environment>, vars: Variables<'_>) -> Result<Plan, Faults> {
     let folder = path.parent().map(Path::to_owned).unwrap_or_default();
     let base = Source { name: path.display().to_string(), text: text_of(path).map_err(|fault| Faults::one(*fault))? };
-    let mut disk = Disk { files: Files { folder, ..Files::default() } };
-    disk.files.unread.push(path.to_owned());
+    let mut disk = Disk { files: Files { folder, own: Some(path.to_owned()), ..Files::default() } };
+    disk.files.texts.insert(path.to_owned(), base.text.as_str().into());
     let overlay = match environment.map(|environment| path.with_extension(format!("{environment}.yaml"))) {
         Some(path) if path.exists() => {
-            disk.files.unread.push(path.clone());
-            Some(Source { name: path.display().to_string(), text: text_of(&path).map_err(|fault| Faults::one(*fault))? })
+            let text = text_of(&path).map_err(|fault| Faults::one(*fault))?;
+            disk.files.texts.insert(path.clone(), text.as_str().into());
+            Some(Source { name: path.display().to_string(), text })
         }
         Some(_) | None => None,
     };

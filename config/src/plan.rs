@@ -70,7 +70,7 @@ impl Plan {
 
     /// What refuses a checked plan after all, because of `setting`: for what only the libraries that will use it can find.
     pub fn refused(&self, setting: &str, found: String, remedy: &str) -> Faults {
-        let file = self.files.unread.first().map(|path| path.display().to_string()).unwrap_or_default();
+        let file = self.files.own.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
         let mut fault = Fault::of_file(&file, found).remedy(remedy);
         fault.path = setting.to_owned();
         Faults::one(fault)
@@ -79,6 +79,12 @@ impl Plan {
     /// All files whose change is a change of the config: it and its overlay, lists, documents, certificates, secrets.
     pub fn watched(&self) -> impl Iterator<Item = &Path> {
         self.files.all()
+    }
+
+    /// What it was made of: those of the watched files that were read, as they then were, secrets among them. It is for telling
+    /// whether one of them is another now.
+    pub fn made_of(&self) -> impl Iterator<Item = (&Path, &str)> {
+        self.files.texts.iter().map(|(path, text)| (path.as_path(), &**text))
     }
 }
 
@@ -455,6 +461,8 @@ pub struct Observability {
 #[derive(Clone, Default)]
 pub(crate) struct Files {
     pub(crate) folder: PathBuf,
+    /// The config's own, unless it is in no file.
+    pub(crate) own: Option<PathBuf>,
     pub(crate) texts: BTreeMap<PathBuf, Arc<str>>,
     pub(crate) unread: Vec<PathBuf>,
 }

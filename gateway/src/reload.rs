@@ -54,45 +54,57 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
         }
     };
     watch(&plan);
-    let mut seen = contents(&plan);
+    let mut seen = made_of(&plan, &BTreeMap::new());
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     let mut running = plan;
+    // What changed after it was read and before it was watched: nobody will tell.
+    let mut is_due = contents(&running) != seen;
+    let mut refused = None;
     loop {
-        let asked = tokio::select! {
-            _ = hangup.recv() => true,
-            change = changes.recv() => match change {
-                Some(()) => false,
-                None => std::future::pending().await,
-            },
-        };
+        let asked = !std::mem::take(&mut is_due)
+            && tokio::select! {
+                _ = hangup.recv() => true,
+                change = changes.recv() => match change {
+                    Some(()) => false,
+                    None => std::future::pending().await,
+                },
+            };
         if !asked {
             sleep(QUIET).await;
             while changes.try_recv().is_ok() {}
         }
         let now = contents(&running);
-        // A folder has other files too, perhaps our own log: what did not change is not read again.
-        if !asked && now == seen {
+        // A folder has other files too, perhaps our own log: what did not change is not read again. But what was refused may have
+        // named a file that is only written now.
+        if !asked && now == seen && refused.is_none() {
             continue;
         }
+        let is_new = asked || now != seen;
         seen = now;
-        if let Some(tls) = &tls
+        if let Some(tls) = tls.as_ref().filter(|_| is_new)
             && let Err(error) = tls.reload()
         {
             tracing::error!(%error, "the certificate stays as it was");
         }
         match load() {
             Err(faults) => {
-                app.meters().reloaded("refused");
-                tracing::error!(faults = faults.0.len(), "the config has faults, the running one stays: {faults}");
+                // Once, however often it is looked at.
+                if is_new || refused.as_ref() != Some(&faults) {
+                    app.meters().reloaded("refused");
+                    tracing::error!(faults = faults.0.len(), "the config has faults, the running one stays: {faults}");
+                }
+                refused = Some(faults);
             }
             Ok(plan) => match build::live(&plan, &lasting) {
                 Err(error) => {
+                    refused = None;
                     app.meters().reloaded("refused");
                     tracing::error!(%error, "the config cannot run, the running one stays");
                 }
                 Ok(live) => {
                     let registry = |plan: &Plan| plan.policy.as_ref().and_then(|policy| Some(policy.registry.as_ref()?.folder.clone()));
-                    let redis = |plan: &Plan| plan.redis.as_ref().map(|redis| (redis.url.expose().to_owned(), redis.ca.clone(), redis.budget));
+                    let redis =
+                        |plan: &Plan| plan.redis.as_ref().map(|redis| (redis.url.expose().to_owned(), redis.ca.clone(), redis.budget));
                     let stays = |plan: &Plan| {
                         (
                             plan.listen,
@@ -114,16 +126,10 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
                     app.meters().reloaded("taken");
                     tracing::info!(routes = plan.routes.len(), "the config was exchanged");
                     watch(&plan);
-                    // What was seen before it was read stays: a file that has changed since will differ from it.
-                    let known = std::mem::take(&mut seen);
-                    seen = contents(&plan)
-                        .into_iter()
-                        .map(|(file, now)| {
-                            let before = known.get(&file).copied().unwrap_or(now);
-                            (file, before)
-                        })
-                        .collect();
+                    seen = made_of(&plan, &seen);
                     running = plan;
+                    is_due = contents(&running) != seen;
+                    refused = None;
                 }
             },
         }
@@ -132,6 +138,16 @@ pub async fn follow(plan: Plan, load: impl Fn() -> Result<Plan, Faults>, app: Ap
 
 /// A file's length and digest; nothing where it cannot be read.
 type Content = Option<(u64, Option<Digest>)>;
+
+/// What a plan was made of, as it was read. Of files that others read, certificates above all: what was seen before that, or is now.
+fn made_of(plan: &Plan, before: &BTreeMap<PathBuf, Content>) -> BTreeMap<PathBuf, Content> {
+    let read = plan.made_of().map(|(file, text)| (file.to_owned(), Some((text.len() as u64, Some(Digest::of(text.as_bytes()))))));
+    let others = contents(plan).into_iter().map(|(file, now)| {
+        let before = before.get(&file).copied().unwrap_or(now);
+        (file, before)
+    });
+    others.chain(read).collect()
+}
 
 /// What the files of a config are now. Contents, not times: a clock that moves in steps of milliseconds misses what is written
 /// twice in one of them.

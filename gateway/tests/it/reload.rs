@@ -52,18 +52,8 @@ async fn a_changed_file_is_taken_for_the_next_turn_and_a_bad_one_never() {
     while open.expect().await.name != "text" {}
     let good = std::fs::read_to_string(&file).unwrap();
     let masking = good.replace("deny: [deny.txt]", "deny: [deny.txt], mask: [email]");
-    // The watch begins with the task: until it is there a change is not seen, so it is made again.
-    let taken = async {
-        loop {
-            std::fs::write(&file, &masking).unwrap();
-            let metrics = ask(gateway.admin, &Request::get("/metrics")).await.unwrap().text();
-            if metrics.contains("headgate_config_reload_total{result=\"taken\"}") {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(400)).await;
-        }
-    };
-    within(SOON, taken, "the new config to be taken").await;
+    std::fs::write(&file, &masking).unwrap();
+    reloaded(gateway.admin, "taken", 1).await;
     let masked = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap().rest().await.unwrap();
     assert_eq!(masked.text(), "Hello, •••.");
     go.notify_one();
@@ -94,6 +84,47 @@ async fn a_changed_file_is_taken_for_the_next_turn_and_a_bad_one_never() {
         }
     };
     within(SOON, denied, "the new list to be in force").await;
+    following.abort();
+}
+
+#[tokio::test]
+async fn what_changes_before_it_is_watched_is_taken_and_what_was_refused_is_tried_again_when_a_file_comes() {
+    let upstream = Upstream::always(Script::stream(Answer::openai("demo", &SAID).cut(Cut::Events))).await;
+    let setup = Setup::chain(&["moderation: { deny: [deny.txt] }"]).file("deny.txt", "bluebird\n");
+    let (plan, folder) = setup.plan(&upstream.url());
+    let (file, list) = (folder.path().join("headgate.yaml"), folder.path().join("lists/more.txt"));
+    let gateway = crate::support::start(&plan, folder).await;
+    let status = async |said: &str| ask(gateway.addr, &Request::turn(said)).await.unwrap().status;
+    // Between the reading and the watching: the config itself, which names a list in another folder.
+    std::fs::create_dir(list.parent().unwrap()).unwrap();
+    std::fs::write(&list, "redbird\n").unwrap();
+    let good = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, good.replace("deny: [deny.txt]", "deny: [deny.txt, lists/more.txt]")).unwrap();
+    let process = &gateway.process;
+    // And that list, once it was read and before its folder is watched.
+    let was_read = std::sync::atomic::AtomicBool::new(false);
+    let load = {
+        let (file, list) = (file.clone(), list.clone());
+        move || {
+            let plan = headgate_config::load(&file, None, &|_| None);
+            if !was_read.swap(true, std::sync::atomic::Ordering::Relaxed) {
+                std::fs::write(&list, "greenbird\n").unwrap();
+            }
+            plan
+        }
+    };
+    let following = tokio::spawn(reload::follow(plan, load, process.app.clone(), process.lasting.clone(), None));
+    reloaded(gateway.admin, "taken", 2).await;
+    assert_eq!((status("redbird").await, status("greenbird").await, status("bluebird").await), (200, 403, 403));
+    // A config that names a list which is only written afterwards, as people do who edit by hand.
+    let late = gateway.folder.path().join("late.txt");
+    std::fs::write(&file, good.replace("deny: [deny.txt]", "deny: [late.txt]")).unwrap();
+    reloaded(gateway.admin, "refused", 1).await;
+    std::fs::write(gateway.folder.path().join("some.log"), "a line\n").unwrap();
+    std::fs::write(&late, "blackbird\n").unwrap();
+    reloaded(gateway.admin, "taken", 3).await;
+    assert_eq!((status("greenbird").await, status("blackbird").await), (200, 403));
+    assert_eq!(count(&gateway.metrics().await, "refused"), 1, "said once");
     following.abort();
 }
 
