@@ -43,7 +43,7 @@ fn calls(calls: &[(&str, &str)]) -> Script {
     }
     pieces.push(chunk(json!({}), Some("tool_calls")));
     pieces.push("data: [DONE]\n\n".to_owned());
-    Script::new().sse().send_all(pieces).end().again()
+    Script::new().read().sse().send_all(pieces).end().again()
 }
 
 /// A gateway before an orchestrator, as two programs of ours.
@@ -74,7 +74,7 @@ impl House {
         let desk = started(&folder, "orchestrator", &desk).await;
         let gateway = format!(
             "listen: 127.0.0.1:0\nadmin: {{ listen: 127.0.0.1:0 }}\nworkers: 2\npolicy: {{ constitution: constitution.md, version: \"7\", key: \"file:ring.json\" }}\n\
-             upstreams:\n  desk: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{}\"], health: {{ interval: 0s }} }}\n{}",
+             upstreams:\n  desk: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{}\"], health: {{ interval: 0s }}, timeouts: {{ idle: 1s }} }}\n{}",
             at(&desk, "orchestrator").await,
             routes("desk")
         );
@@ -335,7 +335,10 @@ async fn the_terminal_client_says_no_where_nobody_sits_at_it() {
         let said = chat.env("HEADGATE_TOKEN", KEYS[0]).env("NO_COLOR", "1").stdin(Stdio::null()).output().await.unwrap();
         let err = String::from_utf8(said.stderr).unwrap();
         assert_eq!((said.status.code(), String::from_utf8(said.stdout).unwrap().as_str()), (Some(2), "Let me. \n"), "{err}");
-        assert!(err.contains("Call pay with {\"amount\":5}?\nthere is nobody to ask: the answer is no\n") && err.contains("declined"), "{err}");
+        assert!(
+            err.contains("Call pay with {\"amount\":5}?\nthere is nobody to ask: the answer is no\n") && err.contains("declined"),
+            "{err}"
+        );
     }
 }
 

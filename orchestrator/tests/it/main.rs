@@ -2,6 +2,7 @@
 
 mod desk;
 
+mod confirm;
 mod events;
 mod leaving;
 mod limits;

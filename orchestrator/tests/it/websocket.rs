@@ -17,7 +17,10 @@ use tokio_tungstenite::{
     tungstenite::{Message, protocol::frame::coding::CloseCode},
 };
 
-use crate::desk::{Desk, STREAM, Turn, upstream, words};
+use crate::{
+    confirm::{asking, paying},
+    desk::{Desk, STREAM, Turn, upstream, words},
+};
 
 /// The gateway's end of a WebSocket.
 struct Socket(WebSocketStream<TcpStream>);
@@ -113,6 +116,36 @@ fn saying(texts: &[&str]) -> Script {
 fn half() -> Script {
     let answer = Answer::openai("demo", &["half", " whole"]).cut(Cut::Events);
     Script::new().read().sse().send(answer[0].clone()).send(answer[1].clone()).stall()
+}
+
+#[tokio::test]
+async fn a_frame_answers_for_the_turns_of_its_own_socket_alone() {
+    let model = Upstream::always(paying("{}")).await;
+    let desk = asking(&model).await;
+    let (mut socket, mut other) = (Socket::open(&desk).await, Socket::open(&desk).await);
+    for (accept, end) in [(false, "error"), (true, "done")] {
+        let turn = desk.turn("s1", "pay him");
+        socket.send(&dispatch(&turn)).await;
+        let asked = loop {
+            let frame = socket.frame().await;
+            if frame["type"] == "confirm" {
+                break frame;
+            }
+        };
+        let answer = |accept: bool| json!({"type": "confirm", "turn_id": turn.id, "id": asked["id"], "accept": accept});
+        other.send(&answer(!accept)).await;
+        // What comes after it on the same socket has been acted upon: so has it.
+        let after = desk.turn("s2", "pay him");
+        other.send(&dispatch(&after)).await;
+        assert_eq!(other.frame().await["type"], "open");
+        other.send(&json!({"type": "stop", "turn_id": after.id})).await;
+        while other.frame().await["type"] != "error" {}
+        socket.send(&json!({"type": "confirm", "turn_id": turn.id, "id": "another", "accept": !accept})).await;
+        socket.send(&answer(accept)).await;
+        let frames = socket.rest(&turn.id, asked["seq"].as_u64().unwrap() + 1).await;
+        assert_eq!(frames.last().unwrap()["type"], end, "{frames:?}");
+        assert_eq!(frames.iter().any(|frame| frame["type"] == "tool"), accept);
+    }
 }
 
 #[tokio::test]
