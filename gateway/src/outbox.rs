@@ -7,6 +7,7 @@
 //! (`docs/decisions/0240-nobody-waits-for-a-reader-that-sleeps.md`).
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
     future::poll_fn,
     ops::Range,
@@ -31,8 +32,13 @@ use crate::{
     voice::Voice,
 };
 
-/// The most entries that a ring keeps room for while it is empty: as many as a burst has.
-const MAX_IDLE_ENTRIES: usize = 32;
+/// The most rooms for entries that a worker keeps for rings that have none, since they are empty, and how large they are.
+const MAX_LENT: usize = 4;
+const MAX_LENT_ENTRIES: usize = 256;
+
+thread_local! {
+    static LENT: RefCell<Vec<VecDeque<Entry>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// How long a reader may take nothing while others wait for it. It is looked at as often, so it may be twice as long.
 const NAP: Duration = Duration::from_secs(1);
@@ -188,6 +194,9 @@ impl State {
         if bytes.capacity() == 0 {
             *bytes = buffers::lend();
         }
+        if entries.capacity() == 0 {
+            *entries = LENT.try_with(|lent| lent.borrow_mut().pop()).ok().flatten().unwrap_or_default();
+        }
         write(voice, bytes, &mut |name, range| {
             entries.push_back(Entry { name, start: *base + range.start as u64, len: range.len() });
         });
@@ -282,13 +291,27 @@ impl State {
         }
     }
 
+    fn give_entries_back(&mut self) {
+        let entries = std::mem::take(&mut self.entries);
+        if !entries.is_empty() {
+            self.entries = entries;
+        } else if (1..=MAX_LENT_ENTRIES).contains(&entries.capacity()) {
+            let _ = LENT.try_with(|lent| {
+                let mut lent = lent.borrow_mut();
+                if lent.len() < MAX_LENT {
+                    lent.push(entries);
+                }
+            });
+        }
+    }
+
     /// Gives dropped events' bytes back: at once when nothing else is there, else when they are half of all, so that a byte
     /// is moved once at most.
     fn compact(&mut self) {
         let dead = self.bytes.len() - self.bytes_from(self.first);
         if dead == self.bytes.len() {
             buffers::give_back(&mut self.bytes);
-            self.entries.shrink_to(MAX_IDLE_ENTRIES);
+            self.give_entries_back();
         } else if dead * 2 >= self.bytes.len() {
             self.bytes.drain(..dead);
         } else {

@@ -61,14 +61,14 @@ impl From<SseError> for Fault {
 }
 
 /// The room that is kept while nothing is unfinished.
-const KEPT_BYTES: usize = 4 << 10;
+const KEPT_BYTES: usize = 512;
 
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// Reads frames out of bytes.
 ///
 /// `push` what was read, then call `next` until it gives `None`. A frame with one line of data is lent straight from the
-/// buffer. Memory: [`Limits::max_event`] twice, and the largest push; 4 KiB while nothing is unfinished. Work: every byte is
+/// buffer. Memory: [`Limits::max_event`] twice, and the largest push; half a KiB while nothing is unfinished. Work: every byte is
 /// looked at a fixed number of times, even when they come one by one.
 ///
 /// ```

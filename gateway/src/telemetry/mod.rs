@@ -18,9 +18,10 @@ use headgate_filters::Chain;
 use tokio::time::Instant;
 use tracing::{Span, field::Empty};
 
-use crate::{delivery::Slip, live::Route};
 pub use histogram::{Histogram, Tally};
 pub use meters::{Meters, RouteMeters};
+
+use crate::{delivery::Slip, live::Route};
 
 /// Watches one turn.
 pub struct Watch {
