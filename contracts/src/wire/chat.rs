@@ -9,8 +9,8 @@ use super::problem::{self, ErrorObject, PolicyObject, to_vec};
 use super::walk::{Kept, Number, Object, Shape, is_label, is_one_line, walk};
 use super::{MAX_INDEX, Malformed, Step, json};
 use crate::{
-    Batch, Category, Channel, Code, Dialect, Event, Fault, Finish, Head, Lane, Message, Outcome, Question, Refusal, SessionId, Settings, Span,
-    Stop, TurnId, Usage, What,
+    Batch, Category, Channel, Code, Dialect, Event, Fault, Finish, Head, Lane, Message, Outcome, Question, Refusal, SessionId, Settings,
+    Span, Stop, TurnId, Usage, What,
 };
 
 /// A turn, as sent to `/v1/chat/stream`: 1 to 256 messages, at most 16 stop strings of 1 to 256 bytes, at most 16 KiB of

@@ -358,7 +358,9 @@ impl<W: Write, E: Write> Talk<W, E> {
         let said = Confirmation { id: id.to_owned(), accept };
         match timeout(SAY_PATIENCE, self.line.confirm(turn, &said)).await {
             Ok(Ok(())) => {}
-            Ok(Err(Trouble::Problem(problem))) => self.screen.note(&format!("the answer was not taken: {}", problem.code.unwrap_or_default())),
+            Ok(Err(Trouble::Problem(problem))) => {
+                self.screen.note(&format!("the answer was not taken: {}", problem.code.unwrap_or_default()))
+            }
             Ok(Err(Trouble::Broken(_) | Trouble::Nonsense(_))) | Err(_) => self.screen.note("the gateway could not be told the answer"),
         }
     }
