@@ -7,11 +7,11 @@ use std::{
 };
 
 use headgate_contracts::{
-    Batch, Head, Prompt, TurnId,
+    Batch, Dispatch, Head, Prompt, Record, SessionId, TurnId, What,
     wire::{chat, openai, sse},
 };
-use headgate_filters::{Chain, chain};
-use headgate_policy::{Decision, Digest, Facts};
+use headgate_filters::{Built, Chain, chain};
+use headgate_policy::{Decision, Digest, Facts, Hasher};
 
 use crate::{MODERATION, NOW, batch_of, begun, built, chunk, conversation, issuer, ring, turn, unusual_chunk};
 
@@ -42,6 +42,7 @@ pub fn measure(meter: &mut impl Meter) {
     write(meter);
     begin(meter);
     verdict(meter);
+    whole(meter);
 }
 
 fn read(meter: &mut impl Meter) {
@@ -185,4 +186,58 @@ fn verdict(meter: &mut impl Meter) {
     meter.measure("verdict: verify", ONE, || (), |()| drop(verifier.open(black_box(&token), NOW).expect("our own verdict")));
     let forged = format!("{}AAAA", &token[..token.len() - 4]);
     meter.measure("verdict: refuse a forged one", ONE, || (), |()| _ = verifier.open(black_box(&forged), NOW).expect_err("not ours"));
+}
+
+/// A request of 1 KB and its answer, which is not streamed: all of a turn but sockets, its log line and its metrics.
+fn whole(meter: &mut impl Meter) {
+    let text = CLEAN.repeat(60);
+    let answer = format!(
+        r#"{{"id":"chatcmpl-0123456789abcdef","object":"chat.completion","created":1763712000,"model":"demo","choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":16,"completion_tokens":16,"total_tokens":32}}}}"#
+    );
+    for (name, signed) in [("turn: 1 KB asked and answered", "\n- policy_headers"), ("turn: the same, not signed", "")] {
+        let built = built(&format!("{MODERATION}{signed}\n- budget: {{ output_tokens: 1000000000 }}"));
+        let mut number = 0;
+        // Never the same text twice, which would be remembered.
+        let request = || {
+            number += 1;
+            format!(r#"{{"model":"demo","messages":[{{"role":"user","content":"{number}: {text}"}}]}}"#)
+        };
+        meter.measure(name, ONE, request, |request| drop(black_box(answered(&built, black_box(request), black_box(&answer)))));
+    }
+}
+
+/// What the client is sent.
+fn answered(built: &[Built], request: &str, answer: &str) -> Vec<u8> {
+    let mut turn = turn();
+    let request = openai::Request::parse(request.as_bytes()).expect("a request");
+    let mut chain = chain(built, &mut turn);
+    let mut prompt = Prompt::new(turn.id, SessionId::fresh(), request.messages);
+    prompt.settings = request.settings;
+    ask(&mut chain, &mut prompt);
+    let body = openai::encode_request(&prompt, openai::Form::Whole);
+    if let Some(seal) = &prompt.seal {
+        let dispatch = Dispatch { method: "POST", path: "/v1/chat/completions", body: &body };
+        drop(black_box(seal(&prompt, &dispatch).expect("a key")));
+    }
+    let (mut head, mut batch) = (Head::default(), Batch::new());
+    openai::decode_answer(answer.as_bytes(), &mut head, &mut batch).expect("an answer");
+    chain.head(&mut head).expect("nothing to refuse");
+    let (mut completion, mut digest) = (openai::Completion::new(), Hasher::new());
+    let mut record = Record::default();
+    chain.pass(&mut batch).expect("nothing to refuse");
+    let mut last = Batch::new();
+    chain.end(Ok(()), &mut last, &mut record).expect("nothing to refuse");
+    for batch in [&batch, &last] {
+        for event in batch.events() {
+            if let What::Text { text, .. } = event.what {
+                digest.update(batch.text(text).as_bytes());
+            }
+        }
+        completion.add(batch);
+    }
+    let verdict = record.seal.as_ref().and_then(|seal| seal(&record, *digest.finish().as_bytes()));
+    let tail = openai::Tail { outcome: record.outcome, verdict: verdict.as_deref() };
+    let mut out = Vec::new();
+    completion.write(&mut out, &openai::Envelope::of(&head, "", "", 0), Some(tail));
+    out
 }

@@ -200,7 +200,7 @@ fn grow(common: Common) -> io::Result<bool> {
 }
 
 fn everything(out: &Path, common: Common) -> io::Result<bool> {
-    let names = ["direct", "headgate", "headgate-bare", "headgate-two", "nginx", "haproxy", "envoy", "litellm"];
+    let names = ["direct", "headgate", "headgate-bare", "headgate-unsigned", "headgate-two", "nginx", "haproxy", "envoy", "litellm"];
     let peers = names.into_iter().filter_map(|name| name.parse().ok()).collect();
     let report = measure(&common, peers, &workload::all(), true)?;
     fs::write(out.join("results.json"), serde_json::to_string(&report).map_err(io::Error::other)?)?;

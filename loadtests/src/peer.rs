@@ -56,11 +56,14 @@ pub(crate) struct Chain {
     pub(crate) phrases: usize,
     /// Whether moderation masks what all detectors find.
     pub(crate) detectors: bool,
+    /// Whether policy_headers is among them, which signs each dispatch and each output.
+    pub(crate) signed: bool,
 }
 
 impl Chain {
-    pub(crate) const NONE: Chain = Chain { filters: 0, phrases: 0, detectors: false };
-    pub(crate) const ALL: Chain = Chain { filters: 5, phrases: 1000, detectors: true };
+    pub(crate) const NONE: Chain = Chain { filters: 0, phrases: 0, detectors: false, signed: true };
+    pub(crate) const ALL: Chain = Chain { filters: 5, phrases: 1000, detectors: true, signed: true };
+    const UNSIGNED: Chain = Chain { filters: 4, signed: false, ..Chain::ALL };
 }
 
 impl Peer {
@@ -76,8 +79,8 @@ impl Peer {
     /// Whether it can serve this workload, and should.
     pub(crate) fn serves(&self, work: &Workload) -> bool {
         match &self.kind {
-            // Two workers show how much more they can take.
-            Kind::Headgate { workers, .. } => *workers == 1 || work.is_at_most(),
+            // Two workers show how much more they can take, and signatures what they cost, where that is what is measured.
+            Kind::Headgate { workers, chain } => (*workers == 1 && chain.signed) || work.is_at_most(),
             Kind::Other(other) if other.is_ai_gateway() => work.whom == Whom::All && work.is_plain(),
             Kind::Other(Other::Nginx) | Kind::Direct | Kind::HeadgateProxy => work.is_plain(),
             Kind::Other(_) | Kind::Command(_) => work.is_plain() && work.whom != Whom::Us,
@@ -123,10 +126,11 @@ impl FromStr for Peer {
                 "direct" => Kind::Direct,
                 "headgate" => Kind::Headgate { chain: Chain::ALL, workers: 1 },
                 "headgate-two" => Kind::Headgate { chain: Chain::ALL, workers: 2 },
+                "headgate-unsigned" => Kind::Headgate { chain: Chain::UNSIGNED, workers: 1 },
                 "headgate-bare" => Kind::Headgate { chain: Chain::NONE, workers: 1 },
                 "headgate-proxy" => Kind::HeadgateProxy,
                 other => Kind::Other(Other::named(other).ok_or(
-                    "known peers are direct, headgate, headgate-two (workers), headgate-bare, headgate-proxy, nginx, haproxy, envoy and litellm; any other is 'name=command'",
+                    "known peers are direct, headgate, headgate-two (workers), headgate-unsigned, headgate-bare, headgate-proxy, nginx, haproxy, envoy and litellm; any other is 'name=command'",
                 )?),
             },
         };
@@ -269,8 +273,9 @@ fn headgate_config(
         format!("      - moderation: {{ {deny}mask: [{mask}] }}\n"),
         "      - policy_headers\n".to_owned(),
     ];
+    let filters = filters.into_iter().filter(|filter| chain.signed || !filter.contains("policy_headers"));
     let budgets = std::iter::repeat("      - budget: { output_tokens: 10000000 }\n".to_owned());
-    let filters: String = filters.into_iter().chain(budgets).take(chain.filters).collect();
+    let filters: String = filters.chain(budgets).take(chain.filters).collect();
     let filters = if filters.is_empty() { "    filters: []\n".to_owned() } else { format!("    filters:\n{filters}") };
     let patience = "timeouts: { connect: 5s, first_byte: 30s, idle: 2h, total: 2h }";
     let endpoints = format!("endpoints: [\"http://{model}\"], {patience}, idle: {{ max: 1024, timeout: 1h }}, health: {{ interval: 0s }}");
