@@ -23,6 +23,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -225,14 +226,19 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
     }
 }
 
-/// What is small goes at once; and a peer that has vanished without a word is given up on when it has confirmed nothing of what
+/// The most that the system keeps of what is written and not yet on its way, in bytes. It would keep megabytes for a slow peer,
+/// and what a turn ends with, a cut, a stop, goes behind all of it.
+const UNSENT_BYTES: u32 = 32 << 10;
+
+/// What is small goes at once; what cannot go yet waits in its turn, where it can still be cut; and a peer that has vanished without a word is given up on when it has confirmed nothing of what
 /// was sent, heartbeats included, for twice as long as a present one may take nothing. Not for as long: the system tells a slow
 /// peer nothing when it gives up, we do.
 fn tune(socket: &TcpStream, stall: Duration) {
-    let millis = u32::try_from(stall.as_millis() * 2).unwrap_or(u32::MAX);
+    let options = SockRef::from(socket);
     // A socket that cannot be tuned is closed by its peer already, which reading it will tell.
     let _ = socket.set_nodelay(true);
-    let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, millis);
+    let _ = options.set_tcp_user_timeout(Some(stall.saturating_mul(2)));
+    let _ = options.set_tcp_notsent_lowat(UNSENT_BYTES);
 }
 
 /// What reads the requests of either version.
@@ -613,13 +619,15 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (socket, _) = listener.accept().await.unwrap();
         tune(&socket, Duration::from_secs(30));
-        assert_eq!(rustix::net::sockopt::tcp_user_timeout(&socket).unwrap(), 60_000);
+        let options = SockRef::from(&socket);
+        assert_eq!(options.tcp_user_timeout().unwrap(), Some(Duration::from_secs(60)));
         assert!(socket.nodelay().unwrap());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_write_that_waits_for_the_whole_stall_time_fails_and_one_that_moves_in_time_does_not() {
         let (ours, mut theirs) = tokio::io::duplex(8);
+        assert_eq!(options.tcp_notsent_lowat().unwrap(), UNSENT_BYTES);
         let mut patient = Patient::new(ours, Duration::from_secs(30));
         let begun = Instant::now();
         let reading = async {

@@ -39,6 +39,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("pingora-load-balancing", &["upstream"]),
     ("pingora-error", &["upstream"]),
     ("futures-util", &["upstream", "store", "orchestrator", "slm", "gateway"]),
+    ("socket2", &["gateway"]),
     ("bytes", &["contracts", "upstream", "orchestrator", "slm", "gateway"]),
     // TLS and signatures
     ("rustls", &["upstream", "store", "gateway"]),

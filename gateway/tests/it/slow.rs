@@ -70,6 +70,24 @@ async fn a_client_that_reads_nothing_stops_the_reading_of_the_model_and_then_los
 }
 
 #[tokio::test]
+async fn a_stop_reaches_a_slow_client_before_the_megabytes_that_its_socket_could_hold() {
+    let upstream = both().await;
+    let gateway = Setup::new().chat("backpressure: { max_buffered: 64KiB }").start(&upstream.url()).await;
+    let mut client = Http1::connect_narrow(gateway.addr).await;
+    client.send(&Request::turn("flood")).await;
+    let mut events = client.events(Judge::new(Kind::Client)).await.unwrap();
+    let turn = events.expect().await.text("turn_id").unwrap().to_owned();
+    upstream.blocked().await;
+    let stop = Request::new("POST", &format!("/v1/chat/stream/{turn}/stop"));
+    assert_eq!(headgate_testkit::client::ask(gateway.addr, &stop).await.unwrap().status, 202);
+    let rest = events.rest().await.unwrap();
+    assert_eq!(rest.error(), Some("stopped"));
+    // The turn's own bound, what was being written, and what is on its way.
+    let waited = rest.text().len();
+    assert!((64 << 10..512 << 10).contains(&waited), "{waited} bytes came before the stop did");
+}
+
+#[tokio::test]
 async fn a_connection_that_takes_nothing_at_all_is_closed() {
     let upstream = both().await;
     let gateway = Setup::new().top("limits: { stall: 2s }").start(&upstream.url()).await;
