@@ -230,9 +230,9 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, limits: Limits, serv
 /// and what a turn ends with, a cut, a stop, goes behind all of it.
 const UNSENT_BYTES: u32 = 32 << 10;
 
-/// What is small goes at once; what cannot go yet waits in its turn, where it can still be cut; and a peer that has vanished without a word is given up on when it has confirmed nothing of what
-/// was sent, heartbeats included, for twice as long as a present one may take nothing. Not for as long: the system tells a slow
-/// peer nothing when it gives up, we do.
+/// What is small goes at once, and what cannot go yet waits in its turn, where it can still be cut. A peer that has vanished
+/// without a word is given up on when it has confirmed nothing of what was sent, heartbeats included, for twice as long as a
+/// present one may take nothing. Not for as long: the system tells a slow peer nothing when it gives up, we do.
 fn tune(socket: &TcpStream, stall: Duration) {
     let options = SockRef::from(socket);
     // A socket that cannot be tuned is closed by its peer already, which reading it will tell.
