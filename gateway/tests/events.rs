@@ -6,12 +6,15 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::{Arc, Mutex},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use headgate_contracts::TurnId;
 use headgate_orchestrator::events::{Follow, Judged, Part, verify};
-use headgate_policy::{Decision, Digest, Facts, Issuer, Ring};
+use headgate_policy::{
+    Decision, Digest, Facts, Issuer, Ring,
+    vault::{Master, Vault},
+};
 use headgate_testkit::{
     client::{self, Request},
     dialect::{Answer, Cut},
@@ -200,6 +203,53 @@ async fn a_disk_that_fails_under_a_running_orchestrator_takes_no_more_turns_and_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_said_is_shown_to_those_with_the_keys_until_its_subject_is_forgotten() {
     said_and_forgotten("", &|folder| vec![folder.to_owned()]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_master_key_is_rotated_under_a_running_orchestrator_whenever_the_rotation_is_killed() {
+    let model = answering().await;
+    let house = House::before(&model, ", text: { key: text.key, folder: subjects }");
+    let path = |name: &str| house.folder.path().join(name).display().to_string();
+    let (key, keys, events) = (path("text.key"), path("subjects"), path("events"));
+    assert!(headgate(&["events", "key", &key]).status.success());
+    // Enough subjects for several journals.
+    let vault = Vault::open(Path::new(&keys), &Master::load(Path::new(&key)).unwrap()).unwrap();
+    (0..600).for_each(|subject| drop(vault.sealer("acme", &format!("s{subject}")).unwrap()));
+    let (mut service, at) = house.start().await;
+    let turn = async |subject: &str| {
+        let reply = client::ask(at, &house.turn_of(subject, TurnId::fresh(), subject)).await.unwrap();
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    };
+    turn("before").await;
+    let rotate = ["events", "rotate", "--key", &key, "--keys", &keys];
+    let shown = || {
+        let tail = headgate(&["events", "tail", "--text", "--key", &key, "--keys", &keys, &events]);
+        assert!(tail.status.success(), "{tail:?}");
+        String::from_utf8(tail.stdout).unwrap()
+    };
+    for (kill, wait_ms) in [5, 10, 20, 40, 80, 160, 320].into_iter().enumerate() {
+        let mut rotation = std::process::Command::new(env!("CARGO_BIN_EXE_headgate")).args(rotate).spawn().unwrap();
+        // Any moment will do: what matters is that it is another one each time.
+        tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        turn(&format!("meanwhile{kill}")).await;
+        let _ = rotation.kill();
+        rotation.wait().unwrap();
+        turn("before").await;
+        // A prompt is sealed before its turn is answered; the end may be on its way.
+        assert!(shown().matches("canary").count() >= 2 + 2 * kill, "{}", shown());
+    }
+    assert!(headgate(&rotate).status.success());
+    let retired = headgate(&["events", "retire", "--key", &key, "--keys", &keys]);
+    assert!(retired.status.success() && String::from_utf8_lossy(&retired.stdout).contains(" of 608 keys"), "{retired:?}");
+    assert_eq!(fs::read_to_string(&key).unwrap().lines().count(), 1);
+    turn("after").await;
+    turn("before").await;
+    service.signal(Signal::Terminate);
+    assert!(service.exited().await.success());
+    let all = shown();
+    assert!(all.matches("canary").count() == 17 && !all.contains("<erased>") && !all.contains("<altered>"), "{all}");
+    let audit = headgate(&["keys", "audit", &path("subjects.audit.jsonl")]);
+    assert!(audit.status.success() && String::from_utf8_lossy(&audit.stdout).contains("master.retired"), "{audit:?}");
 }
 
 #[cfg(feature = "kafka-tls")]

@@ -9,6 +9,10 @@
 //! The name of a key comes of the key itself. It stands in for the subject wherever what was sealed is kept, and with the key goes
 //! the only thing that leads from the one to the other: nobody can tell any more whose it was, whoever holds the master key.
 //!
+//! A master key is rotated while the keys are in use: its file has the new one and the old, and each key in the folder is wrapped anew in
+//! its place. What stands there opens with one of the two at every moment, and whoever finds a key that it cannot open reads the file
+//! again. Names stay what they were: the key that they are made with is wrapped, too.
+//!
 //! A copy of what was sealed is erased with the key, wherever it is. A copy of the folder with the keys is not: see `docs/operate.md`.
 
 use std::{
@@ -16,6 +20,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use aws_lc_rs::{
@@ -49,23 +54,34 @@ const COUNT: usize = 4;
 const TRIES: u32 = 8;
 /// The file that tells whether a master key is the one of the folder.
 const MASTER: &str = "master";
+/// The key that names are made with, wrapped as subjects' keys are; before the first rotation it is made of the master key.
+const NAMES: &str = "names";
+/// Keys that are being wrapped anew: in which file what is to stand, and at last a line that says that this is all.
+const JOURNAL: &str = "wrapping";
+const ALL: &str = "all";
+/// Keys wrapped anew at once.
+const AT_ONCE: usize = 256;
+/// Master keys that a file may hold: the latest and those before.
+const MOST_MASTERS: usize = 4;
+/// The actions of the records that say that a master key is followed by another, and that only the latest is left.
+const ROTATED: &str = "master.rotated";
+const RETIRED: &str = "master.retired";
 /// Begins the name of a key that is about to be destroyed.
 const GONE: &str = "gone-";
 
 /// The key that wraps all others: 32 bytes, in a file of its own as base64url. Whoever has it and the folder can read everything
-/// that was not erased.
-pub struct Master(Prk);
+/// that was not erased. While it is rotated, the file has a line for each key, the latest first.
+pub struct Master {
+    keys: Vec<Prk>,
+    path: PathBuf,
+}
 
 impl Master {
     /// Makes a file with a fresh one, mode 0600. It never replaces one.
     ///
     /// Errors: [`KeyFault::Io`], [`KeyFault::Random`].
     pub fn generate(path: &Path) -> Result<(), KeyFault> {
-        let mut key = Zeroizing::new([0; KEY]);
-        random(key.as_mut_slice()).map_err(|_| KeyFault::Random)?;
-        let mut line = Zeroizing::new(String::with_capacity(64));
-        URL_SAFE_NO_PAD.encode_string(key.as_slice(), &mut line);
-        line.push('\n');
+        let line = fresh_line()?;
         write_private(path, line.as_bytes()).map_err(|source| KeyFault::Io { path: path.to_owned(), source })
     }
 
@@ -90,10 +106,6 @@ impl Master {
         Master::load(path)
     }
 
-    fn names(&self) -> Result<Names, Unspecified> {
-        self.0.expand(&[b"headgate: names of subjects"], hmac::HMAC_SHA256).map(|key| Names(hmac::Key::from(key)))
-    }
-
     /// Reads its file. One that others can read is refused, as a ring's is.
     ///
     /// Errors: [`KeyFault::Io`], [`KeyFault::Exposed`], [`KeyFault::Malformed`].
@@ -101,11 +113,25 @@ impl Master {
         let fault = |source| KeyFault::Io { path: path.to_owned(), source };
         let file = File::open(path).map_err(fault)?;
         refuse_exposed(&file.metadata().map_err(fault)?, path)?;
-        let mut line = Zeroizing::new(String::with_capacity(128));
-        file.take(64).read_to_string(&mut line).map_err(fault)?;
-        let malformed = KeyFault::Malformed("master key: expected 32 bytes as base64url, as `headgate events key` writes them");
-        let key = Zeroizing::new(bytes_32(line.trim_end()).ok_or(malformed)?);
-        Ok(Master(Prk::new_less_safe(HKDF_SHA256, key.as_slice())))
+        let mut lines = Zeroizing::new(String::with_capacity(512));
+        file.take(256).read_to_string(&mut lines).map_err(fault)?;
+        let malformed = || KeyFault::Malformed("master key: expected 32 bytes as base64url, as `headgate events key` writes them");
+        let key = |line| {
+            let key = Zeroizing::new(bytes_32(line).ok_or_else(malformed)?);
+            Ok(Prk::new_less_safe(HKDF_SHA256, key.as_slice()))
+        };
+        let keys = lines.trim_end().split('\n').map(key).collect::<Result<Vec<_>, KeyFault>>()?;
+        if keys.len() > MOST_MASTERS {
+            return Err(malformed());
+        }
+        Ok(Master { keys, path: path.to_owned() })
+    }
+
+    /// Writes the file anew, with `change` of its lines.
+    fn exchange(path: &Path, change: impl FnOnce(&str) -> Zeroizing<String>) -> Result<(), KeyFault> {
+        let fault = |source| KeyFault::Io { path: path.to_owned(), source };
+        let lines = Zeroizing::new(fs::read_to_string(path).map_err(fault)?);
+        replace(path, change(&lines).as_bytes()).map_err(fault)
     }
 }
 
@@ -115,15 +141,67 @@ impl fmt::Debug for Master {
     }
 }
 
+/// A fresh master key, as its file has it.
+fn fresh_line() -> Result<Zeroizing<String>, KeyFault> {
+    let mut key = Zeroizing::new([0; KEY]);
+    random(key.as_mut_slice()).map_err(|_| KeyFault::Random)?;
+    let mut line = Zeroizing::new(String::with_capacity(64));
+    URL_SAFE_NO_PAD.encode_string(key.as_slice(), &mut line);
+    line.push('\n');
+    Ok(line)
+}
+
+/// The key that names are made with in a folder that began with this master key.
+fn names_of(master: &Prk) -> Result<Zeroizing<Vec<u8>>, Unspecified> {
+    struct Bytes;
+    impl KeyType for Bytes {
+        fn len(&self) -> usize {
+            KEY
+        }
+    }
+    let mut names = Zeroizing::new(vec![0; KEY]);
+    master.expand(&[b"headgate: names of subjects"], Bytes)?.fill(&mut names)?;
+    Ok(names)
+}
+
+/// What tells a master key from others.
+fn id_of(master: &Prk) -> Result<String, Unspecified> {
+    Ok(Names::of(names_of(master)?).keyed("master", &[]))
+}
+
+/// What wraps keys, by each master key in turn.
+fn wraps(master: &Master) -> Result<Arc<[LessSafeKey]>, Unspecified> {
+    let wrap = |key: &Prk| key.expand(&[b"headgate: keys of subjects"], &AES_256_GCM).map(UnboundKey::from).map(LessSafeKey::new);
+    master.keys.iter().map(wrap).collect()
+}
+
+/// Puts `bytes` in place of a file: it is there whole, before or after.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let name = fresh_name().map_err(io::Error::other)?;
+    let new = path.with_file_name(format!("new-{name}"));
+    write_private(&new, bytes)?;
+    fs::rename(&new, path)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+}
+
 /// Names that stand for people: the same for the same person for as long as the key is, and nothing leads back from them without it.
-pub struct Names(hmac::Key);
+pub struct Names {
+    key: hmac::Key,
+    bytes: Zeroizing<Vec<u8>>,
+}
 
 impl Names {
     /// Names under the key in a file, which is made (mode 0600) where there is none.
     ///
     /// Errors: [`KeyFault::Io`], [`KeyFault::Exposed`], [`KeyFault::Malformed`], [`KeyFault::Random`].
     pub fn open(path: &Path) -> Result<Names, KeyFault> {
-        Master::load_or_generate(path)?.names().map_err(|_| KeyFault::Random)
+        let master = Master::load_or_generate(path)?;
+        master.keys.first().ok_or(Unspecified).and_then(names_of).map(Names::of).map_err(|_| KeyFault::Random)
+    }
+
+    fn of(bytes: Zeroizing<Vec<u8>>) -> Names {
+        Names { key: hmac::Key::new(hmac::HMAC_SHA256, &bytes), bytes }
     }
 
     /// The name of a tenant's subject: 22 characters of base64url.
@@ -133,7 +211,7 @@ impl Names {
 
     /// 128 bits of a keyed hash, as 22 characters.
     fn keyed(&self, what: &str, of: &[&str]) -> String {
-        let mut context = hmac::Context::with_key(&self.0);
+        let mut context = hmac::Context::with_key(&self.key);
         for part in std::iter::once(&what).chain(of) {
             context.update(&(part.len() as u64).to_be_bytes());
             context.update(part.as_bytes());
@@ -148,11 +226,29 @@ impl fmt::Debug for Names {
     }
 }
 
+/// What became of keys that were to be wrapped anew.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rewrapped {
+    /// Keys that the latest master key wraps now, and did not before.
+    pub wrapped: usize,
+    /// All keys of subjects that there are.
+    pub keys: usize,
+}
+
+impl std::iter::Sum for Rewrapped {
+    fn sum<I: Iterator<Item = Rewrapped>>(all: I) -> Rewrapped {
+        all.fold(Rewrapped::default(), |sum, one| Rewrapped { wrapped: sum.wrapped + one.wrapped, keys: sum.keys + one.keys })
+    }
+}
+
 /// The keys of all subjects, in one folder. Any number of processes may use it at once; none of them keeps a subject's key: each use
 /// reads it again, so that one which is destroyed is destroyed for all.
 pub struct Vault {
     folder: PathBuf,
-    wrap: LessSafeKey,
+    /// The file of the master key.
+    master: PathBuf,
+    /// What wraps keys, by each master key that the file had when it was read last.
+    wraps: RwLock<Arc<[LessSafeKey]>>,
     names: Names,
 }
 
@@ -161,17 +257,25 @@ impl Vault {
     ///
     /// Errors: [`VaultFault::Io`]; [`VaultFault::OtherMaster`] where its keys were wrapped with another.
     pub fn open(folder: &Path, master: &Master) -> Result<Vault, VaultFault> {
-        let wrap = master.0.expand(&[b"headgate: keys of subjects"], &AES_256_GCM).map(UnboundKey::from)?;
-        let vault = Vault { folder: folder.to_owned(), wrap: LessSafeKey::new(wrap), names: master.names()? };
+        let ids = master.keys.iter().map(id_of).collect::<Result<Vec<_>, _>>()?;
+        let latest = master.keys.first().ok_or(Unspecified)?;
+        let mut vault = Vault {
+            folder: folder.to_owned(),
+            master: master.path.clone(),
+            wraps: RwLock::new(wraps(master)?),
+            names: Names::of(names_of(latest)?),
+        };
         let fault = |source| vault.fault(source);
         let mut builder = fs::DirBuilder::new();
         #[cfg(unix)]
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
         builder.recursive(true).create(folder).map_err(fault)?;
-        let (path, name) = (folder.join(MASTER), vault.names.keyed("master", &[]));
+        let (path, name) = (folder.join(MASTER), id_of(latest)?);
         match fs::read(&path) {
-            Ok(found) if found == name.as_bytes() => {}
-            Ok(_) => return Err(VaultFault::OtherMaster(folder.to_owned())),
+            Ok(found) => {
+                let began = ids.iter().position(|id| found == id.as_bytes()).and_then(|at| master.keys.get(at));
+                vault.names = Names::of(names_of(began.ok_or_else(|| VaultFault::OtherMaster(folder.to_owned()))?)?);
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 // It is there whole or not at all; of two that begin at once, one puts it there.
                 let new = folder.join(format!("{MASTER}-{}", fresh_name()?));
@@ -184,13 +288,137 @@ impl Vault {
             }
             Err(error) => return Err(fault(error)),
         }
-        for entry in fs::read_dir(folder).map_err(fault)? {
-            let entry = entry.map_err(fault)?;
-            if entry.file_name().to_string_lossy().starts_with(GONE) {
-                vault.destroy(&entry.path())?;
-            }
+        vault.finish()?;
+        if let Some(names) = vault.key(&folder.join(NAMES))? {
+            vault.names = Names::of(names);
         }
         Ok(vault)
+    }
+
+    /// Finishes what a crash left half done.
+    fn finish(&self) -> Result<(), VaultFault> {
+        let fault = |source| self.fault(source);
+        let mut left = Vec::new();
+        for entry in fs::read_dir(&self.folder).map_err(fault)? {
+            let name = entry.map_err(fault)?.file_name();
+            left.extend(name.to_str().filter(|name| name.starts_with(GONE) || *name == JOURNAL).map(str::to_owned));
+        }
+        if left.is_empty() {
+            return Ok(());
+        }
+        let _alone = self.alone().map_err(fault)?;
+        self.apply().map_err(fault)?;
+        for gone in left.iter().filter(|name| name.starts_with(GONE)) {
+            self.destroy(&self.folder.join(gone))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps others from destroying keys and from wrapping them anew, for as long as what it gives is held.
+    fn alone(&self) -> io::Result<File> {
+        let lock = File::open(&self.folder)?;
+        lock.lock()?;
+        Ok(lock)
+    }
+
+    /// Has a new master key wrap the keys in `folder`, on record. Where the file of the master key has several, a new one was made
+    /// before, and only what it does not wrap yet is wrapped: for a second folder, or after a crash. Whoever uses the folder meanwhile
+    /// goes on. `now`: Unix seconds. `actor`: who does it.
+    ///
+    /// Errors: [`VaultFault`]; do it again, it ends what was begun.
+    pub fn rotate(master: &Path, folder: &Path, audit: &mut Audit, actor: &str, now: u64) -> Result<Rewrapped, VaultFault> {
+        let before = Master::load(master)?;
+        // That the folder is this key's is known before anything is changed.
+        let vault = Vault::open(folder, &before)?;
+        if let [only] = &before.keys[..] {
+            audit.append(now, ROTATED, actor, json!({"master": id_of(only)?}))?;
+            let line = fresh_line()?;
+            Master::exchange(master, |lines| Zeroizing::new(format!("{}{lines}", *line)))?;
+            vault.reread()?;
+        }
+        vault.rewrap()
+    }
+
+    /// Leaves only the latest key in the file of the master key, on record, once it wraps all keys in `folders`: with an older one
+    /// nothing can be opened any more.
+    ///
+    /// Errors: [`VaultFault`]; nothing is left out then.
+    pub fn retire(master: &Path, folders: &[PathBuf], audit: &mut Audit, actor: &str, now: u64) -> Result<Rewrapped, VaultFault> {
+        let found = Master::load(master)?;
+        let all = folders.iter().map(|folder| Vault::open(folder, &found)?.rewrap()).sum::<Result<Rewrapped, VaultFault>>()?;
+        if let [latest, _, ..] = &found.keys[..] {
+            audit.append(now, RETIRED, actor, json!({"master": id_of(latest)?}))?;
+            let first = |lines: &str| lines.split_inclusive('\n').next().unwrap_or_default().to_owned();
+            Master::exchange(master, |lines| Zeroizing::new(first(lines)))?;
+        }
+        Ok(all)
+    }
+
+    /// Has the latest master key wrap what others wrap.
+    fn rewrap(&self) -> Result<Rewrapped, VaultFault> {
+        let fault = |source| self.fault(source);
+        let latest = id_of(Master::load(&self.master)?.keys.first().ok_or(Unspecified)?)?;
+        let mut done = Rewrapped::default();
+        let mut all = vec![NAMES.to_owned()];
+        for entry in fs::read_dir(&self.folder).map_err(fault)? {
+            let name = entry.map_err(fault)?.file_name();
+            all.extend(name.to_str().filter(|name| name.starts_with("key-")).map(str::to_owned));
+        }
+        for some in all.chunks(AT_ONCE) {
+            let _alone = self.alone().map_err(fault)?;
+            let mut journal = String::new();
+            for name in some {
+                let (path, is_subject) = (self.folder.join(name), name != NAMES);
+                let (key, by) = match self.opened(&path)? {
+                    Some(found) => found,
+                    // Here they are kept for the first time.
+                    None if !is_subject => {
+                        replace(&path, &self.wrapped(&self.names.bytes)?).map_err(fault)?;
+                        continue;
+                    }
+                    // It was destroyed meanwhile.
+                    None => continue,
+                };
+                done.keys += usize::from(is_subject);
+                if by > 0 {
+                    done.wrapped += usize::from(is_subject);
+                    journal.push_str(&format!("{name} {}\n", URL_SAFE_NO_PAD.encode(self.wrapped(&key)?)));
+                }
+            }
+            if !journal.is_empty() {
+                journal.push_str(ALL);
+                write_private(&self.folder.join(JOURNAL), journal.as_bytes()).and_then(|()| self.sync()).map_err(fault)?;
+                self.apply().map_err(fault)?;
+            }
+        }
+        // From here on the folder is the latest key's: all that names are made of is in it, too.
+        replace(&self.folder.join(MASTER), latest.as_bytes()).map_err(fault)?;
+        Ok(done)
+    }
+
+    /// Does what the journal says, if there is one, and removes it. Some of it may have been done before.
+    fn apply(&self) -> io::Result<()> {
+        let path = self.folder.join(JOURNAL);
+        let journal = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            journal => journal?,
+        };
+        // Without its last line it was never whole, and nothing was done of it. What cannot be read was done, and is half removed.
+        let lines = journal.strip_suffix(ALL).unwrap_or_default().lines().filter_map(|line| line.split_once(' '));
+        let whole = lines.filter_map(|(name, wrapped)| Some((name, URL_SAFE_NO_PAD.decode(wrapped).ok()?)));
+        for (name, wrapped) in whole.filter(|(name, wrapped)| wrapped.len() == WRAPPED && !name.contains(['\0', '/'])) {
+            // In its place: its other name is that of the same file, and nothing of the old is left behind.
+            match File::options().write(true).open(self.folder.join(name)) {
+                Ok(mut file) => file.write_all(&wrapped).and_then(|()| file.sync_all())?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let mut file = File::options().write(true).open(&path)?;
+        file.write_all(&vec![0; journal.len()])?;
+        file.sync_all()?;
+        fs::remove_file(&path)?;
+        self.sync()
     }
 
     /// What seals text of a subject. Makes the subject's key where there is none, and then waits for the disk.
@@ -254,6 +482,9 @@ impl Vault {
         let was = path.try_exists().map_err(|source| self.fault(source))?;
         audit.append(now, FORGOTTEN, actor, json!({"tenant": tenant, "subject_hash": hash, "had_key": was}))?;
         let gone = self.folder.join(format!("{GONE}{}", fresh_name()?));
+        let _alone = self.alone().map_err(|source| self.fault(source))?;
+        // Nothing may write to a key that is being destroyed, nor hold a copy of it.
+        self.apply().map_err(|source| self.fault(source))?;
         // From here on nobody finds it by the subject, and a crash leaves a name that says what is to be done.
         match fs::rename(&path, &gone) {
             Ok(()) => {}
@@ -292,6 +523,29 @@ impl Vault {
 
     /// The key in a file; `None` where there is none any more.
     fn key(&self, path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, VaultFault> {
+        for _ in 0..TRIES {
+            match self.opened(path) {
+                // Another process has rotated the master key, or is just writing.
+                Err(VaultFault::Damaged(_)) => self.reread()?,
+                found => return Ok(found?.map(|(key, _)| key)),
+            }
+        }
+        Ok(self.opened(path)?.map(|(key, _)| key))
+    }
+
+    /// Reads the master keys again.
+    fn reread(&self) -> Result<(), VaultFault> {
+        let found = wraps(&Master::load(&self.master)?)?;
+        *self.wraps.write().unwrap_or_else(PoisonError::into_inner) = found;
+        Ok(())
+    }
+
+    fn wraps(&self) -> Arc<[LessSafeKey]> {
+        self.wraps.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The key in a file, and which of the master keys wraps it, from 0 for the latest; `None` where there is none any more.
+    fn opened(&self, path: &Path) -> Result<Option<(Zeroizing<Vec<u8>>, usize)>, VaultFault> {
         let file = match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.map_err(|source| self.fault(source))?,
@@ -301,25 +555,37 @@ impl Vault {
         if wrapped.len() == WRAPPED && wrapped.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
-        let damaged = || VaultFault::Damaged(path.to_owned());
-        let (nonce, sealed) = wrapped.split_first_chunk_mut::<NONCE_LEN>().ok_or_else(damaged)?;
-        let nonce = Nonce::assume_unique_for_key(*nonce);
-        let key = self.wrap.open_in_place(nonce, Aad::empty(), sealed).map_err(|_| damaged())?;
-        Ok(Some(Zeroizing::new(key.to_vec())))
+        for (by, wrap) in self.wraps().iter().enumerate() {
+            let mut wrapped = wrapped.clone();
+            let Some((nonce, sealed)) = wrapped.split_first_chunk_mut::<NONCE_LEN>() else { break };
+            if let Ok(key) = wrap.open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::empty(), sealed) {
+                return Ok(Some((Zeroizing::new(key.to_vec()), by)));
+            }
+        }
+        Err(VaultFault::Damaged(path.to_owned()))
+    }
+
+    /// A key, wrapped with the latest master key.
+    fn wrapped(&self, key: &[u8]) -> Result<Vec<u8>, VaultFault> {
+        let wraps = self.wraps();
+        let latest = wraps.first().ok_or(Unspecified)?;
+        // Random nonces: with 2^32 subjects under one master key two are the same with a chance of 2^-33 (SP 800-38D section 8.3).
+        let mut at = [0; NONCE_LEN];
+        random(&mut at)?;
+        let mut sealed = Zeroizing::new(Vec::with_capacity(WRAPPED));
+        sealed.extend_from_slice(key);
+        latest.seal_in_place_append_tag(Nonce::assume_unique_for_key(at), Aad::empty(), &mut *sealed)?;
+        Ok([&at[..], &sealed].concat())
     }
 
     /// Makes a key and gives it that name; `None` where another has it by now.
     fn make(&self, of: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, VaultFault> {
         let mut key = Zeroizing::new(vec![0; KEY]);
         random(&mut key)?;
-        // Random nonces: with 2^32 subjects under one master key two are the same with a chance of 2^-33 (SP 800-38D section 8.3).
-        let mut at = [0; NONCE_LEN];
-        random(&mut at)?;
-        let mut sealed = Zeroizing::new(Vec::with_capacity(WRAPPED));
-        sealed.extend_from_slice(&key);
-        self.wrap.seal_in_place_append_tag(Nonce::assume_unique_for_key(at), Aad::empty(), &mut *sealed)?;
+        // Wrapped with the latest there is by now: this is seldom, and waits for the disk anyway.
+        self.reread()?;
         let path = self.folder.join(format!("key-{}", name(&key)?));
-        write_private(&path, &[&at[..], &sealed].concat()).map_err(|source| self.fault(source))?;
+        write_private(&path, &self.wrapped(&key)?).map_err(|source| self.fault(source))?;
         match fs::hard_link(&path, of) {
             Ok(()) => self.sync().map_err(|source| self.fault(source)).map(|()| Some(key)),
             Err(error) => {
@@ -422,8 +688,11 @@ pub enum VaultFault {
     /// The operating system gave no randomness, or a sealer has sealed all it may.
     #[error("cannot make a key")]
     Random,
+    /// The master key cannot be read, or not be written.
+    #[error("cannot use the master key")]
+    Master(#[from] KeyFault),
     /// The record of a change cannot be written: nothing was changed.
-    #[error("cannot record that a subject is forgotten")]
+    #[error("cannot record a change of keys")]
     Audit(#[from] AuditFault),
 }
 
@@ -508,6 +777,105 @@ mod tests {
 
     fn opened(vault: &Vault, (name, sealed): &(String, String)) -> Opened {
         vault.open_sealed(name, b"bound", sealed).unwrap()
+    }
+
+    /// A house with subjects that have said something, before its master key is rotated.
+    fn rotating(subjects: usize) -> (House, Vec<(String, String)>) {
+        let house = House::new();
+        let vault = house.vault();
+        let kept = (0..subjects).map(|subject| sealed(&vault, &format!("u{subject}"), "canary")).collect();
+        (house, kept)
+    }
+
+    impl House {
+        fn rotate(&self) -> Rewrapped {
+            let mut audit = Audit::open(&self.path("audit.jsonl")).unwrap();
+            Vault::rotate(&self.path("master.key"), &self.path("keys"), &mut audit, "officer", 7).unwrap()
+        }
+        fn retire(&self) -> Result<Rewrapped, VaultFault> {
+            let mut audit = Audit::open(&self.path("audit.jsonl")).unwrap();
+            Vault::retire(&self.path("master.key"), &[self.path("keys")], &mut audit, "officer", 7)
+        }
+    }
+
+    #[test]
+    fn a_master_key_is_rotated_under_those_who_use_it_and_the_old_one_opens_nothing_afterwards() {
+        let (house, kept) = rotating(AT_ONCE + 50);
+        let (running, old) = (house.vault(), fs::read_to_string(house.path("master.key")).unwrap());
+        let (session, name) = (running.session("acme", "s1"), kept[0].0.clone());
+        assert_eq!(house.rotate(), Rewrapped { wrapped: kept.len(), keys: kept.len() });
+        let text = || Opened::Text(b"canary".to_vec());
+        for vault in [&running, &house.vault()] {
+            assert!(kept.iter().all(|kept| opened(vault, kept) == text()));
+            assert_eq!((vault.session("acme", "s1"), sealed(vault, "u0", "more").0), (session.clone(), name.clone()));
+        }
+        // Whoever ran before makes keys under the new one, too.
+        sealed(&running, "new", "canary");
+        assert_eq!(house.rotate(), Rewrapped { wrapped: 0, keys: kept.len() + 1 }, "again, and there is nothing to do");
+        assert_eq!(house.retire().unwrap(), Rewrapped { wrapped: 0, keys: kept.len() + 1 });
+        assert_eq!(fs::read_to_string(house.path("master.key")).unwrap().lines().count(), 1);
+        assert!(kept.iter().all(|kept| opened(&running, kept) == text() && opened(&house.vault(), kept) == text()));
+        assert!(house.forget("u0") && opened(&running, &kept[0]) == Opened::Erased);
+        assert_eq!(house.vault().session("acme", "s1"), session);
+        fs::remove_file(house.path("master.key")).unwrap();
+        write_private(&house.path("master.key"), old.as_bytes()).unwrap();
+        let refused = Vault::open(&house.path("keys"), &Master::load(&house.path("master.key")).unwrap());
+        assert!(matches!(refused, Err(VaultFault::OtherMaster(_))));
+        let audit = fs::read_to_string(house.path("audit.jsonl")).unwrap();
+        assert_eq!((audit.matches(ROTATED).count(), audit.matches(RETIRED).count()), (1, 1));
+        let left: Vec<String> = house.names().into_iter().filter(|name| !name.starts_with("key-") && !name.starts_with("of-")).collect();
+        assert_eq!(left, [MASTER, NAMES]);
+    }
+
+    #[test]
+    fn a_rotation_that_was_cut_at_any_byte_is_ended_by_the_next_start() {
+        let (house, kept) = rotating(3);
+        let before: Vec<(PathBuf, Vec<u8>)> = house
+            .names()
+            .iter()
+            .filter(|name| name.starts_with("key-"))
+            .map(|name| {
+                let path = house.path("keys").join(name);
+                let bytes = fs::read(&path).unwrap();
+                (path, bytes)
+            })
+            .collect();
+        house.rotate();
+        let after: Vec<Vec<u8>> = before.iter().map(|(path, _)| fs::read(path).unwrap()).collect();
+        let line =
+            |path: &Path, bytes: &[u8]| format!("{} {}\n", path.file_name().unwrap().to_str().unwrap(), URL_SAFE_NO_PAD.encode(bytes));
+        let journal: String = before.iter().zip(&after).map(|((path, _), bytes)| line(path, bytes)).collect::<String>() + ALL;
+        let all_open = || kept.iter().all(|kept| opened(&house.vault(), kept) == Opened::Text(b"canary".to_vec()));
+        let write = |path: &Path, bytes: &[u8]| File::options().write(true).open(path).unwrap().write_all(bytes).unwrap();
+        // While the journal is written, no key is touched.
+        for cut in 0..=journal.len() {
+            before.iter().for_each(|(path, bytes)| write(path, bytes));
+            fs::write(house.path("keys").join(JOURNAL), &journal[..cut]).unwrap();
+            assert!(all_open(), "journal cut at {cut}");
+            assert!(!house.path("keys").join(JOURNAL).exists());
+        }
+        // Then each key is written, and any byte of it may be the last.
+        for cut in 0..=WRAPPED {
+            for torn in [1] {
+                for (at, (path, old)) in before.iter().enumerate() {
+                    let new = &after[at];
+                    let bytes = match at.cmp(&torn) {
+                        std::cmp::Ordering::Less => new.clone(),
+                        std::cmp::Ordering::Equal => [&new[..cut], &old[cut..]].concat(),
+                        std::cmp::Ordering::Greater => old.clone(),
+                    };
+                    write(path, &bytes);
+                }
+                fs::write(house.path("keys").join(JOURNAL), &journal).unwrap();
+                assert!(all_open(), "key {torn} cut at {cut}");
+            }
+        }
+        // At last the journal is overwritten.
+        for cut in 0..=journal.len() {
+            let rest = [vec![0; cut], journal.as_bytes()[cut..].to_vec()].concat();
+            fs::write(house.path("keys").join(JOURNAL), rest).unwrap();
+            assert!(all_open(), "journal overwritten up to {cut}");
+        }
     }
 
     #[test]

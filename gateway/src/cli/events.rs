@@ -15,7 +15,7 @@ use headgate_orchestrator::events::{Brokers, Follow, Judged, name, unseal, verif
 use headgate_policy::{
     audit::{Audit, AuditFault},
     custody::audit_beside,
-    vault::{Master, Vault, VaultFault},
+    vault::{Master, Rewrapped, Vault, VaultFault},
 };
 
 use super::{EX_UNAVAILABLE, fail, keys::user};
@@ -110,6 +110,30 @@ Example: headgate events key secrets/text.key")]
         /// The file to make.
         file: PathBuf,
     },
+    /// Have a new master key wrap the keys of subjects, while orchestrators use them.
+    #[command(after_help = "\
+Makes a new key in the first line of the master key's file, and wraps each key in the folder with it, in its place. The old key stays
+in the file: whoever runs reads the file again where it finds a key that it cannot open, and nobody has to be started anew. If it is
+stopped half way, run it again. Several folders under one master key: run it for each; the new key is made once.
+
+Then `headgate events retire` takes the old key out of the file. Names of subjects and sessions in events stay what they were.
+Both are recorded before they are done; `headgate keys audit` checks and shows the record.
+
+Exit codes: 0 the latest key wraps all; 1 the record is broken, nothing was changed; 69 the keys cannot be used.
+
+Example:
+  headgate events rotate --key secrets/text.key --keys subjects
+  headgate events retire --key secrets/text.key --keys subjects")]
+    Rotate(Masters),
+    /// Take old master keys out of the file, once the latest wraps everything.
+    #[command(after_help = "\
+Looks through every folder once more, and wraps with the latest key what was made meanwhile; name all folders that the key is for, or
+what is in the others can be read no more. Copies of the old file, and backups of the folders from before, still go together.
+
+Exit codes: 0 the latest key is the only one; 1 the record is broken, nothing was changed; 69 the keys cannot be used.
+
+Example: headgate events retire --key secrets/text.key --keys subjects --keys /mnt/other/subjects")]
+    Retire(Masters),
     /// Forget what a subject said: destroy the key that it is sealed under.
     #[command(after_help = "\
 Nobody can read the subject's text after that, neither here nor in a copy of the log nor in a topic, and nobody can tell whose events
@@ -143,6 +167,23 @@ Example:
         #[arg(long, env = "HEADGATE_ACTOR", default_value_t = user())]
         actor: String,
     },
+}
+
+/// A master key, and what it wraps.
+#[derive(clap::Args)]
+pub struct Masters {
+    /// The file with the master key: `orchestrator.events.text.key` of the config.
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// A folder with keys of subjects: `orchestrator.events.text.folder` of the config.
+    #[arg(long, value_name = "FOLDER", required = true)]
+    keys: Vec<PathBuf>,
+    /// Where it is recorded. Default: beside the first folder of keys, `subjects.audit.jsonl` for `subjects`.
+    #[arg(long, value_name = "FILE")]
+    audit: Option<PathBuf>,
+    /// Who does it, as the record says. Default: the user of this shell.
+    #[arg(long, env = "HEADGATE_ACTOR", default_value_t = user())]
+    actor: String,
 }
 
 /// Where the events are.
@@ -203,6 +244,12 @@ pub fn run(events: Events) -> ExitCode {
                 done => done.map_err(io::Error::other),
             }
         }
+        Events::Rotate(masters) | Events::Retire(masters) => {
+            match change(masters, matches!(events, Events::Retire(_)), unix_now(), &mut out) {
+                Err(VaultFault::Audit(fault @ AuditFault::Broken { .. })) => return fail(&fault, 1),
+                done => done.map_err(io::Error::other),
+            }
+        }
         Events::Verify { ended, from: Source { folder: Some(folder), .. } } => {
             verify(folder).map_err(|error| about(folder, error)).and_then(|judged| tell(&judged, "segments", *ended, &mut out))
         }
@@ -249,6 +296,29 @@ fn forget(by: &Forgotten<'_>, tenant: &TenantId, subject: &Subject, now: u64, ou
     let said =
         if had_key { "destroyed the key: what the subject said cannot be read any more" } else { "there was nothing of that subject" };
     writeln!(out, "{said}\nrecorded in {}", by.audit.display()).map_err(fault)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Rotates a master key, or takes the old ones away.
+fn change(masters: &Masters, retire: bool, now: u64, out: &mut impl Write) -> Result<ExitCode, VaultFault> {
+    let Masters { key, keys, audit, actor } = masters;
+    // They would be made: whoever mistypes one would believe that its keys are wrapped anew.
+    if let Some(none) = keys.iter().find(|folder| !folder.is_dir()) {
+        let source = io::Error::new(io::ErrorKind::NotFound, "there is no such folder");
+        return Err(VaultFault::Io { folder: none.clone(), source });
+    }
+    let beside = audit.clone().or_else(|| keys.first().map(|folder| audit_beside(folder))).unwrap_or_default();
+    let mut audit = Audit::open(&beside)?;
+    let done = if retire {
+        Vault::retire(key, keys, &mut audit, actor, now)?
+    } else {
+        let each = keys.iter().map(|folder| Vault::rotate(key, folder, &mut audit, actor, now));
+        each.sum::<Result<Rewrapped, VaultFault>>()?
+    };
+    let left = if retire { "the only key left" } else { "the latest of the keys" };
+    writeln!(out, "{} of {} keys wrapped anew; all are under {left} in {}", done.wrapped, done.keys, key.display())
+        .and_then(|()| writeln!(out, "recorded in {}", beside.display()))
+        .map_err(|source| VaultFault::Io { folder: beside.clone(), source })?;
     Ok(ExitCode::SUCCESS)
 }
 
