@@ -1,9 +1,10 @@
 //! Training mode with everything real: gateway, orchestrators, Redis, Kafka and an identity provider are processes of their own.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     net::SocketAddr,
+    path::Path,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, SystemTime},
 };
@@ -204,10 +205,19 @@ async fn enabled(at: &Running, token: &str) -> u64 {
 async fn audited(kafka: &Kafka, topic: &str, least: usize) -> Vec<audit::Record> {
     let mut last: HashMap<(String, String), audit::Record> = HashMap::new();
     let mut records = Vec::new();
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../contracts/schema/asyncapi.json");
+    let document: Value = serde_json::from_slice(&fs::read(document).unwrap()).unwrap();
+    let documented = &document["components"]["messages"]["training.audit.v1"]["headers"]["required"];
+    let documented: HashSet<String> = serde_json::from_value(documented.clone()).unwrap();
     for found in kafka.read(topic, least).await {
         let record = audit::Record::read(found.value.as_bytes()).unwrap_or_else(|why| panic!("{why}: {}", found.value));
         let of = |name: &str| record.facts[name].as_str().unwrap().to_owned();
         assert_eq!((found.key.clone(), found.header("ce_type")), (of("tenant"), Some("training.audit.v1")));
+        let mut headers = documented.clone();
+        for (name, _) in &found.headers {
+            assert!(headers.remove(name) || name == "traceparent", "the document has no header {name}");
+        }
+        assert!(headers.is_empty(), "the document promises {headers:?}");
         let before = last.insert((of("writer"), of("tenant")), record.clone());
         let expected = before.map_or((1, Digest::of(b"")), |before| (before.seq + 1, before.hash));
         assert_eq!((record.seq, record.prev_hash), expected, "{}", found.value);
@@ -348,14 +358,21 @@ async fn training_mode_goes_on_only_while_another_admin_approves() {
     let spent = call(&second, "/enable", &ann).await;
     assert_eq!((spent.status, spent.problem().unwrap().as_str()), (423, "training_locked"));
     assert!((1..=18).contains(&spent.header("retry-after").unwrap().parse::<u64>().unwrap()));
+    let again = headgate(&["training", "enable", "--orchestrator", &format!("http://{}", first.at)]).variable("HEADGATE_TOKEN", &ann);
+    let (status, words) = again.run(MINUTE).await;
+    assert!(status.code() == Some(1) && words.contains("ask another admin to run `headgate training enable`"), "{words}");
     assert!(enabled(&second, &bob).await > fence);
     assert_eq!(call(&first, "", &ann).await.json()["approved_by"], Value::Null);
     assert_eq!(call(&second, "/disable", &bob).await.status, 200);
 
-    let records = audited(kafka, &format!("{}.audit", house.topics), 9).await;
-    let mut told: Vec<_> = records.iter().map(said).collect();
-    // What the first orchestrator wrote, and what the second.
-    told.sort_by_key(|(action, actor, ..)| *action == "training.lock.released" && *actor == "ann");
+    let records = audited(kafka, &format!("{}.audit", house.topics), 10).await;
+    // What the second orchestrator wrote, and what the first.
+    let (second_writer, mut first_writer): (Vec<_>, Vec<_>) =
+        records.iter().partition(|record| record.facts["writer"] == records[0].facts["writer"]);
+    let acquired = first_writer.remove(0);
+    let mut told: Vec<_> = second_writer.into_iter().map(said).collect();
+    told.insert(1, said(acquired));
+    told.extend(first_writer.into_iter().map(said));
     assert_eq!(
         told,
         [
@@ -368,6 +385,7 @@ async fn training_mode_goes_on_only_while_another_admin_approves() {
             ("training.lock.acquired", "bob", "allowed", ""),
             ("training.lock.released", "bob", "allowed", ""),
             ("training.lock.released", "ann", "allowed", ""),
+            ("training.enable", "ann", "denied", "training_locked"),
         ]
     );
     house.sound(&["first", "second"]).await;
@@ -420,7 +438,9 @@ async fn the_judge_of_the_audit_reads_a_topic_and_finds_what_was_planted_there()
     let ann = house.token("ann").await;
     enabled(&desk, &ann).await;
     assert_eq!(call(&desk, "/disable", &ann).await.status, 200);
-    house.sound(&["first"]).await;
+    let named = headgate(&["training", "verify", "--ended", "--config"]).argument(house.folder.path().join("first.yaml"));
+    let (status, said) = named.run(MINUTE).await;
+    assert!(status.success() && said.contains("locks ended     1"), "{said}");
 
     // A chain that goes on elsewhere than its writer remembers: the last record was taken away and another put there.
     let topic = format!("{}.audit", house.topics);
@@ -697,4 +717,28 @@ async fn a_process_that_is_alone_keeps_lock_and_audit_itself_and_ends_training_m
     let audit = folder.path().join("events/training.jsonl");
     let (status, said) = headgate(&["training", "verify", "--ended", "--alone"]).argument(audit).run(MINUTE).await;
     assert!(status.success(), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_reached_over_tls_with_a_user_from_a_file_and_neither_is_shown() {
+    let pair = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (certificate, key) = (pair.cert.pem(), pair.signing_key.serialize_pem());
+    let redis = services::redis_tls(&certificate, &key, "canary-7f3a").await.or_skip("redis_is_reached_over_tls_with_a_user_from_a_file");
+    let Some(redis) = redis else { return };
+    let (at, admin) = (free_addr(), free_addr());
+    let program = Program::at(env!("CARGO_BIN_EXE_headgate"));
+    program.file("redis-url", format!("rediss://headgate:canary-7f3a@localhost:{}/0\n", redis.addr().port()));
+    program.file("ca.pem", certificate);
+    let config = program.file(
+        "headgate.yaml",
+        format!(
+            "listen: {at}\nadmin: {{ listen: \"{admin}\" }}\nworkers: 1\nredis: {{ url: \"file:redis-url\", ca: ca.pem }}\nobservability: {{ level: debug }}\n\
+             upstreams: {{ a: {{ protocol: openai, endpoints: [\"http://127.0.0.1:9\"] }} }}\nroutes: [{{ path: /v1/chat/stream, upstream: a }}]\n"
+        ),
+    );
+    let service = program.argument("run").argument(config).start(Ready::Connects(at)).await;
+    service.line("redis is there").await;
+    let metrics = async { while !ask(admin, &Request::get("/metrics")).await.unwrap().text().contains("training_mode_unknown 0\n") {} };
+    soon(metrics, "the locks to be read").await;
+    assert!(!service.output().contains("canary"), "{}", service.output());
 }

@@ -248,6 +248,7 @@ impl Answer {
                 "there is no training mode at this URL: name an orchestrator with `orchestrator.training`, or a gateway's route to one"
             }
             (409, _) => "look with `headgate training show`",
+            (423, _) if detail.is_some() => "ask another admin to run `headgate training enable`, or wait",
             (423, _) => {
                 "`headgate training show` says who holds the lock and until when; any admin may end it with `headgate training disable`"
             }

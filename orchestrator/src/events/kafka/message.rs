@@ -144,6 +144,29 @@ mod tests {
     }
 
     #[test]
+    fn a_message_has_the_headers_that_the_asyncapi_document_gives_its_kind() {
+        let document = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../contracts/schema/asyncapi.json");
+        let document: serde_json::Value = serde_json::from_slice(&std::fs::read(document).unwrap()).unwrap();
+        let mut begun = Event::unknown(TurnId::fresh());
+        (begun.partitionkey, begun.traceparent) = ("acme/s1".to_owned(), "00-a-b-01".to_owned());
+        for kind in Kind::ALL {
+            let written = serde_json::to_vec(&begun.followed_by(*kind, SystemTime::UNIX_EPOCH, serde_json::json!({}))).unwrap();
+            let there: BTreeMap<String, String> = Message::of(&written).headers.into_iter().collect();
+            let headers = &document["components"]["messages"][kind.as_str()]["headers"];
+            let named = headers["properties"].as_object().unwrap();
+            assert_eq!(
+                there.keys().collect::<Vec<_>>(),
+                named.keys().collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>(),
+                "{kind:?}"
+            );
+            for (name, value) in there {
+                let constant = named[&name].get("const").and_then(|value| value.as_str());
+                assert!(constant.is_none_or(|constant| constant == value), "{kind:?}: {name}");
+            }
+        }
+    }
+
+    #[test]
     fn what_is_no_event_is_delivered_as_it_is() {
         let message = Message::of(b"not json");
         assert_eq!((message.headers.len(), message.value.as_slice()), (0, &b"not json"[..]));
