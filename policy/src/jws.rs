@@ -37,19 +37,23 @@ impl Typ {
     }
 }
 
-/// Signs `payload`; `None` when it is larger than [`MAX_PAYLOAD_BYTES`].
-pub(crate) fn sign(sign: impl FnOnce(&[u8]) -> [u8; 64], kid: Kid, typ: Typ, payload: &[u8]) -> Option<String> {
-    if payload.len() > MAX_PAYLOAD_BYTES {
-        return None;
+/// The header of a key's tokens of one kind, as it stands in each of them.
+pub(crate) struct Header(String);
+
+impl Header {
+    pub(crate) fn of(kid: Kid, typ: Typ) -> Header {
+        Header(URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"{ALG}","typ":"{}","kid":"{kid}"}}"#, typ.as_str())))
     }
-    let header = format!(r#"{{"alg":"{ALG}","typ":"{}","kid":"{kid}"}}"#, typ.as_str());
-    Some(seal(sign, header.as_bytes(), payload))
 }
 
-/// Signs any header with any payload.
-fn seal(sign: impl FnOnce(&[u8]) -> [u8; 64], header: &[u8], payload: &[u8]) -> String {
-    let mut token = String::with_capacity(MAX_HEADER_CHARS + 2 + (payload.len() * 4).div_ceil(3) + SIGNATURE_CHARS);
-    URL_SAFE_NO_PAD.encode_string(header, &mut token);
+/// Signs `payload`; `None` when it is larger than [`MAX_PAYLOAD_BYTES`].
+pub(crate) fn sign(sign: impl FnOnce(&[u8]) -> [u8; 64], header: &Header, payload: &[u8]) -> Option<String> {
+    (payload.len() <= MAX_PAYLOAD_BYTES).then(|| seal(sign, header, payload))
+}
+
+fn seal(sign: impl FnOnce(&[u8]) -> [u8; 64], Header(header): &Header, payload: &[u8]) -> String {
+    let mut token = String::with_capacity(header.len() + 2 + (payload.len() * 4).div_ceil(3) + SIGNATURE_CHARS);
+    token.push_str(header);
     token.push('.');
     URL_SAFE_NO_PAD.encode_string(payload, &mut token);
     let signature = sign(token.as_bytes());
@@ -85,7 +89,7 @@ pub(crate) fn parse(token: &str, typ: Typ) -> Result<Parsed<'_>, Rejected> {
     let payload = decode(payload)?;
     let signature = Signature::from_slice(&decode(signature)?).map_err(|_| Rejected::Shape)?;
 
-    let header: Header = object(&header).ok_or(Rejected::Shape)?;
+    let header: Members = object(&header).ok_or(Rejected::Shape)?;
     if header.typ.as_deref() != Some(typ.as_str()) {
         return Err(Rejected::Typ);
     }
@@ -107,7 +111,7 @@ impl Parsed<'_> {
 /// `crit`, `jwk`, `jku`, `x5u`, `x5c`, `b64`, `zip` and everything else are unknown members, and so refused.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Header {
+struct Members {
     typ: Option<String>,
     alg: Option<String>,
     kid: Option<String>,
@@ -144,7 +148,7 @@ pub(crate) mod tests {
 
     /// A token with a header of the test's choosing, truly signed.
     pub(crate) fn forge(key: &SigningKey, header: &str, payload: &[u8]) -> String {
-        seal(|bytes| key.sign(bytes).to_bytes(), header.as_bytes(), payload)
+        seal(|bytes| key.sign(bytes).to_bytes(), &Header(URL_SAFE_NO_PAD.encode(header)), payload)
     }
 
     fn header(key: &SigningKey) -> String {
@@ -170,7 +174,7 @@ pub(crate) mod tests {
     fn what_was_signed_reads_back() {
         let key = rfc_key();
         let kid = Kid::of(&key.verifying_key());
-        let token = sign(|bytes| key.sign(bytes).to_bytes(), kid, Typ::Verdict, b"{\"a\":1}").unwrap();
+        let token = sign(|bytes| key.sign(bytes).to_bytes(), &Header::of(kid, Typ::Verdict), b"{\"a\":1}").unwrap();
         assert_eq!(parse(&token, Typ::Verdict).unwrap().kid, kid);
         assert_eq!(read(&token), Ok(b"{\"a\":1}".to_vec()));
         assert_eq!(parse(&token, Typ::Entry).unwrap_err(), Rejected::Typ);
@@ -286,8 +290,11 @@ pub(crate) mod tests {
     fn size_is_the_first_thing_looked_at() {
         assert_eq!(read(&"A".repeat(10_000_000)), Err(Rejected::Size));
         let kid = Kid::of(&rfc_key().verifying_key());
-        assert!(sign(|bytes| rfc_key().sign(bytes).to_bytes(), kid, Typ::Verdict, &vec![b' '; MAX_PAYLOAD_BYTES + 1]).is_none());
-        let largest = sign(|bytes| rfc_key().sign(bytes).to_bytes(), kid, Typ::Verdict, &vec![b' '; MAX_PAYLOAD_BYTES]).unwrap();
+        assert!(
+            sign(|bytes| rfc_key().sign(bytes).to_bytes(), &Header::of(kid, Typ::Verdict), &vec![b' '; MAX_PAYLOAD_BYTES + 1]).is_none()
+        );
+        let largest =
+            sign(|bytes| rfc_key().sign(bytes).to_bytes(), &Header::of(kid, Typ::Verdict), &vec![b' '; MAX_PAYLOAD_BYTES]).unwrap();
         assert!(read(&largest).is_ok());
         let larger = forge(&rfc_key(), &header(&rfc_key()), &vec![b' '; MAX_PAYLOAD_BYTES + 1]);
         assert_eq!(read(&larger), Err(Rejected::Size));

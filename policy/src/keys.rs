@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     Claims, Digest, Entry, Jti, LEEWAY, Rejected, Unsigned,
-    jws::{self, Typ},
+    jws::{self, Header, Typ},
 };
 
 /// Seconds a `next` key is published before it may sign: twice the time a verifier may keep a copy of the keys.
@@ -102,6 +102,9 @@ struct Pair {
     secret: SigningKey,
     // The same key where it signs: twice as fast (docs/decisions/0004-verdicts-are-our-own-jws.md).
     signer: Ed25519KeyPair,
+    /// The same in each of its tokens.
+    verdict: Header,
+    entry: Header,
     life: Life,
 }
 
@@ -177,7 +180,7 @@ impl Ring {
     fn seal(&self, typ: Typ, payload: &impl Serialize) -> Result<String, Unsigned> {
         let pair = self.in_state(State::Current).ok_or(Unsigned::NoCurrentKey)?;
         let payload = serde_json::to_vec(payload).expect("strings, integers and lists of them always serialise");
-        jws::sign(|bytes| pair.sign(bytes), pair.kid, typ, &payload).ok_or(Unsigned::TooLarge)
+        jws::sign(|bytes| pair.sign(bytes), pair.header(typ), &payload).ok_or(Unsigned::TooLarge)
     }
 
     /// Adds a `next` key, to be published now and promoted `ahead` seconds later: [`PUBLISH_AHEAD`], or as little as twice the
@@ -356,7 +359,16 @@ impl Pair {
     fn from_seed(seed: &[u8; 32], life: Life) -> Option<Pair> {
         let secret = SigningKey::from_bytes(seed);
         let signer = Ed25519KeyPair::from_seed_unchecked(seed).ok()?;
-        Some(Pair { kid: Kid::of(&secret.verifying_key()), secret, signer, life })
+        let kid = Kid::of(&secret.verifying_key());
+        let (verdict, entry) = (Header::of(kid, Typ::Verdict), Header::of(kid, Typ::Entry));
+        Some(Pair { kid, secret, signer, verdict, entry, life })
+    }
+
+    fn header(&self, typ: Typ) -> &Header {
+        match typ {
+            Typ::Verdict => &self.verdict,
+            Typ::Entry => &self.entry,
+        }
     }
 
     fn sign(&self, bytes: &[u8]) -> [u8; 64] {

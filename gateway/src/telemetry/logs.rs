@@ -65,7 +65,12 @@ pub fn begin(format: Format, level: &str, collector: Option<(&str, f64)>) -> Res
         }
     };
     // A second call, as in tests of several gateways in one process, keeps the first.
-    let is_first = registry().with(layer).with(spans).try_init().is_ok();
+    let lines_alone = registry().with(layer);
+    let is_first = match spans {
+        Some(spans) => lines_alone.with(spans).try_init().is_ok(),
+        // No layer, rather than an absent one, which would have a span kept for each turn.
+        None => lines_alone.try_init().is_ok(),
+    };
     // What a panic says may quote the text that it was about: where it happened has to do.
     std::panic::set_hook(Box::new(|panic| {
         tracing::error!(at = panic.location().map(tracing::field::display), thread = std::thread::current().name(), "panicked");
