@@ -89,22 +89,23 @@ async fn answer(
     if request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
         return Ok(preflight());
     }
+    // Each in a box: what answers one is not to have room for what would answer another.
     match route.plan.kind {
         Kind::Chat => match (request.method().clone(), turn_of(&route, request.uri().path())?) {
-            (Method::POST, None) => chat(app, &route, request, peer).await,
+            (Method::POST, None) => Box::pin(chat(app, &route, request, peer)).await,
             (Method::GET | Method::CONNECT, None) if ws::asks(&request) => ws::upgrade(app, &route, request, peer),
-            (Method::GET, Some((turn, ""))) => resume(app, &route, turn, &request, peer).await,
-            (Method::POST, Some((turn, "/stop"))) => stop(app, &route, turn, &request).await,
-            (Method::POST, Some((turn, "/confirm"))) => confirm(app, &route, turn, request).await,
+            (Method::GET, Some((turn, ""))) => Box::pin(resume(app, &route, turn, &request, peer)).await,
+            (Method::POST, Some((turn, "/stop"))) => Box::pin(stop(app, &route, turn, &request)).await,
+            (Method::POST, Some((turn, "/confirm"))) => Box::pin(confirm(app, &route, turn, request)).await,
             (_, None) => Err(not_allowed("POST for a turn, or GET with Upgrade for a WebSocket")),
             (_, Some(_)) => Err(not_allowed("GET to resume a turn, POST to its /stop or /confirm")),
         },
         Kind::OpenAi => match (request.method(), request.uri().path().ends_with("/models")) {
-            (&Method::GET, true) => models(&route, &request).await,
-            (&Method::POST, false) => completions(app, &route, request, peer).await,
+            (&Method::GET, true) => Box::pin(models(&route, &request)).await,
+            (&Method::POST, false) => Box::pin(completions(app, &route, request, peer)).await,
             _ => Err(not_allowed("POST for a completion, GET for the list of models")),
         },
-        Kind::Proxy => proxy::pass(app, &route, request, peer).await,
+        Kind::Proxy => Box::pin(proxy::pass(app, &route, request, peer)).await,
     }
 }
 
@@ -150,6 +151,12 @@ fn turn_of<'a>(route: &Route, path: &'a str) -> Result<Option<(TurnId, &'a str)>
 async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: Peer) -> Result<Response<Reply>, Stop> {
     accepts(request.headers(), "text/event-stream")?;
     let line = peer.line(request.version());
+    // In a box: an answer may be waited for long, and what came before it is of no more use.
+    let (begun, trace) = Box::pin(asked(app, route, request)).await?;
+    stream(route, begun, Framing::Chat, line, &trace).await
+}
+
+async fn asked(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Result<(Begun, Trace), Stop> {
     let (facts, body) = read(route, request).await?;
     let turn = TurnRequest::parse(&body)?;
     let mut prompt = Prompt::new(TurnId::fresh(), turn.session_id.clone().unwrap_or_else(SessionId::fresh), Vec::new());
@@ -157,29 +164,32 @@ async fn chat(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: P
     prompt.messages = turn.messages;
     prompt.metadata = turn.metadata;
     facts.stamp(&mut prompt);
-    let begun = begin(app, route, prompt, Voice::chat(), body).await?;
-    stream(route, begun, Framing::Chat, line, &facts.trace).await
+    Ok((begin(app, route, prompt, Voice::chat(), body).await?, facts.trace))
 }
 
 /// `POST /v1/chat/completions`: OpenAI's requests, streamed or not.
 async fn completions(app: &App, route: &Arc<Route>, request: Request<Incoming>, peer: Peer) -> Result<Response<Reply>, Stop> {
     let line = peer.line(request.version());
+    // In a box, as in `chat`.
+    let (begun, trace, form) = Box::pin(asked_in_openai(app, route, request)).await?;
+    match form {
+        openai::Form::Streamed => stream(route, begun, Framing::OpenAi, line, &trace).await,
+        openai::Form::Whole => whole(begun, line, &trace).await,
+    }
+}
+
+async fn asked_in_openai(app: &App, route: &Arc<Route>, request: Request<Incoming>) -> Result<(Begun, Trace, openai::Form), Stop> {
     let (facts, body) = read(route, request).await?;
     let parsed = openai::Request::parse(&body)?;
     let mut prompt = Prompt::new(TurnId::fresh(), SessionId::fresh(), parsed.messages);
     prompt.settings = parsed.settings;
     prompt.metadata = parsed.metadata;
     facts.stamp(&mut prompt);
-    match parsed.form {
-        openai::Form::Streamed => {
-            let begun = begin(app, route, prompt, Voice::chunks(parsed.include_usage), body).await?;
-            stream(route, begun, Framing::OpenAi, line, &facts.trace).await
-        }
-        openai::Form::Whole => {
-            let begun = begin(app, route, prompt, Voice::whole(), body).await?;
-            whole(begun, line, &facts.trace).await
-        }
-    }
+    let voice = match parsed.form {
+        openai::Form::Streamed => Voice::chunks(parsed.include_usage),
+        openai::Form::Whole => Voice::whole(),
+    };
+    Ok((begin(app, route, prompt, voice, body).await?, facts.trace, parsed.form))
 }
 
 /// The turn of a request; a copy of one that came before, as its `Idempotency-Key` says, comes to the same turn.

@@ -147,7 +147,8 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
                 stats.reused.one();
                 io
             }
-            None => match connect(shared, &endpoint).await {
+            // In a box: a model that reads a long prompt is waited for longer.
+            None => match Box::pin(connect(shared, &endpoint)).await {
                 Ok(io) => io,
                 Err(Failed { fault, again }) => return Err(Failed { fault, again: again && !was_sent }),
             },
@@ -160,7 +161,7 @@ async fn one_try(shared: &Arc<Shared>, prompt: &Prompt, request: &TurnRequest<'_
                     Ok(form) => Ok(Opened::Own { io, lease, begun, form, cancel }),
                     Err(no_answer) => {
                         cancel.disarm();
-                        let Failed { fault, again } = refusal(no_answer, begun, io, &endpoint, settings.protocol).await;
+                        let Failed { fault, again } = Box::pin(refusal(no_answer, begun, io, &endpoint, settings.protocol)).await;
                         Err(Failed { fault, again: again && !was_sent })
                     }
                 };
