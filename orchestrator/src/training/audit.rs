@@ -36,7 +36,7 @@ pub(super) const UNKNOWN: &str = "unknown";
 pub(super) enum Target {
     /// A topic, which is opened when it is first written to, and again after a failure.
     #[cfg(feature = "kafka")]
-    Topic { topic: crate::events::Topic, producer: Mutex<Option<crate::events::Producer>>, epoch: u16 },
+    Topic { topic: Box<crate::events::Topic>, producer: Mutex<Option<crate::events::Producer>>, epoch: u16 },
     /// A file of a process that is alone.
     File { path: PathBuf },
 }
@@ -140,7 +140,7 @@ impl Audit {
                 let mut open = producer.lock().await;
                 let writer = match &*open {
                     Some(writer) => writer,
-                    None => open.insert(opened(topic.clone()).await?),
+                    None => open.insert(opened(*topic.clone()).await?),
                 };
                 let place = match writer.write(entry.tenant, &headers, &line).await {
                     Ok(place) => place,

@@ -193,7 +193,7 @@ impl Training {
         let fences = Arc::new(Fences::open(&settings.folder)?);
         let target = match &settings.topic {
             #[cfg(feature = "kafka")]
-            Some(topic) => Target::Topic { topic: topic.clone(), producer: tokio::sync::Mutex::default(), epoch: settings.epoch },
+            Some(topic) => Target::Topic { topic: Box::new(topic.clone()), producer: tokio::sync::Mutex::default(), epoch: settings.epoch },
             #[cfg(not(feature = "kafka"))]
             Some(_) => return Err(io::Error::other("this build does not speak to Kafka")),
             None => Target::File { path: settings.folder.join("training.jsonl") },
