@@ -154,7 +154,7 @@ async fn credit_is_counted_exactly_and_without_any_the_model_is_not_read() {
     ws.credit(&turn, 3).await;
     // Answered when the credit before it has been taken up.
     ws.send(&json!({"type": "confirm", "turn_id": turn, "id": "q", "accept": true})).await;
-    assert_eq!(code(&frame(&mut ws).await), "invalid_request");
+    assert_eq!(code(&frame(&mut ws).await), "not_found");
     go.notify_one();
     let read = upstream.blocked().await;
     assert!(read < 4 << 20, "{read} bytes were read of a model without credit");
@@ -163,7 +163,7 @@ async fn credit_is_counted_exactly_and_without_any_the_model_is_not_read() {
     }
     // What comes next is the answer to this, and not a fourth event.
     ws.send(&json!({"type": "confirm", "turn_id": turn, "id": "q", "accept": true})).await;
-    assert_eq!(code(&frame(&mut ws).await), "invalid_request");
+    assert_eq!(code(&frame(&mut ws).await), "not_found");
     ws.credit(&turn, 2).await;
     assert_eq!((frame(&mut ws).await.event.seq, frame(&mut ws).await.event.seq), (Some(4), Some(5)));
     ws.abort();
