@@ -221,8 +221,18 @@ impl Batch {
         LENT.try_with(|lent| lent.borrow_mut().pop()).ok().flatten().unwrap_or_default()
     }
 
+    /// Where it has no room, it takes what [`Batch::lent`] gives.
+    pub fn make_room(&mut self) {
+        if self.events.capacity() == 0 && self.bytes() == 0 {
+            *self = Batch { dialect: self.dialect, ..Batch::lent() };
+        }
+    }
+
     /// Forgets everything, and leaves the room to the thread's next batch.
     pub fn give_back(&mut self) {
+        if self.events.capacity() == 0 && self.bytes() == 0 {
+            return;
+        }
         let mut batch = std::mem::take(self);
         if (1..=MAX_LENT_BYTES).contains(&batch.room()) {
             batch.clear();
@@ -280,19 +290,15 @@ impl Batch {
 
     /// The words of the text events from `index` on that are of one lane and stand one behind the other, and how many these are.
     pub fn run(&self, index: usize) -> (&str, usize) {
-        let pieces = self.events.get(index..).unwrap_or_default().iter().map_while(|event| match event.what {
-            What::Text { lane, text } => Some((lane, text)),
-            What::Tool { .. } | What::Confirm { .. } | What::Finish { .. } | What::Usage(_) | What::Note => None,
-        });
-        let (mut run, mut count) = (None, 0);
-        for (lane, text) in pieces {
-            let (of, all) = run.get_or_insert((lane, Span { end: text.start, ..text }));
-            if *of != lane || all.end != text.start {
-                break;
-            }
-            (all.end, count) = (text.end, count + 1);
+        let Some(Event { what: What::Text { lane, text }, .. }) = self.events.get(index) else { return ("", 0) };
+        let (mut end, mut count) = (text.end, 1);
+        while let Some(Event { what: What::Text { lane: next, text }, .. }) = self.events.get(index + count)
+            && next == lane
+            && text.start == end
+        {
+            (end, count) = (text.end, count + 1);
         }
-        (run.map_or("", |(_, all)| self.text(all)), count)
+        (self.text(Span { end, ..*text }), count)
     }
 
     /// The raw payload of a span.
@@ -512,6 +518,13 @@ mod tests {
         assert_eq!((batch.is_empty(), batch.text.capacity()), (true, 0));
         let mut again = Batch::lent();
         assert!(again.is_empty() && again.bytes() == 0 && again.text.capacity() >= 5);
+        again.give_back();
+        let mut again = Batch { dialect: Dialect::OpenAi, ..Batch::new() };
+        again.make_room();
+        assert!(again.dialect == Dialect::OpenAi && again.text.capacity() >= 5);
+        again.push_text(Lane::DEFAULT, "stay");
+        again.make_room();
+        assert_eq!(again.events().len(), 1, "what has room keeps what it has");
         again.keep_wire(&[b' '; MAX_LENT_BYTES + 1]);
         again.give_back();
         assert_eq!(Batch::lent().wire.capacity(), 0);

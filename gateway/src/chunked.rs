@@ -213,8 +213,8 @@ async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(io: &mut Patient<S>, st
                     }
                 }
             }
-            // Sees the client leave, too.
-            ready!(Pin::new(&mut *io).poll_flush(cx))?;
+            // Sees the client leave, too: once.
+            ready!(if is_all { io.poll_push(cx) } else { Pin::new(&mut *io).poll_flush(cx) })?;
             out.clear();
             if !is_all && stream.is_some() {
                 (sent, is_all) = fill(cx, &mut stream, &mut out);

@@ -347,16 +347,18 @@ impl Outbox {
         if batch.is_empty() {
             return Ok(());
         }
-        poll_fn(|cx| {
+        let is_done = poll_fn(|cx| {
             let mut state = self.ring.state();
             state.add(Some(cx.waker()), |voice, bytes, add| voice.write(batch, bytes, add));
             if state.keeps || state.readers.len() > 1 {
                 // What is kept for others makes room for what is new.
                 state.trim(&self.ring);
             }
-            Poll::Ready(())
-        })
-        .await;
+            Poll::Ready(!state.readers.is_empty() && !state.is_behind(&self.ring))
+        });
+        if is_done.await {
+            return Ok(());
+        }
         let mut begun = Instant::now();
         loop {
             let readers = self.ring.state().readers.len();

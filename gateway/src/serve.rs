@@ -525,6 +525,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Patient<S> {
         Ok(self.ahead.starts_with(PREFACE))
     }
 
+    /// As `poll_flush`, for who has looked for the peer's leaving already.
+    pub(crate) fn poll_push(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = Pin::new(&mut self.socket).poll_flush(cx);
+        if flushed.is_ready() {
+            self.handover.flushed();
+        }
+        self.watch(cx, flushed)
+    }
+
     /// While an answer is under way, whatever comes is the peer's leaving.
     pub(crate) fn listen_if_busy(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.line.is_busy() { self.listen(cx) } else { Ok(()) }
@@ -584,11 +593,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Patient<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.listen_if_busy(cx)?;
-        let flushed = Pin::new(&mut self.socket).poll_flush(cx);
-        if flushed.is_ready() {
-            self.handover.flushed();
-        }
-        self.watch(cx, flushed)
+        self.poll_push(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

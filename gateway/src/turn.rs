@@ -1,8 +1,8 @@
 //! One turn, from prompt to end: the whole data path. No other function knows all the parts.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 
-use headgate_contracts::{Batch, Code, End, Fault, Finish, Head, Prompt, Refusal, Stop, Turn, wire::chat::Confirmation};
+use headgate_contracts::{Batch, Code, End, Finish, Head, Prompt, Refusal, Stop, Turn, wire::chat::Confirmation};
 use headgate_filters::Chain;
 use headgate_upstream::{Answer, Line, Upstream};
 use tokio::{select, time::sleep};
@@ -61,7 +61,7 @@ async fn flow(
     let seal = asked.seal.take(); // of all that it held this alone may still be of use
     *prompt = None;
     let mut batch = Batch::new();
-    let mut more = next(&mut answer, &mut batch).await?; // the first events say whose answer it is
+    let mut more = answer.next(&mut batch).await?; // the first events say whose answer it is
     chain.head(&mut answer.head)?;
     let headers = std::mem::take(&mut answer.head.headers);
     outbox.open(turn, Head { headers, ..answer.head.clone() });
@@ -81,7 +81,7 @@ async fn flow(
         batch.give_back();
         select! { biased;
             () = chain.ripen() => {}                                            // a waited-for verdict came, or a hold ran out
-            next = next(&mut answer, &mut batch), if chain.has_room() => more = next?,
+            next = answer.next(&mut batch), if chain.has_room() => more = next?,
         }
     }
     Ok(())
@@ -95,19 +95,6 @@ async fn ask(batch: &Batch, line: Line, outbox: &Outbox) -> Result<(), Stop> {
         line.confirm(&Confirmation { id: question.id.to_owned(), accept: false }).await?;
     }
     Ok(())
-}
-
-/// Waits for the next batch, which has room only while it is filled.
-async fn next(answer: &mut Answer, batch: &mut Batch) -> Result<bool, Fault> {
-    poll_fn(|cx| {
-        *batch = Batch::lent();
-        let next = answer.poll_next(cx, batch);
-        if next.is_pending() {
-            batch.give_back();
-        }
-        next
-    })
-    .await
 }
 
 /// The answer has ended, however it did. What a filter still thinks about has the time its terms give.

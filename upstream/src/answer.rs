@@ -82,7 +82,7 @@ impl Answer {
 
     /// Waits for events.
     ///
-    /// `batch`: replaced by every event that one read completed. `true`: there is at least one. `false`: the answer has ended
+    /// `batch`: replaced by every event that one read completed; it has room only where it has events. `true`: there is at least one. `false`: the answer has ended
     /// properly, and had done so with the batch before. Cancel safe: nothing is lost when the future is dropped. Backpressure
     /// is not to call it: then nothing is read.
     ///
@@ -107,7 +107,10 @@ impl Answer {
             if self.body.ended {
                 return Poll::Ready(Ok(false));
             }
-            let filled = ready!(self.poll_fill(cx, batch));
+            let Poll::Ready(filled) = self.poll_fill(cx, batch) else {
+                batch.give_back();
+                return Poll::Pending;
+            };
             if self.body.ended {
                 self.settle(filled.is_ok());
             }
@@ -243,6 +246,7 @@ struct Body {
 impl Body {
     /// Decodes what was read; events before a fault stay in `batch`.
     fn take(&mut self, bytes: &[u8], head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
+        batch.make_room();
         let mut rest = bytes;
         while !rest.is_empty() && !self.framing.ended() {
             let (used, data) = match self.framing.strip(rest) {

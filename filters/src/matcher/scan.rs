@@ -247,7 +247,11 @@ impl Scan {
         let state = thread.as_ref().map_or_else(StateID::default, |thread| thread.state);
         let mut coast = Coast { patterns: &matcher.patterns, behind: self.behind, machine, state, begun: None };
         let read = match (&matcher.phrases, &mut self.phrase) {
-            (Some(phrases), Some(state)) => phrases.coast(state, run, |at, byte| coast.takes(at, byte)),
+            (Some(phrases), Some(state)) => {
+                let read;
+                (read, coast) = phrases.coast(state, run, coast);
+                read
+            }
             (_, _) => run.iter().enumerate().take_while(|(at, byte)| coast.takes(*at, byte.to_ascii_lowercase())).count(),
         };
         let Coast { behind, machine, state, begun, .. } = coast;
@@ -465,7 +469,7 @@ impl Scan {
 }
 
 /// The patterns' part of the fast path.
-struct Coast<'m> {
+pub(super) struct Coast<'m> {
     patterns: &'m Patterns,
     behind: Behind,
     /// The one pattern's that is forming, if one is.
@@ -484,7 +488,7 @@ struct Begun {
 impl Coast<'_> {
     /// Takes the byte at `at`, unless something happens with it that needs the slow path.
     #[inline(always)]
-    fn takes(&mut self, at: usize, byte: u8) -> bool {
+    pub(super) fn takes(&mut self, at: usize, byte: u8) -> bool {
         let sign = self.patterns.sign(byte);
         let begins = sign.begins(self.behind);
         if let Some(machine) = self.machine {

@@ -13,11 +13,11 @@ use crate::{Batch, Channel, Event, Head, Lane, What};
 
 /// Reads a chunk of the usual shape; whether it was one. If not, nothing has changed.
 pub(super) fn decode_known(data: &str, head: &Head, batch: &mut Batch) -> bool {
-    if !is_one_line(data) {
-        return false;
-    }
     if decode_alike(data, batch) {
         return true;
+    }
+    if !is_one_line(data) {
+        return false;
     }
     let mark = batch.mark();
     let mut cursor = Cursor { data, at: 0 };
@@ -45,7 +45,7 @@ fn decode_alike(data: &str, batch: &mut Batch) -> bool {
     let is_framed = data.as_bytes().strip_prefix(before).is_some_and(|rest| rest.ends_with(after));
     let (before, after) = (before.len(), after.len());
     let words = data.get(before..data.len().saturating_sub(after)).filter(|words| is_framed && !words.is_empty());
-    let Some(words) = words.filter(|words| memchr2(b'"', b'\\', words.as_bytes()).is_none()) else { return false };
+    let Some(words) = words.filter(|words| is_one_line(words) && memchr2(b'"', b'\\', words.as_bytes()).is_none()) else { return false };
     let text = batch.keep_text(words);
     let raw = Some(batch.keep_wire(data.as_bytes()));
     batch.push(Event { what: What::Text { lane, text }, raw });
@@ -188,7 +188,7 @@ impl<'a> Cursor<'a> {
     /// A number without sign, fraction or exponent, and small enough for anybody.
     fn digits(&mut self) -> Option<()> {
         let rest = self.rest();
-        let many = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let many = rest.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(rest.len());
         let plain = matches!((many, rest.first()), (1, _) | (2..=15, Some(b'1'..=b'9')));
         let ends = matches!(rest.get(many), Some(b',' | b'}'));
         (plain && ends).then(|| self.at += many)
