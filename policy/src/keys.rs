@@ -179,8 +179,10 @@ impl Ring {
 
     fn seal(&self, typ: Typ, payload: &impl Serialize) -> Result<String, Unsigned> {
         let pair = self.in_state(State::Current).ok_or(Unsigned::NoCurrentKey)?;
-        let payload = serde_json::to_vec(payload).expect("strings, integers and lists of them always serialise");
-        jws::sign(|bytes| pair.sign(bytes), pair.header(typ), &payload).ok_or(Unsigned::TooLarge)
+        // In one piece: a verdict has some 600 bytes.
+        let mut json = Vec::with_capacity(1024);
+        serde_json::to_writer(&mut json, payload).expect("strings, integers and lists of them always serialise");
+        jws::sign(|bytes| pair.sign(bytes), pair.header(typ), &json).ok_or(Unsigned::TooLarge)
     }
 
     /// Adds a `next` key, to be published now and promoted `ahead` seconds later: [`PUBLISH_AHEAD`], or as little as twice the
