@@ -9,14 +9,14 @@
 //! Else the last word of a model's reasoning, which might still become an address, would hold back the whole answer.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::VecDeque,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use headgate_contracts::{Batch, Channel, Code, Event, Fault, Head, Lane, Outcome, Prompt, Question, Record, Stop, What};
+use headgate_contracts::{Batch, Channel, Code, Dialect, Event, Fault, Head, Lane, Outcome, Prompt, Question, Record, Stop, What};
 use tokio::time::{Instant, Sleep};
 
 use crate::{
@@ -50,10 +50,14 @@ pub struct Gate {
 /// The most desks that a thread keeps for gates to come, and the largest buffers on one.
 const MAX_DESKS: usize = 4;
 const MAX_DESK_BYTES: usize = 16 << 10;
+/// The largest room for what may go that a thread keeps.
+const MAX_OUT_BYTES: usize = 64 << 10;
 
 thread_local! {
     #[expect(clippy::vec_box, reason = "a gate takes the box, too")]
     static DESKS: RefCell<Vec<Box<Desk>>> = const { RefCell::new(Vec::new()) };
+    /// What may go, while a batch is passed: of one gate at a time.
+    static OUT: Cell<Option<Box<Batch>>> = const { Cell::new(None) };
 }
 
 /// What waits in a gate, and room to work with it.
@@ -64,8 +68,27 @@ struct Desk {
     waits: Vec<Wait>,
     /// How many of these have gone.
     gone: usize,
-    /// What may go, while a batch is passed.
-    out: Batch,
+}
+
+fn lend_out(dialect: Dialect) -> Box<Batch> {
+    let mut out = OUT.try_with(Cell::take).ok().flatten().unwrap_or_default();
+    out.dialect = dialect;
+    out
+}
+
+/// Puts what may go behind what is in the batch.
+fn hand_over(mut out: Box<Batch>, batch: &mut Batch) {
+    if batch.is_empty() {
+        std::mem::swap(batch, &mut *out);
+    } else {
+        for event in out.events() {
+            batch.push_from(&out, *event);
+        }
+    }
+    if out.room() <= MAX_OUT_BYTES {
+        out.clear();
+        let _ = OUT.try_with(|place| place.set(Some(out)));
+    }
 }
 
 /// One held event.
@@ -169,18 +192,6 @@ impl Desk {
 
     fn is_empty(&self) -> bool {
         self.gone == self.waits.len()
-    }
-
-    /// Puts what may go behind what is in the batch.
-    fn hand_over(&mut self, batch: &mut Batch) {
-        if batch.is_empty() {
-            std::mem::swap(batch, &mut self.out);
-        } else {
-            for event in self.out.events() {
-                batch.push_from(&self.out, *event);
-            }
-        }
-        self.out.give_back();
     }
 
     /// While nothing waits there is no desk: it is the next gate's. While little waits it takes little room.
@@ -360,10 +371,10 @@ impl Gate {
         }
         let now = Instant::now();
         let mut desk = self.desk.take().unwrap_or_else(Desk::fresh);
-        (desk.out, desk.out.dialect) = (Batch::lent(), batch.dialect);
+        let mut out = lend_out(batch.dialect);
         if !nothing_held {
             // A verdict that was waited for may have come meanwhile.
-            self.release(&mut desk, now);
+            self.release(&mut desk, &mut out, now);
         }
         // Each run of text goes its whole way before what comes next is judged: so what comes out first does not depend on the batches.
         // What comes after a cut is neither judged nor kept.
@@ -401,11 +412,11 @@ impl Gate {
                 }
             }
             next += count;
-            self.release(&mut desk, now);
-            self.keep_bounds(&mut desk, now);
+            self.release(&mut desk, &mut out, now);
+            self.keep_bounds(&mut desk, &mut out, now);
         }
         batch.truncate(clean);
-        desk.hand_over(batch);
+        hand_over(out, batch);
         self.desk = desk.kept();
     }
 
@@ -450,9 +461,9 @@ impl Gate {
     /// Puts what may go behind what is in the batch.
     fn let_go(&mut self, batch: &mut Batch) {
         let mut desk = self.desk.take().unwrap_or_else(Desk::fresh);
-        (desk.out, desk.out.dialect) = (Batch::lent(), batch.dialect);
-        self.release(&mut desk, Instant::now());
-        desk.hand_over(batch);
+        let mut out = lend_out(batch.dialect);
+        self.release(&mut desk, &mut out, Instant::now());
+        hand_over(out, batch);
         self.desk = desk.kept();
     }
 
@@ -644,7 +655,7 @@ impl Gate {
     }
 
     /// Sees to it that no more waits than may: first by keeping it smaller, then by being late.
-    fn keep_bounds(&mut self, desk: &mut Desk, now: Instant) {
+    fn keep_bounds(&mut self, desk: &mut Desk, out: &mut Batch, now: Instant) {
         let weight = |held: &Batch| held.bytes() as u64 + EVENT_COST * held.events().len() as u64;
         let most = most_weight(&self.terms);
         if weight(&desk.held) > most {
@@ -652,7 +663,7 @@ impl Gate {
         }
         if !self.has_room() || weight(&desk.held) > most {
             self.be_late();
-            self.release(desk, now);
+            self.release(desk, out, now);
         }
     }
 
@@ -687,8 +698,8 @@ impl Gate {
     }
 
     /// Moves what may go to `out`, and settles whether the turn ends here.
-    fn release(&mut self, desk: &mut Desk, now: Instant) {
-        self.release_cleared(desk, now);
+    fn release(&mut self, desk: &mut Desk, out: &mut Batch, now: Instant) {
+        self.release_cleared(desk, out, now);
         if self.stop.is_none()
             && let Some(stop) = self.lanes.iter_mut().find_map(|track| track.stop.take())
         {
@@ -697,7 +708,7 @@ impl Gate {
             for index in 0..self.lanes.len() {
                 self.last_word(index);
             }
-            self.release_cleared(desk, now);
+            self.release_cleared(desk, out, now);
         }
         if self.stop.is_some() || desk.is_empty() {
             desk.held.clear();
@@ -717,7 +728,7 @@ impl Gate {
     }
 
     /// Moves to `out` what is cleared, and what has no text and nothing to wait for.
-    fn release_cleared(&mut self, desk: &mut Desk, now: Instant) {
+    fn release_cleared(&mut self, desk: &mut Desk, out: &mut Batch, now: Instant) {
         // Lanes, by the place of their tracks, of which something stays.
         let mut blocked = 0_u64;
         let mut frame_stays = false;
@@ -742,9 +753,9 @@ impl Gate {
                     if end <= track.cleared {
                         let touched = track.edits.front().is_some_and(|(edit, _)| edit.range.start < end);
                         if raw.is_some() && !touched {
-                            desk.out.push_from(&desk.held, Event { what, raw });
+                            out.push_from(&desk.held, Event { what, raw });
                         } else {
-                            emit(track, start, words, &mut desk.out);
+                            emit(track, start, words, out);
                         }
                         self.held_bytes -= words.len() as u64;
                         true
@@ -755,7 +766,7 @@ impl Gate {
                             fit -= 1;
                         }
                         if fit > 0 {
-                            emit(track, start, &words[..fit], &mut desk.out);
+                            emit(track, start, &words[..fit], out);
                             let rest = desk.held.sub(text, fit..words.len());
                             desk.held.restate(index, What::Text { lane, text: rest });
                             desk.waits[index].start = At(start.0 + fit as u64);
@@ -771,7 +782,7 @@ impl Gate {
                     let track = &mut self.lanes[place];
                     let goes = track.seen <= track.cleared;
                     if goes {
-                        ask(track, &desk.held, Event { what, raw }, &mut desk.out);
+                        ask(track, &desk.held, Event { what, raw }, out);
                         self.held_bytes -= prompt.len() as u64;
                     } else {
                         blocked |= 1 << place;
@@ -789,7 +800,7 @@ impl Gate {
             };
             if goes {
                 if !matches!(what, What::Text { .. } | What::Confirm { .. }) {
-                    desk.out.push_from(&desk.held, Event { what, raw });
+                    out.push_from(&desk.held, Event { what, raw });
                 }
                 if let Some(wait) = desk.waits.get_mut(index) {
                     wait.gone = true;
