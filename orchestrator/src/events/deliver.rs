@@ -24,8 +24,10 @@ use super::{
 
 /// The most events on their way at once, as many as a sender takes.
 const WINDOW: usize = 2000;
-/// How long the brokers are listened to before the log is looked at again.
-const LISTEN: Duration = Duration::from_millis(5);
+/// Of these, how many are sent before the brokers are listened to: they answer while more is sent.
+const AT_ONCE: usize = 128;
+/// How long the brokers are listened to where nothing more can be sent: with no room for it, and with nothing there.
+const LISTEN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(5)];
 /// How long nothing may happen in the log before it is looked at unasked.
 const IDLE: Duration = Duration::from_secs(1);
 /// How often the cursor is saved while events move.
@@ -119,12 +121,23 @@ impl Deliverer {
     fn keep_on(&mut self, source: &mut Source, sender: &Sender, window: &mut Window) -> Result<(), Broken> {
         let (mut saved, mut closed): (Instant, Option<Instant>) = (Instant::now(), None);
         loop {
-            while window.waiting.len() < WINDOW
-                && let Some((number, message)) = source.look(&self.shared)?
-            {
+            // Listening takes all the time it is given, whatever is heard.
+            let mut listen = Duration::ZERO;
+            for _ in 0..AT_ONCE {
+                if window.waiting.len() >= WINDOW {
+                    listen = LISTEN[0];
+                    break;
+                }
+                let Some((number, message)) = source.look(&self.shared)? else {
+                    listen = LISTEN[1];
+                    break;
+                };
                 match sender.offer(number, message)? {
                     Offered::Taken => window.waiting.push_back((message.at_ms, false)),
-                    Offered::Full => break,
+                    Offered::Full => {
+                        listen = LISTEN[0];
+                        break;
+                    }
                 }
                 source.next = None;
             }
@@ -136,7 +149,7 @@ impl Deliverer {
                 thread::park_timeout(IDLE);
                 continue;
             }
-            let heard = sender.heard(LISTEN)?;
+            let heard = sender.heard(listen)?;
             if let Some(reason) = sender.barred() {
                 self.shared.failed(BARRED);
                 let undelivered = self.shared.undelivered();

@@ -2,8 +2,12 @@
 //!
 //! Attributes are headers named `ce_...`, the facts are the value, and the key keeps the events of a session in one partition.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, fmt};
 
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
 use serde_json::value::RawValue;
 
 /// An event on its way into a topic.
@@ -27,25 +31,67 @@ impl Message {
     /// The message of an event, as it stands in the log. Attributes that only newer versions know are headers too. What is no event
     /// is a value without headers: it was kept, so it is delivered.
     pub(in crate::events) fn of(event: &[u8]) -> Message {
-        let Ok(mut members) = serde_json::from_slice::<BTreeMap<String, Box<RawValue>>>(event) else {
+        let Ok(Members(members)) = serde_json::from_slice(event) else {
             return Message { key: String::new(), headers: Vec::new(), value: event.to_vec(), at_ms: 0 };
         };
-        let data = members.remove("data").map(|data| data.get().as_bytes().to_vec());
-        // A string's own text; a number or a truth value as it is written.
-        let attribute = |raw: &RawValue| serde_json::from_str(raw.get()).unwrap_or_else(|_| raw.get().to_owned());
-        let attributes: BTreeMap<String, String> = members.iter().map(|(name, raw)| (name.clone(), attribute(raw))).collect();
-        let mut headers: Vec<(String, String)> = attributes.iter().map(|(name, value)| (header(name), value.clone())).collect();
-        let key = attributes.get("partitionkey").cloned().unwrap_or_default();
-        if let Some(kind) = attributes.get("type") {
-            headers.push(("ce_dataschema".to_owned(), format!("urn:headgate:events:{kind}")));
-            let version = kind.rsplit_once(".v").map_or("1", |(_, version)| version);
-            headers.push(("schema_version".to_owned(), version.to_owned()));
+        let mut message = Message { key: String::new(), headers: Vec::with_capacity(members.len() + 2), value: Vec::new(), at_ms: 0 };
+        for (name, raw) in members {
+            if name == "data" {
+                message.value = raw.get().as_bytes().to_vec();
+                continue;
+            }
+            let value = attribute(raw);
+            match name.as_ref() {
+                "partitionkey" => message.key = value.clone().into_owned(),
+                "time" => message.at_ms = unix_ms(&value).unwrap_or(0),
+                "type" => {
+                    message.headers.push(("ce_dataschema".to_owned(), format!("urn:headgate:events:{value}")));
+                    let version = value.rsplit_once(".v").map_or("1", |(_, version)| version);
+                    message.headers.push(("schema_version".to_owned(), version.to_owned()));
+                }
+                _ => {}
+            }
+            message.headers.push((header(&name), value.into_owned()));
         }
-        if let Some((tenant, _)) = key.split_once('/') {
-            headers.push(("tenant_id".to_owned(), tenant.to_owned()));
+        if let Some((tenant, _)) = message.key.split_once('/') {
+            message.headers.push(("tenant_id".to_owned(), tenant.to_owned()));
         }
-        let at_ms = attributes.get("time").and_then(|time| unix_ms(time)).unwrap_or(0);
-        Message { key, headers, value: data.unwrap_or_default(), at_ms }
+        message
+    }
+}
+
+/// A string's own text; a number or a truth value as it is written.
+fn attribute(raw: &RawValue) -> Cow<'_, str> {
+    match raw.get().strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
+        Some(plain) if !plain.contains('\\') => plain.into(),
+        Some(_) => serde_json::from_str::<String>(raw.get()).map_or_else(|_| raw.get().into(), Cow::from),
+        None => raw.get().into(),
+    }
+}
+
+/// The members of an event, as they stand in it.
+struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Members<'de>, D::Error> {
+        #[derive(Deserialize)]
+        struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+        struct All;
+        impl<'de> Visitor<'de> for All {
+            type Value = Members<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an event")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
+                let mut members = Vec::with_capacity(16);
+                while let Some((Name(name), raw)) = map.next_entry()? {
+                    members.push((name, raw));
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(All)
     }
 }
 
@@ -151,7 +197,7 @@ mod tests {
         (begun.partitionkey, begun.traceparent) = ("acme/s1".to_owned(), "00-a-b-01".to_owned());
         for kind in Kind::ALL {
             let written = serde_json::to_vec(&begun.followed_by(*kind, SystemTime::UNIX_EPOCH, serde_json::json!({}))).unwrap();
-            let there: BTreeMap<String, String> = Message::of(&written).headers.into_iter().collect();
+            let there: std::collections::BTreeMap<String, String> = Message::of(&written).headers.into_iter().collect();
             let headers = &document["components"]["messages"][kind.as_str()]["headers"];
             let named = headers["properties"].as_object().unwrap();
             assert_eq!(

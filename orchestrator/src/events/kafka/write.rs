@@ -98,7 +98,7 @@ impl Sender {
 }
 
 fn headers<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> OwnedHeaders {
-    pairs.fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
+    pairs.fold(OwnedHeaders::new_with_capacity(16), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
 }
 
 /// Where a record is.
