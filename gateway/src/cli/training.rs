@@ -421,7 +421,7 @@ mod tests {
         let answer = answer(200, body);
         let mut out = Vec::new();
         shown(&answer.state().unwrap(), &answer, false, &mut out).unwrap();
-        let expected = "training mode of acme is on\nowner        ann\nsince        2026-11-21T15:10:35.000Z\nuntil        2026-11-21T19:10:35.000Z\n\
+        let expected = "training mode of acme is on\nowner        ann\nsince        2026-11-21T14:30:35.000Z\nuntil        2026-11-21T18:30:35.000Z\n\
                         approved by  bob\nfence        12\n";
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
