@@ -545,7 +545,7 @@ impl Vault {
     }
 
     /// The key in a file, and which of the master keys wraps it, from 0 for the latest; `None` where there is none any more.
-    fn opened(&self, path: &Path) -> Result<Option<(Zeroizing<Vec<u8>>, usize)>, VaultFault> {
+    fn opened(&self, path: &Path) -> Result<Option<Opening>, VaultFault> {
         let file = match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.map_err(|source| self.fault(source))?,
@@ -646,6 +646,9 @@ impl fmt::Debug for Sealer {
         f.debug_struct("Sealer").field("name", &self.name).finish_non_exhaustive()
     }
 }
+
+/// A subject's key, and which of the master keys wraps it.
+type Opening = (Zeroizing<Vec<u8>>, usize);
 
 /// What became of something sealed.
 #[derive(Clone, PartialEq, Eq)]

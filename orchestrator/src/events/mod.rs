@@ -210,7 +210,7 @@ pub struct Log {
 /// What stands for people in events.
 enum People {
     /// A keyed hash for the subject.
-    Named(Names),
+    Named(Box<Names>),
     /// The names of the keys that their text is sealed under.
     Sealed(Arc<Vault>),
 }
@@ -285,7 +285,7 @@ impl Log {
         let folder = segment::Folder::open(&settings.folder).map_err(unusable)?;
         let people = match vault {
             Some(vault) => People::Sealed(vault),
-            None => People::Named(Names::open(&settings.folder.join(NAMES)).map_err(Unopened::Nameless)?),
+            None => People::Named(Box::new(Names::open(&settings.folder.join(NAMES)).map_err(Unopened::Nameless)?)),
         };
         let mut found = recover::recover(&settings.folder, &folder)?;
         let crashed: Vec<_> = mem::take(&mut found.open).iter().map(|(turn, first)| facts::Crashed::of(*turn, first)).collect();

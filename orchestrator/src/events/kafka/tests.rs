@@ -408,7 +408,7 @@ async fn a_log_that_is_not_let_in_says_why_goes_on_and_is_delivered_once_it_is()
             let unread = verify_topic(&brokers, &at.name).unwrap_err().to_string();
             assert!(unread.contains("does not let us in") && unread.contains(&why), "{why}: {unread}");
             assert!(!unread.contains("a guess"), "{unread}");
-            let unfit = Producer::open(&at, MINUTE).await.err().expect("not to be let in");
+            let unfit = Producer::open(&at, MINUTE).await.unwrap_err();
             assert!(matches!(unfit, Unfit::Barred(_)), "{unfit}");
             (name == "password").then_some((log, folder))
         }));
