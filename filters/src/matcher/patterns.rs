@@ -287,30 +287,11 @@ pub(super) struct Patterns {
     /// The starters for `behind` and `byte` are `starters[firsts[behind * 256 + byte]..firsts[.. + 1]]`.
     firsts: Vec<u32>,
     starters: Vec<Starter>,
-    /// By byte, what a look at it tells.
-    signs: Box<[Sign; 256]>,
+    /// By `behind` and byte: does anything begin?
+    begins: Box<[[bool; 256]; 5]>,
     /// Some match may begin with a character beyond ASCII.
     pub(super) begins_beyond_ascii: bool,
     pub(super) longest: usize,
-}
-
-/// What a byte means for patterns that are not forming: after what does something begin with it, and what is it to look back at?
-#[derive(Clone, Copy, Default)]
-pub(super) struct Sign(u8);
-
-impl Sign {
-    /// Bits that say so, one for each [`Behind`]; the others are one itself.
-    const BEGINS: u32 = Behind::ALL.len() as u32;
-
-    #[inline]
-    pub(super) fn begins(self, behind: Behind) -> bool {
-        self.0 >> behind as u8 & 1 != 0
-    }
-
-    #[inline]
-    pub(super) fn behind(self) -> Behind {
-        Behind::ALL.get(usize::from(self.0 >> Sign::BEGINS)).copied().unwrap_or(Behind::Other)
-    }
 }
 
 /// A thread's first step: which machine, and its state after the first byte.
@@ -325,30 +306,28 @@ pub(super) struct Starter {
 impl Patterns {
     pub(super) fn build(machines: Vec<Machine>, longest: usize) -> Result<Patterns, BuildError> {
         let (mut firsts, mut starters, mut begins_beyond_ascii) = (vec![0], Vec::new(), false);
-        let mut signs = Box::new([Sign::default(); 256]);
-        for (byte, sign) in (0..=255).zip(signs.iter_mut()) {
-            sign.0 = (Behind::of(byte) as u8) << Sign::BEGINS;
-        }
-        for behind in Behind::ALL {
-            for (byte, sign) in (0..=255).zip(signs.iter_mut()) {
+        let mut begins = Box::new([[false; 256]; 5]);
+        for (behind, begins) in Behind::ALL.into_iter().zip(begins.iter_mut()) {
+            for (byte, begins) in (0..=255).zip(begins) {
                 for (machine, number) in machines.iter().zip(0..) {
                     let too_big = |reason| BuildError::TooBig { what: "a pattern", reason };
                     let state = machine.dfa.next_state(begin(&machine.dfa, behind).map_err(too_big)?, byte);
                     if machine.is_alive(state) {
                         starters.push(Starter { machine: number, state, checked: machine.checked });
-                        sign.0 |= 1 << behind as u8;
+                        *begins = true;
                         begins_beyond_ascii |= byte >= 0x80;
                     }
                 }
                 firsts.push(u32::try_from(starters.len()).unwrap_or(u32::MAX));
             }
         }
-        Ok(Patterns { machines, firsts, starters, signs, begins_beyond_ascii, longest })
+        Ok(Patterns { machines, firsts, starters, begins, begins_beyond_ascii, longest })
     }
 
+    /// Does any thread begin with `byte` after `behind`?
     #[inline]
-    pub(super) fn sign(&self, byte: u8) -> Sign {
-        self.signs[usize::from(byte)]
+    pub(super) fn begins(&self, behind: Behind, byte: u8) -> bool {
+        self.begins[behind as usize][byte as usize]
     }
 
     /// The threads that begin with `byte` after `behind`: none, for nearly every byte of ordinary text.

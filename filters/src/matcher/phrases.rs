@@ -7,7 +7,7 @@ use aho_corasick::{
     nfa::contiguous,
 };
 
-use super::{BuildError, RuleId, scan::Coast};
+use super::{BuildError, RuleId};
 
 /// Beyond this many bytes of phrases the transition table would leave the caches (and, far beyond, the memory): the compact
 /// form is used, which costs some 4 times the time per byte and a tenth of the memory.
@@ -103,25 +103,25 @@ impl Phrases {
         }
     }
 
-    /// Reads on while no phrase ends and the patterns take the next byte. Gives how many it read.
-    pub(super) fn coast<'m>(&self, state: &mut StateID, run: &[u8], patterns: Coast<'m>) -> (usize, Coast<'m>) {
-        // By value, so that all of it stands in registers.
-        fn of<'m, A: Automaton>(automaton: &A, state: &mut StateID, run: &[u8], mut patterns: Coast<'m>) -> (usize, Coast<'m>) {
-            let (mut now, mut read) = (*state, 0);
+    /// Reads on while no phrase ends and `other` agrees to the byte, in lower case.
+    #[inline]
+    pub(super) fn coast(&self, state: &mut StateID, run: &[u8], other: impl FnMut(u8) -> bool) {
+        #[inline]
+        fn of<A: Automaton>(automaton: &A, state: &mut StateID, run: &[u8], mut other: impl FnMut(u8) -> bool) {
+            let mut now = *state;
             for byte in run {
                 let byte = byte.to_ascii_lowercase();
                 let next = automaton.next_state(Anchored::No, now, byte);
-                if (automaton.is_special(next) && automaton.is_match(next)) || !patterns.takes(read, byte) {
+                if (automaton.is_special(next) && automaton.is_match(next)) || !other(byte) {
                     break;
                 }
-                (now, read) = (next, read + 1);
+                now = next;
             }
             *state = now;
-            (read, patterns)
         }
         match &self.automaton {
-            Form::Table(table) => of(table, state, run, patterns),
-            Form::Compact(compact) => of(compact, state, run, patterns),
+            Form::Table(table) => of(table, state, run, other),
+            Form::Compact(compact) => of(compact, state, run, other),
         }
     }
 

@@ -243,37 +243,33 @@ impl Scan {
             return 0;
         }
         let thread = self.threads.pop().or(self.checked.pop());
-        let machine = thread.as_ref().and_then(|thread| matcher.patterns.machines.get(thread.machine as usize));
-        let state = thread.as_ref().map_or_else(StateID::default, |thread| thread.state);
-        let mut coast = Coast { patterns: &matcher.patterns, behind: self.behind, machine, state, begun: None };
-        let read = match (&matcher.phrases, &mut self.phrase) {
-            (Some(phrases), Some(state)) => {
-                let read;
-                (read, coast) = phrases.coast(state, run, coast);
-                read
-            }
-            (_, _) => run.iter().enumerate().take_while(|(at, byte)| coast.takes(*at, byte.to_ascii_lowercase())).count(),
+        let mut coast = Coast {
+            patterns: &matcher.patterns,
+            fed: self.fed,
+            at: self.at,
+            behind: self.behind,
+            forming: thread.and_then(|thread| Some((matcher.patterns.machines.get(thread.machine as usize)?, thread, None))),
+            read: 0,
         };
-        let Coast { behind, machine, state, begun, .. } = coast;
-        let thread = match begun {
-            Some(Begun { at, machine }) => Some(Thread { start: self.at + at as u64, from: self.fed + at as u64, machine, state }),
-            None => thread.map(|thread| Thread { state, ..thread }),
-        };
+        match (&matcher.phrases, &mut self.phrase) {
+            (Some(phrases), Some(state)) => phrases.coast(state, run, |byte| coast.takes(byte)),
+            (_, _) => _ = run.iter().all(|byte| coast.takes(byte.to_ascii_lowercase())),
+        }
+        let Coast { behind, forming, read, .. } = coast;
         if read > 0 {
             (self.behind, self.fed, self.at) = (behind, self.fed + read as u64, self.at + read as u64);
             self.end = self.at;
         }
-        match (machine, thread) {
-            (Some(machine), Some(thread)) if machine.checked => {
+        match forming {
+            Some((machine, thread, begun)) if machine.checked => {
                 if begun.is_some() {
                     (self.text_from, _) = (thread.from, self.text.clear());
                 }
-                let seen = run.iter().take(read).skip(begun.map_or(0, |begun| begun.at));
-                self.text.extend(seen.map(u8::to_ascii_lowercase));
+                self.text.extend(run.iter().take(read).skip(begun.unwrap_or(0)).map(u8::to_ascii_lowercase));
                 self.checked.push(thread);
             }
-            (Some(_), Some(thread)) => self.threads.push(thread),
-            (_, _) => {}
+            Some((_, thread, _)) => self.threads.push(thread),
+            None => {}
         }
         read
     }
@@ -469,47 +465,40 @@ impl Scan {
 }
 
 /// The patterns' part of the fast path.
-pub(super) struct Coast<'m> {
+struct Coast<'m> {
     patterns: &'m Patterns,
+    fed: u64,
+    at: u64,
     behind: Behind,
-    /// The one pattern's that is forming, if one is.
-    machine: Option<&'m Machine>,
-    state: StateID,
-    /// Where in this run it began, if it did.
-    begun: Option<Begun>,
-}
-
-#[derive(Clone, Copy)]
-struct Begun {
-    at: usize,
-    machine: u32,
+    /// The pattern forming, and where in this run it began.
+    forming: Option<(&'m Machine, Thread, Option<usize>)>,
+    read: usize,
 }
 
 impl Coast<'_> {
-    /// Takes the byte at `at`, unless something happens with it that needs the slow path.
+    /// Takes the byte, unless something happens with it that needs the slow path.
     #[inline(always)]
-    pub(super) fn takes(&mut self, at: usize, byte: u8) -> bool {
-        let sign = self.patterns.sign(byte);
-        let begins = sign.begins(self.behind);
-        if let Some(machine) = self.machine {
-            let next = machine.dfa.next_state(self.state, byte);
-            if begins {
+    fn takes(&mut self, byte: u8) -> bool {
+        let begins = self.patterns.begins(self.behind, byte);
+        if let Some((machine, thread, _)) = &mut self.forming {
+            let next = machine.dfa.next_state(thread.state, byte);
+            let quiet = machine.is_quiet(next);
+            if begins || (!quiet && machine.dfa.is_match_state(next)) {
                 return false;
             }
-            if !machine.is_quiet(next) {
-                if machine.dfa.is_match_state(next) {
-                    return false;
-                }
-                self.machine = None;
+            thread.state = next;
+            if !quiet {
+                self.forming = None;
             }
-            self.state = next;
         } else if begins {
             let [starter] = self.patterns.starters(self.behind, byte) else { return false };
-            self.machine = self.patterns.machines.get(starter.machine as usize);
-            self.state = starter.state;
-            self.begun = Some(Begun { at, machine: starter.machine });
+            let Some(machine) = self.patterns.machines.get(starter.machine as usize) else { return false };
+            let read = self.read as u64;
+            let thread = Thread { start: self.at + read, from: self.fed + read, machine: starter.machine, state: starter.state };
+            self.forming = Some((machine, thread, Some(self.read)));
         }
-        self.behind = sign.behind();
+        self.behind = Behind::of(byte);
+        self.read += 1;
         true
     }
 }
