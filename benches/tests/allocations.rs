@@ -18,8 +18,8 @@ fn way(stream: &str, ours: bool, times: usize) -> (usize, u64) {
         for _ in 0..times {
             batch.clear();
             out.clear();
-            decoder.push(stream.as_bytes());
-            while let Some(frame) = decoder.next().unwrap() {
+            let mut rest = stream.as_bytes();
+            while let Some(frame) = decoder.read(&mut rest).unwrap() {
                 openai::decode(frame.data, &mut head, &mut batch).unwrap();
             }
             chain.pass(&mut batch).unwrap();
