@@ -819,6 +819,29 @@ fn the_last_word_of_the_reasoning_does_not_hold_back_the_answer() {
 }
 
 #[test]
+fn of_a_burst_only_the_last_word_waits_and_all_before_it_goes_as_it_came() {
+    let built = built("[moderation: { mask: [email] }]");
+    let mut chain = chain(&built, &mut turn());
+    let mut batch = Batch::new();
+    for words in ["So", " I", " greet", " you"] {
+        push(&mut batch, Lane::DEFAULT, words);
+    }
+    chain.pass(&mut batch).unwrap();
+    let went: Vec<_> = batch.events().iter().map(|event| event.raw.map(|raw| batch.wire(raw))).collect();
+    // Of the last event only its blank: it was cut, so that much of it is written anew.
+    assert_eq!(went, [Some(&b"SO"[..]), Some(b" I"), Some(b" GREET"), None]);
+    assert_eq!(all_text(&batch), "So I greet ");
+    // A mask in the middle of a burst touches its own event alone.
+    let mut batch = Batch::new();
+    for words in [" and", " me@example.com", " too", ". "] {
+        push(&mut batch, Lane::DEFAULT, words);
+    }
+    chain.pass(&mut batch).unwrap();
+    let went: Vec<_> = batch.events().iter().map(|event| event.raw.is_some()).collect();
+    assert_eq!((all_text(&batch).as_str(), went), ("you and ••• too. ", vec![false, true, false, true, true]));
+}
+
+#[test]
 fn text_after_the_finish_of_its_choice_is_the_upstreams_fault() {
     let built = built("[moderation: { mask: [email] }]");
     let mut chain = chain(&built, &mut turn());
