@@ -33,6 +33,8 @@ pub trait Meter {
 /// Ends with a blank: nothing in it can be part of a match that is still forming.
 const CLEAN: &str = "the lamp was lit ";
 const ONE: Size = Size::Events(1);
+/// Events in one read, where a model is fast or a way is slow.
+const BURST: usize = 32;
 
 /// Shows all cases to a meter, always in the same order.
 pub fn measure(meter: &mut impl Meter) {
@@ -47,17 +49,27 @@ pub fn measure(meter: &mut impl Meter) {
 
 fn read(meter: &mut impl Meter) {
     let single = format!("data: {}\n\n", chunk(CLEAN));
-    for (name, count) in [("read: sse, one event", 1), ("read: sse, burst of 32", 32)] {
+    for (name, count) in [("read: sse, one event", 1), ("read: sse, burst of 32", BURST)] {
         let bytes = single.repeat(count);
         let mut decoder = sse::Decoder::new(sse::Limits::default());
         let run = |(): &mut ()| {
-            decoder.push(black_box(bytes.as_bytes()));
-            while let Ok(Some(frame)) = decoder.next() {
+            let mut rest = black_box(bytes.as_bytes());
+            while let Ok(Some(frame)) = decoder.read(&mut rest) {
                 black_box(frame.data);
             }
         };
         meter.measure(name, Size::Events(count as u64), || (), run);
     }
+    let bytes = single.repeat(BURST);
+    let (mut decoder, mut head, mut batch) = (sse::Decoder::new(sse::Limits::default()), Head::default(), Batch::new());
+    let run = |(): &mut ()| {
+        batch.clear();
+        let mut rest = black_box(bytes.as_bytes());
+        while let Ok(Some(frame)) = decoder.read(&mut rest) {
+            openai::decode(frame.data, &mut head, &mut batch).expect("a chunk");
+        }
+    };
+    meter.measure("read: openai chunks, burst of 32", Size::Events(BURST as u64), || (), run);
     for (name, data) in [("read: openai chunk, usual shape", chunk(CLEAN)), ("read: openai chunk, by the parser", unusual_chunk(CLEAN))] {
         let (mut head, mut batch) = (Head::default(), Batch::new());
         let run = |(): &mut ()| {
@@ -96,6 +108,7 @@ fn judge(meter: &mut impl Meter) {
     for n in 1..=8 {
         pass(meter, &format!("judge: chain of {n}"), ONE, chain_of(n), &[CLEAN]);
     }
+    pass(meter, "judge: chain of 8, burst of 32", Size::Events(BURST as u64), chain_of(8), &[CLEAN; BURST]);
     pass(meter, "judge: gate alone", ONE, begun("- budget: { output_tokens: 1000000000 }"), &[CLEAN]);
     meter.measure("begin: with moderation", ONE, turn, |turn| drop(black_box(chain(black_box(&built[..first]), turn))));
 }
