@@ -161,7 +161,7 @@ impl Holds {
 
 /// Events that have left are swept out of a gate's buffers once there are so many, so that a gate that always holds a
 /// little stays little.
-const SWEEP_EVENTS: usize = 16;
+const SWEEP_EVENTS: usize = 4;
 
 /// The most lanes of one answer that are kept apart. Honest answers have a handful; indices are the upstream's to choose, and
 /// each lane costs a filter's state.
