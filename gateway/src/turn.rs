@@ -13,7 +13,7 @@ use crate::{outbox::Outbox, telemetry::Watch};
 ///
 /// What is waited for, all at once: the client is gone; the deadline came; a filter made up its mind or its hold ran out;
 /// the next batch came.
-#[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, for as long as the turn lasts")]
+// No async fn: that keeps its arguments twice, for as long as the turn lasts.
 pub fn run(
     mut turn: Turn,
     prompt: Box<Prompt>,
