@@ -123,10 +123,7 @@ impl Effect {
         // What has come and what has been taken over: the credit, and the event that took the last of it.
         let frames = 2 * (u64::from(headgate_contracts::wire::hop::WINDOW) + bounds.event_bytes);
         let of_frames = bounds.shares_socket.then(|| part("frames of a shared socket", frames));
-        let asking = [
-            part("body and prompt", 2 * bounds.body_bytes),
-            part("upstream head", bounds.upstream_head_bytes + READ_BYTES),
-        ];
+        let asking = [part("body and prompt", 2 * bounds.body_bytes), part("upstream head", bounds.upstream_head_bytes + READ_BYTES)];
         let answering = [
             part("upstream line and event", bounds.line_bytes + bounds.event_bytes + READ_BYTES),
             part("held by filters", held),
