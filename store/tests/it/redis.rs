@@ -177,7 +177,7 @@ async fn redis_over_tls_is_believed_by_its_certificate_and_believes_us_by_our_pa
     assert_eq!(ping(&redis).await.as_deref(), Ok("PONG"));
     // Its messages come the same way.
     let mut changes = redis.listen("changes").await.unwrap();
-    redis.ask::<()>(&cmd("PUBLISH").arg("changes").arg("x")).await.unwrap();
+    redis.ask::<()>(cmd("PUBLISH").arg("changes").arg("x")).await.unwrap();
     soon(futures_util::StreamExt::next(&mut changes), "a message over TLS").await.unwrap();
 
     let wrong = [
