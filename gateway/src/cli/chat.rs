@@ -405,7 +405,7 @@ impl<W: Write, E: Write> Talk<W, E> {
                 came(tale)
             }
             Trouble::Broken(error) => {
-                self.screen.note(&format!("the gateway cannot be reached: {error}"));
+                self.screen.note(&format!("no answer from the gateway: {error}"));
                 Came::Wrong
             }
             Trouble::Nonsense(what) => {
