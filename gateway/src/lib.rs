@@ -6,8 +6,8 @@
 //! leaves behind, [`admin`] the operators' listener.
 
 pub mod admin;
-pub mod body;
 mod asked;
+pub mod body;
 mod buffers;
 pub mod build;
 mod chunked;

@@ -8,9 +8,7 @@ use headgate_filters::{
     auth::{Admin, Admins, NoAdmin},
     unix_now,
 };
-use headgate_orchestrator::{
-    training::{Identify, NotAdmitted, Settings, Training},
-};
+use headgate_orchestrator::training::{Identify, NotAdmitted, Settings, Training};
 use headgate_store::{ModeNow, Modes};
 
 use crate::{

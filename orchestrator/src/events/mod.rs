@@ -58,11 +58,11 @@ use prometheus_client::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-#[cfg(feature = "kafka")]
-pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_topic};
+pub use brokers::{Brokers, Sasl, Tls};
 #[cfg(feature = "kafka")]
 pub(crate) use kafka::read_topic;
-pub use brokers::{Brokers, Sasl, Tls};
+#[cfg(feature = "kafka")]
+pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_topic};
 pub use read::{Entry, Follow};
 pub use record::Part;
 pub use recover::{Unfit, Unopened};
