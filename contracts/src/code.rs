@@ -104,12 +104,12 @@ codes! {
     OriginDenied "origin_denied" 403 None, No Permission "this page's origin is not on the route's list";
     PolicyDenied "policy_denied" 403 None, No Policy "the policy in force refuses this text";
     Declined "declined" 403 None, No Permission "the person who was asked did not agree, so the tool is not called";
+    Unanswered "unanswered" 403 None, No Timeout "the person who was asked did not answer in time, so the tool is not called";
     SessionNotFound "session_not_found" 404 Some(4404), No NotFound "there is no such session or turn";
     NotFound "not_found" 404 None, No NotFound "there is no such resource";
     MethodNotAllowed "method_not_allowed" 405 None, No InvalidRequest "this path does not take this method";
     NotAcceptable "not_acceptable" 406 None, No InvalidRequest "the client accepts none of the forms on offer";
     RequestTimeout "request_timeout" 408 Some(3008), Now Timeout "the request arrived too slowly";
-    Unanswered "unanswered" 403 None, No Timeout "the person who was asked did not answer in time, so the tool is not called";
     TurnConflict "turn_conflict" 409 None, No Conflict "the session already has an open turn";
     AlreadyAnswered "already_answered" 409 None, No Conflict "the question has been answered before";
     IdempotencyMismatch "idempotency_mismatch" 409 None, No Conflict "this idempotency key was used for another request";
