@@ -42,11 +42,11 @@ pub struct Judged {
     pub chains: u64,
     /// Locks that were acquired.
     pub acquired: u64,
-    /// Locks that have an end on record; among them those that were given up before they were held.
+    /// Locks that have an end on record, among them those that were given up before they were held.
     pub ended: u64,
     /// Times that somebody approved of another's lock.
     pub approved: u64,
-    /// Calls that were denied, and those that could not be done.
+    /// Calls that were denied.
     pub denied: u64,
     /// Calls that could not be done.
     pub failed: u64,
