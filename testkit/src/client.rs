@@ -174,23 +174,25 @@ pub struct Http1<S = TcpStream> {
 impl Http1 {
     /// Connects.
     pub async fn connect(addr: SocketAddr) -> Http1 {
-        Http1::connected(addr, None).await
+        Http1::reach(addr, None).await.unwrap_or_else(|broken| panic!("{broken}"))
     }
 
     /// Connects with the smallest receive buffer the system gives: a reader that stops is felt at once.
     pub async fn connect_narrow(addr: SocketAddr) -> Http1 {
-        Http1::connected(addr, Some(1)).await
+        Http1::reach(addr, Some(1)).await.unwrap_or_else(|broken| panic!("{broken}"))
     }
 
-    async fn connected(addr: SocketAddr, receive_buffer_bytes: Option<u32>) -> Http1 {
+    /// A server that dies while it is called resets the connection before it is one.
+    async fn reach(addr: SocketAddr, receive_buffer_bytes: Option<u32>) -> Result<Http1, Broken> {
         let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.expect("a socket");
         if let Some(bytes) = receive_buffer_bytes {
             // Before connect: it decides the window that is offered.
             socket.set_recv_buffer_size(bytes).expect("a receive buffer size");
         }
-        let stream = soon(socket.connect(addr), "a connection").await.unwrap_or_else(|error| panic!("cannot connect to {addr}: {error}"));
+        let stream = soon(socket.connect(addr), "a connection").await;
+        let stream = stream.map_err(|error| Broken::Reset(format!("cannot connect to {addr}: {error}")))?;
         let _ = stream.set_nodelay(true);
-        Http1::over(stream, &addr.to_string())
+        Ok(Http1::over(stream, &addr.to_string()))
     }
 
     /// Leaves with a RST.
@@ -436,14 +438,14 @@ fn is_traceparent(value: &str) -> bool {
 
 /// Asks once over a fresh connection and reads the whole answer.
 pub async fn ask(addr: SocketAddr, request: &Request) -> Result<Reply, Broken> {
-    let mut client = Http1::connect(addr).await;
+    let mut client = Http1::reach(addr, None).await?;
     client.send(request).await;
     client.reply().await
 }
 
 /// Asks once over a fresh connection for a stream.
 pub async fn stream(addr: SocketAddr, request: &Request, kind: Kind) -> Result<Events, Broken> {
-    let mut client = Http1::connect(addr).await;
+    let mut client = Http1::reach(addr, None).await?;
     client.send(request).await;
     client.events(Judge::new(kind)).await
 }
