@@ -27,6 +27,7 @@ use crate::{
     http1::Framing,
     line::Line,
     open::Opened,
+    pace::Pace,
     settings::{Protocol, Timeouts},
     stats::Count,
 };
@@ -47,6 +48,7 @@ pub struct Answer {
     early: Vec<u8>,
     body: Body,
     clock: Clock,
+    pace: Pace,
     broken: Option<Box<Fault>>,
     cancel: Cancel,
 }
@@ -77,7 +79,7 @@ impl Answer {
         };
         let endpoint = Arc::clone(lease.endpoint());
         let (connection, early) = (Some((connection, lease)), begun.map(|begun| begun.early).unwrap_or_default());
-        Answer { head: Head::default(), shared, endpoint, connection, early, body, clock, broken: None, cancel }
+        Answer { head: Head::default(), shared, endpoint, connection, early, body, clock, pace: Pace::default(), broken: None, cancel }
     }
 
     /// Waits for events.
@@ -150,10 +152,11 @@ impl Answer {
 
     /// One read, decoded into `batch`.
     fn poll_fill(&mut self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<Result<(), Fault>> {
-        let Answer { head, shared, connection, early, body, clock, .. } = self;
+        let Answer { head, shared, connection, early, body, clock, pace, .. } = self;
         if !early.is_empty() || body.framing.ended() {
             let early = std::mem::take(early);
             shared.stats.bytes.add(early.len() as u64);
+            clock.last = Instant::now();
             return Poll::Ready(body.take(&early, head, batch));
         }
         let io = match connection {
@@ -176,7 +179,9 @@ impl Answer {
         }) {
             Poll::Pending => clock.poll(cx, &shared.settings.timeouts, body.asked == Asked::Now).map(Err),
             Poll::Ready(Ok(Some(taken))) => {
-                clock.last = Instant::now();
+                let now = Instant::now();
+                pace.read(io, now - clock.last);
+                clock.last = now;
                 Poll::Ready(taken)
             }
             Poll::Ready(Ok(None)) => Poll::Ready(body.close(head, batch)),

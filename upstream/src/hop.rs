@@ -54,6 +54,7 @@ use crate::{
     exchange::READ_BYTES,
     line::Line,
     open::{Failed, Opened, connect},
+    pace::Pace,
     request::{TurnRequest, turn_path},
 };
 
@@ -652,6 +653,7 @@ struct Carrier {
     /// Since when the other side takes nothing.
     blocked: Option<Instant>,
     heard: Instant,
+    pace: Pace,
     is_asked: bool,
     /// When it last had a turn.
     served: Instant,
@@ -697,7 +699,18 @@ impl Carrier {
         let tick = idle.clamp(Duration::from_millis(10), TICK);
         let mut ticks = interval_at(now + tick, tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Carrier { socket, stream, idle, ticks, is_flushed: true, blocked: None, heard: now, is_asked: false, served: now }
+        Carrier {
+            socket,
+            stream,
+            idle,
+            ticks,
+            is_flushed: true,
+            blocked: None,
+            heard: now,
+            pace: Pace::default(),
+            is_asked: false,
+            served: now,
+        }
     }
 
     /// Does all that can be done now; ready when the socket has ended.
@@ -738,7 +751,9 @@ impl Carrier {
             }
         }
         if read > 0 {
-            (self.heard, self.is_asked) = (Instant::now(), false);
+            let now = Instant::now();
+            self.pace.read(self.stream.get_ref(), now - self.heard);
+            (self.heard, self.is_asked) = (now, false);
         }
         Ok(read)
     }

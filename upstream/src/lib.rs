@@ -46,6 +46,7 @@ mod hop;
 mod http1;
 mod line;
 mod open;
+mod pace;
 mod request;
 pub mod settings;
 pub mod stats;

@@ -1,15 +1,16 @@
-//! Figures, not checks: what an event costs over each hop. `docs/decisions/0120-a-task-reads-a-shared-socket.md` has them.
+//! Figures, not checks: what an event costs over each hop, and how long one may be kept. `docs/decisions` has them, in
+//! `0120-a-task-reads-a-shared-socket.md` and `0243-quick-events-share-an-acknowledgement.md`.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::mpsc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
 use headgate_contracts::{
-    Batch, Head,
+    Batch, Head, What,
     wire::{chat, hop::AnswerFrame},
 };
 use headgate_testkit::hop::{frame, wire};
@@ -52,30 +53,30 @@ fn cpu() -> Duration {
     Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
 }
 
+/// Takes a connection, reads its request, and begins an answer.
+fn answering(listener: &TcpListener) -> TcpStream {
+    let (mut tcp, _) = listener.accept().unwrap();
+    tcp.set_nodelay(true).unwrap();
+    let mut reader = BufReader::new(tcp.try_clone().unwrap());
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        if line == "\r\n" {
+            break;
+        }
+    }
+    reader.read_exact(&mut vec![0; length]).unwrap();
+    tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\nevent: open\ndata: {\"model\":\"m\"}\n\n").unwrap();
+    tcp
+}
+
 /// Serves `TURNS` connections of server-sent events.
 fn events(listener: &TcpListener, pace: Pace) {
-    let mut turns: Vec<TcpStream> = (0..TURNS)
-        .map(|_| {
-            let (tcp, _) = listener.accept().unwrap();
-            tcp.set_nodelay(true).unwrap();
-            let mut reader = BufReader::new(tcp.try_clone().unwrap());
-            let mut length = 0;
-            loop {
-                let mut line = String::new();
-                reader.read_line(&mut line).unwrap();
-                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                    length = value.trim().parse().unwrap();
-                }
-                if line == "\r\n" {
-                    break;
-                }
-            }
-            reader.read_exact(&mut vec![0; length]).unwrap();
-            let mut tcp = tcp;
-            tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\nevent: open\ndata: {\"model\":\"m\"}\n\n").unwrap();
-            tcp
-        })
-        .collect();
+    let mut turns: Vec<TcpStream> = (0..TURNS).map(|_| answering(listener)).collect();
     for round in 0..=ROUNDS {
         let (name, object) = if round == ROUNDS { ("done", DONE) } else { ("text", TEXT) };
         for tcp in &mut turns {
@@ -207,5 +208,43 @@ fn a_figure_of_what_an_event_costs_over_each_hop() {
             let (events, socket, alone) = (measured(Hop::Events, pace), measured(Hop::WebSocket, pace), alone(pace));
             eprintln!("{pace:?}: events {events:.1} µs, socket with its task {socket:.1} µs, a socket each without a task {alone:.1} µs");
         }
+    }
+}
+
+#[test]
+#[ignore = "measures; prints how long events are kept by who waits for acknowledgements: cargo test -p headgate-upstream --test it -- --ignored --nocapture figure"]
+fn a_figure_of_how_long_events_wait_for_acknowledgements() {
+    for (nodelay, gap_ms) in [(true, 5), (true, 20), (false, 1), (false, 5), (false, 20), (false, 60)] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let server = std::thread::spawn(move || {
+            let mut tcp = answering(&listener);
+            tcp.set_nodelay(nodelay).unwrap();
+            (0..=ROUNDS)
+                .map(|round| {
+                    std::thread::sleep(Duration::from_millis(gap_ms));
+                    let (name, object) = if round == ROUNDS { ("done", DONE) } else { ("text", TEXT) };
+                    let sent = Instant::now();
+                    tcp.write_all(format!("event: {name}\ndata: {object}\n\n").as_bytes()).unwrap();
+                    sent
+                })
+                .collect::<Vec<_>>()
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let heard = runtime.block_on(async {
+            let upstream = crate::upstream(&[url], |settings| settings.protocol = Protocol::Orchestrator);
+            let (mut answer, mut batch, mut heard) = (upstream.open(&prompt()).await.unwrap(), Batch::new(), Vec::new());
+            while answer.next(&mut batch).await.unwrap() {
+                let text = batch.events().iter().filter(|event| matches!(event.what, What::Text { .. })).count();
+                heard.extend(std::iter::repeat_n(Instant::now(), text));
+            }
+            heard
+        });
+        let sent = server.join().unwrap();
+        let kept: Vec<f64> = sent.iter().zip(heard).map(|(sent, heard)| heard.duration_since(*sent).as_secs_f64() * 1e3).collect();
+        let (late, longest) = (kept.iter().filter(|kept| **kept > 10.0).count(), kept.iter().copied().fold(0.0, f64::max));
+        eprintln!(
+            "TCP_NODELAY {nodelay}, an event per {gap_ms} ms: {late} of {ROUNDS} kept for more than 10 ms, the longest for {longest:.1}"
+        );
     }
 }
