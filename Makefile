@@ -22,7 +22,8 @@ test: tools
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
-	$(CARGO) clippy -p headgate-gateway -p headgate-orchestrator --no-default-features -- -D warnings
+	$(CARGO) clippy -p headgate-gateway -p headgate-orchestrator --no-default-features --all-targets -- -D warnings
+	$(CARGO) clippy -p headgate-gateway -p headgate-orchestrator --no-default-features --features headgate-gateway/kafka --all-targets -- -D warnings
 	scripts/deny.sh
 
 ## What the tests need besides Rust: a Python environment, npm packages, Chromium, nginx, Apache Kafka, valgrind.

@@ -67,7 +67,9 @@ stage format cargo fmt --all --check
 stage dependencies scripts/deny.sh
 stage lints cargo clippy --workspace --all-targets --keep-going --quiet -- -D warnings
 # What `make demo` builds.
-stage lints-demo cargo clippy -p headgate-gateway -p headgate-orchestrator --no-default-features --keep-going --quiet -- -D warnings
+stage lints-demo cargo clippy -p headgate-gateway -p headgate-orchestrator --no-default-features --all-targets --keep-going --quiet -- -D warnings
+# What is built for brokers in plain text, without OpenSSL.
+stage lints-kafka cargo clippy -p headgate-gateway -p headgate-orchestrator --no-default-features --features headgate-gateway/kafka --all-targets --keep-going --quiet -- -D warnings
 stage tests cargo test --workspace --no-fail-fast
 if [ -d tests/browser/node_modules ] && command -v chromium >/dev/null; then
     stage page browser

@@ -15,10 +15,13 @@ use headgate_policy::{
     Decision, Digest, Facts, Issuer, Ring,
     vault::{Master, Vault},
 };
+#[cfg(feature = "kafka-tls")]
+use headgate_testkit::kafka::Guard;
+#[cfg(feature = "kafka")]
+use headgate_testkit::kafka::Kafka;
 use headgate_testkit::{
     client::{self, Request},
     dialect::{Answer, Cut},
-    kafka::{Guard, Kafka},
     services::{OrSkip, Program, Ready, Service, Signal},
     soon,
     upstream::{Script, Upstream},
