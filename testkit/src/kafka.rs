@@ -13,8 +13,6 @@ use tokio::sync::OnceCell;
 
 use crate::services::{Missing, Program, Ready, Service, Signal, free_addr};
 
-/// How often a port chosen freely may be snatched away before the broker could bind it.
-const ATTEMPTS: usize = 5;
 /// How long one of Kafka's own clients may take on a busy machine.
 const CLIENT: Duration = Duration::from_secs(60);
 /// Small, quick to start, and gone with us.
@@ -156,27 +154,21 @@ impl Kafka {
     }
 
     async fn start_with(guard: impl Fn(&Path) -> Option<Guard>) -> Result<Kafka, Missing> {
-        let mut failed = String::new();
-        for _ in 0..ATTEMPTS {
-            let data = tempfile::Builder::new().prefix("headgate-kafka-").tempdir().expect("a temporary folder");
-            let formatted = folder()?.join("formatted");
-            std::fs::create_dir(data.path().join("log")).expect("a folder for the broker");
-            for file in ["meta.properties", "bootstrap.checkpoint"] {
-                std::fs::copy(formatted.join(file), data.path().join("log").join(file))
-                    .unwrap_or_else(|error| panic!("cannot copy {file}: {error}; run scripts/tools.sh"));
-            }
-            let (addr, controller) = (free_addr(), free_addr());
-            let guard = guard(data.path());
-            let mut settings = properties(addr, controller, guard.as_ref(), data.path());
-            settings.extend(guard.as_ref().map(|guard| guard.properties(data.path())));
-            std::fs::write(data.path().join("server.properties"), settings).expect("to write a file");
-            let mut kafka = Kafka { service: None, addr, guard, data };
-            match kafka.launch().await? {
-                Ok(()) => return Ok(kafka),
-                Err(sentence) => failed = sentence,
-            }
+        let data = tempfile::Builder::new().prefix("headgate-kafka-").tempdir().expect("a temporary folder");
+        let formatted = folder()?.join("formatted");
+        std::fs::create_dir(data.path().join("log")).expect("a folder for the broker");
+        for file in ["meta.properties", "bootstrap.checkpoint"] {
+            std::fs::copy(formatted.join(file), data.path().join("log").join(file))
+                .unwrap_or_else(|error| panic!("cannot copy {file}: {error}; run scripts/tools.sh"));
         }
-        panic!("{failed}")
+        let (addr, controller) = (free_addr(), free_addr());
+        let guard = guard(data.path());
+        let mut settings = properties(addr, controller, guard.as_ref(), data.path());
+        settings.extend(guard.as_ref().map(|guard| guard.properties(data.path())));
+        std::fs::write(data.path().join("server.properties"), settings).expect("to write a file");
+        let mut kafka = Kafka { service: None, addr, guard, data };
+        kafka.launch().await?.unwrap_or_else(|sentence| panic!("{sentence}"));
+        Ok(kafka)
     }
 
     /// A broker that all tests of this program share, and which ends with it. Topics of different tests need different names.

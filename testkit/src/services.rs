@@ -2,16 +2,17 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Pid, kill_process_group};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
@@ -19,8 +20,6 @@ use crate::{PATIENCE, soon, within};
 
 /// How much of a program's output is kept, in bytes; the oldest lines go first.
 const MAX_OUTPUT_BYTES: usize = 4 << 20;
-/// How often a port chosen freely may be snatched away before a program could bind it.
-const ATTEMPTS: usize = 5;
 /// Set to `1`, it makes a missing program a failure instead of a skip.
 const REQUIRE: &str = "HEADGATE_REQUIRE_SERVICES";
 
@@ -338,22 +337,22 @@ impl Drop for Service {
     }
 }
 
-/// A port nobody listens on at this moment. Another process may take it before it is used: try again then.
+/// A port for a program that is told its number, and for the one that comes back there: the system gives it to nobody who asks for any,
+/// for as long as this process lives. Where nobody listens on it, it refuses connections.
 pub fn free_addr() -> SocketAddr {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("an address")
+    static KEPT: Mutex<Vec<TcpSocket>> = Mutex::new(Vec::new());
+    let socket = TcpSocket::new_v4().expect("a socket");
+    // Bound and never listening: whoever binds the number with this option, as servers do that are to start again at once, shares it.
+    socket.set_reuseaddr(true).expect("a shared port");
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
+    let addr = socket.local_addr().expect("an address");
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+    addr
 }
 
 /// An empty Redis that keeps nothing on disk.
 pub async fn redis() -> Result<Service, Missing> {
-    let mut failed = String::new();
-    for _ in 0..ATTEMPTS {
-        match redis_at(free_addr()).await? {
-            Ok(service) => return Ok(service),
-            Err(sentence) => failed = sentence,
-        }
-    }
-    panic!("{failed}")
+    Ok(redis_at(free_addr()).await?.unwrap_or_else(|sentence| panic!("{sentence}")))
 }
 
 /// A Redis where another one was before: the one that comes back. The inner error says why it could not start there.
@@ -377,24 +376,16 @@ pub async fn redis_loading(addr: SocketAddr, dump: &[u8], per_key: Duration) -> 
 
 /// A Redis that speaks TLS alone, with this certificate and key in PEM, to nobody but the user `headgate` with this password.
 pub async fn redis_tls(certificate: &str, key: &str, password: &str) -> Result<Service, Missing> {
-    let mut failed = String::new();
-    for _ in 0..ATTEMPTS {
-        let addr = free_addr();
-        let port = addr.port().to_string();
-        let program = redis_program(addr)?;
-        let (certificate, key) = (program.file("certificate.pem", certificate), program.file("key.pem", key));
-        let program = program.arguments(["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no", "--tls-cert-file"]);
-        let program = program.argument(certificate).argument("--tls-key-file").argument(key);
-        let user = ["--user", "headgate", "on", &format!(">{password}"), "~*", "&*", "+@all", "--user", "default", "off"];
-        match program.arguments(user).try_start(Ready::Line("eady to accept connections".into())).await {
-            Ok(mut service) => {
-                service.addr = Some(addr);
-                return Ok(service);
-            }
-            Err(sentence) => failed = sentence,
-        }
-    }
-    panic!("{failed}")
+    let addr = free_addr();
+    let port = addr.port().to_string();
+    let program = redis_program(addr)?;
+    let (certificate, key) = (program.file("certificate.pem", certificate), program.file("key.pem", key));
+    let program = program.arguments(["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no", "--tls-cert-file"]);
+    let program = program.argument(certificate).argument("--tls-key-file").argument(key);
+    let user = ["--user", "headgate", "on", &format!(">{password}"), "~*", "&*", "+@all", "--user", "default", "off"];
+    let mut service = program.arguments(user).start(Ready::Line("eady to accept connections".into())).await;
+    service.addr = Some(addr);
+    Ok(service)
 }
 
 fn redis_program(addr: SocketAddr) -> Result<Program, Missing> {
@@ -421,41 +412,27 @@ pub async fn identity_at(addr: SocketAddr, key: &str) -> Result<Result<Service, 
 
 /// A real OpenID Connect provider: its issuer is `http://` and where it listens.
 pub async fn identity() -> Result<Service, Missing> {
-    let mut failed = String::new();
-    for _ in 0..ATTEMPTS {
-        match identity_at(free_addr(), "first").await? {
-            Ok(service) => return Ok(service),
-            Err(sentence) => failed = sentence,
-        }
-    }
-    panic!("{failed}")
+    Ok(identity_at(free_addr(), "first").await?.unwrap_or_else(|sentence| panic!("{sentence}")))
 }
 
 /// An nginx with this inside its `http` block; every `{listen}` is replaced by the address it is to listen on.
 pub async fn nginx(http: &str) -> Result<Service, Missing> {
-    let mut failed = String::new();
-    for _ in 0..ATTEMPTS {
-        let addr = free_addr();
-        let program = Program::find(&["nginx"], "HEADGATE_NGINX", "apt-get install nginx-light")?;
-        let folder = program.folder().display().to_string();
-        let paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|kind| format!("{kind}_temp_path {folder}/{kind};"));
-        let http = http.replace("{listen}", &addr.to_string());
-        let config = program.file(
-            "nginx.conf",
-            format!(
-                "daemon off;\nworker_processes 1;\npid {folder}/pid;\nerror_log stderr;\nevents {{ worker_connections 16384; }}\n\
-                 http {{ access_log off;\n{}\n{http}\n}}\n",
-                paths.join("\n")
-            ),
-        );
-        // Before it has read its config it would complain in a log of its own, which may not be ours to write.
-        let program = program.arguments(["-e", "stderr", "-p", &folder]).argument("-c").argument(config);
-        match program.try_start(Ready::Connects(addr)).await {
-            Ok(service) => return Ok(service),
-            Err(sentence) => failed = sentence,
-        }
-    }
-    panic!("{failed}")
+    let addr = free_addr();
+    let program = Program::find(&["nginx"], "HEADGATE_NGINX", "apt-get install nginx-light")?;
+    let folder = program.folder().display().to_string();
+    let paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|kind| format!("{kind}_temp_path {folder}/{kind};"));
+    let http = http.replace("{listen}", &addr.to_string());
+    let config = program.file(
+        "nginx.conf",
+        format!(
+            "daemon off;\nworker_processes 1;\npid {folder}/pid;\nerror_log stderr;\nevents {{ worker_connections 16384; }}\n\
+             http {{ access_log off;\n{}\n{http}\n}}\n",
+            paths.join("\n")
+        ),
+    );
+    // Before it has read its config it would complain in a log of its own, which may not be ours to write.
+    let program = program.arguments(["-e", "stderr", "-p", &folder]).argument("-c").argument(config);
+    Ok(program.start(Ready::Connects(addr)).await)
 }
 
 /// A Python that can import every one of `modules`: the one `HEADGATE_PYTHON` points to (that of a venv), or the system's.
@@ -473,6 +450,10 @@ pub async fn python(modules: &[&str]) -> Result<Program, Missing> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
+    use tokio::net::TcpListener;
+
     use super::*;
     use crate::client::{Http1, Request, ask};
     use crate::upstream::{Script, Upstream};
@@ -534,6 +515,17 @@ mod tests {
             .expect("nothing has this name");
         let sentence = "no-such-program is missing; to get it: apt-get install nothing, or set HEADGATE_NO_SUCH_PROGRAM";
         assert_eq!(missing.to_string(), sentence);
+    }
+
+    #[tokio::test]
+    async fn a_free_port_refuses_until_its_program_listens_there_and_again_when_that_is_gone() {
+        let addr = free_addr();
+        for _ in 0..2 {
+            assert_eq!(TcpStream::connect(addr).await.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+            let listener = TcpListener::bind(addr).await.expect("it is ours");
+            let (_client, accepted) = (TcpStream::connect(addr).await.unwrap(), listener.accept().await.unwrap().0);
+            drop((listener, accepted));
+        }
     }
 
     #[tokio::test]
