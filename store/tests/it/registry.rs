@@ -9,7 +9,7 @@ use headgate_testkit::{
     soon,
 };
 
-use crate::{BUDGET, connected, now};
+use crate::{BUDGET, PATIENT, connected_within, now};
 
 fn con(name: &str) -> Digest {
     Digest::of(name.as_bytes())
@@ -47,7 +47,7 @@ impl Reader {
 
 async fn stores(test: &str) -> Option<(services::Service, tempfile::TempDir, [Store; 2], Redis)> {
     let server = services::redis().await.or_skip(test)?;
-    let redis = connected(&server).await;
+    let redis = connected_within(&server, PATIENT).await;
     let folder = tempfile::tempdir().unwrap();
     let stores = [Store::redis(&redis), Store::Folder(folder.path().join("policies"))];
     Some((server, folder, stores, redis))
@@ -96,7 +96,6 @@ async fn of_two_who_publish_at_once_one_is_told_to_look_again() {
 #[tokio::test]
 async fn writing_to_redis_alone_installs_nothing() {
     let Some((_server, _folder, [store, _], redis)) = stores("writing_to_redis_alone_installs_nothing").await else { return };
-    let redis = redis.within(Duration::from_secs(5));
     let (policy_key, writer) = (Ring::generate(now()).unwrap(), Ring::generate(now()).unwrap());
     let first = Entry::first(ANY_TENANT, "1", con("one"), now() - 1000);
     let second = first.succeeded_by("2", con("two"), now() - 500);
@@ -145,7 +144,8 @@ async fn nothing_is_known_before_the_store_was_reached_once() {
     let reader = Reader::of(Store::redis(&redis), &policy_key);
     assert_eq!(reader.standing("acme", "1", con("one")), Err(Unavailable));
     assert!(reader.registry.entries().is_err());
-    let Some(Ok(_server)) = services::redis_at(addr).await.or_skip("nothing_is_known_before_the_store_was_reached") else { return };
+    let Some(server) = services::redis_at(addr).await.or_skip("nothing_is_known_before_the_store_was_reached") else { return };
+    let _server = server.unwrap();
     // Reached, and empty: no policy is in force.
     reader.says("acme", "1", con("one"), Ok(Standing::Unknown)).await;
     let entry = policy_key.sign_entry(&Entry::first(ANY_TENANT, "1", con("one"), now())).unwrap();
