@@ -1,42 +1,69 @@
-//! The gates of a route, in the order of the config: prompt and answer run the same list, top to bottom.
+//! The filters of a route, in the order of the config: prompt and answer run the same list, top to bottom.
 
-use std::{future::poll_fn, task::Poll};
+use std::{future::poll_fn, iter::from_fn, task::Poll};
 
 use headgate_contracts::{Batch, End, Head, Prompt, Record, Stop};
 
-use crate::Gate;
+use crate::{Filter, Gate, Terms, gate::Post};
 
-/// The gates of one turn.
+/// The filters of one turn.
 pub struct Chain {
+    /// Those that judge text.
     gates: Vec<Gate>,
-    /// How many stand before the first that judges text: they have no part in what is done for each batch.
-    textless: usize,
+    /// Those that judge none: they stand aside while an answer lasts.
+    aside: Vec<Post>,
 }
 
 impl Chain {
     /// A chain of these gates, in this order.
     pub fn new(gates: Vec<Gate>) -> Chain {
-        let textless = gates.iter().position(Gate::judges_text).unwrap_or(gates.len());
-        Chain { gates, textless }
+        Chain { gates, aside: Vec::new() }
     }
 
-    /// The gates, in order.
+    /// A chain that is to have so many gates, and so many filters aside.
+    pub(crate) fn with_room(gates: usize, aside: usize) -> Chain {
+        Chain { gates: Vec::with_capacity(gates), aside: Vec::with_capacity(aside) }
+    }
+
+    /// Puts a filter at the end.
+    pub(crate) fn add(&mut self, name: &'static str, filter: Box<dyn Filter>, terms: &Terms, judges_text: bool) {
+        let place = (self.gates.len() + self.aside.len()).try_into().unwrap_or(u16::MAX);
+        let post = Post::new(name, filter, terms, place);
+        if judges_text {
+            self.gates.push(Gate::at(post, terms));
+        } else {
+            self.aside.push(post);
+        }
+    }
+
+    /// The gates of the filters that judge text, in order.
     pub fn gates(&self) -> &[Gate] {
         &self.gates
     }
 
+    /// All filters, in order.
+    pub(crate) fn posts(&mut self) -> impl Iterator<Item = &mut Post> {
+        let mut gates = self.gates.iter_mut().map(Gate::post).peekable();
+        let mut aside = self.aside.iter_mut().peekable();
+        from_fn(move || match (gates.peek(), aside.peek()) {
+            (Some(gate), Some(other)) if gate.place > other.place => aside.next(),
+            (Some(_), _) => gates.next(),
+            (None, _) => aside.next(),
+        })
+    }
+
     /// The prompt on its way up: each filter may stamp, change or refuse it, or wait. Cancel safe: dropping it drops what waits.
     pub async fn prompt(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
-        for gate in &mut self.gates {
-            gate.prompt(prompt).await?;
+        for post in self.posts() {
+            post.prompt(prompt).await?;
         }
         Ok(())
     }
 
     /// The answer's head on its way down, before the client has seen a byte.
     pub fn head(&mut self, head: &mut Head) -> Result<(), Stop> {
-        for gate in &mut self.gates {
-            gate.head(head)?;
+        for post in self.posts() {
+            post.head(head)?;
         }
         Ok(())
     }
@@ -48,28 +75,20 @@ impl Chain {
     ///
     /// Work: one pass per gate; nothing is copied or allocated while nothing is held and all is clean.
     pub fn pass(&mut self, batch: &mut Batch) -> Result<(), Stop> {
-        for gate in self.judges_mut() {
+        for gate in &mut self.gates {
             gate.pass(batch);
         }
         self.stop()
     }
 
-    fn judges(&self) -> &[Gate] {
-        self.gates.get(self.textless..).unwrap_or_default()
-    }
-
-    fn judges_mut(&mut self) -> &mut [Gate] {
-        self.gates.get_mut(self.textless..).unwrap_or_default()
-    }
-
     /// Whether more may come in.
     pub fn has_room(&self) -> bool {
-        self.judges().iter().all(Gate::has_room)
+        self.gates.iter().all(Gate::has_room)
     }
 
     /// Waits until something may go that was held, without new text. Cancel safe: what became ripe is kept in its gate.
     pub async fn ripen(&mut self) {
-        ripen(self.judges_mut()).await;
+        ripen(&mut self.gates).await;
     }
 
     /// Nothing more will come. Out: what was still held and may go. `true`: there may be more, and so it is asked again.
@@ -118,7 +137,10 @@ impl Chain {
                 self.stop().and(end)
             }
         };
-        for gate in &mut self.gates {
+        for post in self.posts() {
+            post.end(record);
+        }
+        for gate in &self.gates {
             gate.end(record);
         }
         end
@@ -130,7 +152,7 @@ impl Chain {
     }
 
     fn stop(&self) -> Result<(), Stop> {
-        match self.judges().iter().rev().find_map(|gate| gate.stop().cloned()) {
+        match self.gates.iter().rev().find_map(|gate| gate.stop().cloned()) {
             Some(stop) => Err(stop),
             None => Ok(()),
         }

@@ -17,6 +17,7 @@ use std::{
 };
 
 use headgate_contracts::{Batch, Channel, Code, Dialect, Event, Fault, Head, Lane, Outcome, Prompt, Question, Record, Stop, What};
+use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep};
 
 use crate::{
@@ -24,27 +25,44 @@ use crate::{
     terms::{Late, Mode, OnFault, Terms},
 };
 
-/// One filter's place in a chain.
+/// A filter that judges text, and what it has not cleared.
+///
+/// Gates of a chain lie side by side, with the one lane that nearly every answer has in them: among a thousand streams each event finds
+/// its own in no cache (`docs/decisions/0260-what-an-event-touches.md`).
 pub struct Gate {
-    name: &'static str,
-    filter: Box<dyn Filter>,
-    terms: Terms,
-    textless: bool,
-    lanes: Vec<Track>,
-    /// Questions seen.
-    questions: u16,
+    post: Post,
+    lanes: SmallVec<[Track; 1]>,
     /// Most gates of a chain never hold anything.
     desk: Option<Box<Desk>>,
-    /// Bytes of text that wait.
-    held_bytes: u64,
     stop: Option<Box<Stop>>,
-    /// Judges no more: its filter broke and the terms say pass, or a shadowed filter has said stop.
-    open: bool,
+    /// Most gates never hold anything for any time.
+    clock: Option<Box<Clock>>,
+    max_held: u64,
+    max_hold: Option<Duration>,
+    on_late: Late,
     /// Text went unjudged because it was late, so the filter's later edits may come too late.
     late: bool,
-    sleep: Option<Pin<Box<Sleep>>>,
-    /// Most gates never hold anything for any time.
-    holds: Option<Box<Holds>>,
+    /// Questions seen.
+    questions: u16,
+}
+
+/// A filter's place in a chain: all that there is of one which judges no text.
+pub(crate) struct Post {
+    pub(crate) name: &'static str,
+    filter: Box<dyn Filter>,
+    mode: Mode,
+    on_fault: OnFault,
+    /// Judges no more: its filter broke and the terms say pass, or a shadowed filter has said stop.
+    open: bool,
+    /// How many filters of the chain stand before it.
+    pub(crate) place: u16,
+}
+
+/// The clock of a gate that holds text, or has.
+#[derive(Default)]
+struct Clock {
+    alarm: Option<Pin<Box<Sleep>>>,
+    holds: Holds,
 }
 
 /// The most desks that a thread keeps for gates to come, and the largest buffers on one.
@@ -68,6 +86,8 @@ struct Desk {
     waits: Vec<Wait>,
     /// How many of these have gone.
     gone: usize,
+    /// Bytes of text that wait.
+    bytes: u64,
 }
 
 fn lend_out(dialect: Dialect) -> Box<Batch> {
@@ -112,13 +132,40 @@ struct Track {
     lane: Lane,
     seen: At,
     cleared: At,
-    /// What is replaced, and whether the replacement has been shown.
-    edits: VecDeque<(Edit, bool)>,
-    stop: Option<Box<Stop>>,
+    /// Most lanes are clean.
+    said: Option<Box<Said>>,
     /// A stop was given: what lies behind it never goes.
     cut: bool,
     /// The filter has said its last word on this lane.
     over: bool,
+}
+
+/// What a filter has said of a lane, besides how far it may go.
+#[derive(Default)]
+struct Said {
+    /// What is replaced, and whether the replacement has been shown.
+    edits: VecDeque<(Edit, bool)>,
+    stop: Option<Box<Stop>>,
+}
+
+impl Track {
+    /// Where the first edit begins that is not all shown; beyond any text where there is none.
+    fn first_edit(&self) -> At {
+        self.said.as_ref().and_then(|said| said.edits.front()).map_or(At::END, |(edit, _)| edit.range.start)
+    }
+
+    fn said(&mut self) -> &mut Said {
+        self.said.get_or_insert_default()
+    }
+
+    fn cut(&mut self, stop: Box<Stop>) {
+        self.said().stop = Some(stop);
+        self.cut = true;
+    }
+
+    fn take_stop(&mut self) -> Option<Box<Stop>> {
+        self.said.as_mut().and_then(|said| said.stop.take())
+    }
 }
 
 /// How long text waited in one gate.
@@ -178,11 +225,11 @@ const FRAMES_ROOM: u64 = 64 << 10;
 /// The most a gate's buffers take, in bytes, beside one event of the largest size the upstream may send: what waits, in buffers
 /// that double as they grow. What goes is passed on, and what is needed meanwhile is the thread's, not the turn's.
 pub(crate) fn ceiling_bytes(terms: &Terms) -> u64 {
-    2 * most_weight(terms)
+    2 * most_weight(terms.max_held())
 }
 
-fn most_weight(terms: &Terms) -> u64 {
-    terms.max_held().saturating_add(FRAMES_ROOM)
+fn most_weight(max_held: u64) -> u64 {
+    max_held.saturating_add(FRAMES_ROOM)
 }
 
 impl Desk {
@@ -212,65 +259,14 @@ impl Desk {
     }
 }
 
-impl Gate {
-    /// A gate for `filter`, known as `name` in logs and metrics.
-    pub fn new(name: &'static str, filter: Box<dyn Filter>, terms: Terms) -> Gate {
-        Gate {
-            name,
-            filter,
-            terms,
-            textless: false,
-            lanes: Vec::new(),
-            questions: 0,
-            desk: None,
-            held_bytes: 0,
-            stop: None,
-            open: false,
-            late: false,
-            sleep: None,
-            holds: None,
-        }
-    }
-
-    /// Its filter judges no text, so none is shown to it.
-    pub fn textless(mut self) -> Gate {
-        self.textless = true;
-        self
-    }
-
-    /// Whether its filter is shown the answer's text.
-    pub(crate) fn judges_text(&self) -> bool {
-        !self.textless
-    }
-
-    /// The filter's name.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
-    /// Why the turn ends at this gate, if it does.
-    pub fn stop(&self) -> Option<&Stop> {
-        self.stop.as_deref()
-    }
-
-    /// Bytes of text that wait here.
-    pub fn held_bytes(&self) -> u64 {
-        self.held_bytes
-    }
-
-    /// Whether more may come in: no more text waits than the terms allow.
-    pub fn has_room(&self) -> bool {
-        self.held_bytes <= self.terms.max_held()
-    }
-
-    /// How long text has waited here.
-    pub fn holds(&self) -> &Holds {
-        self.holds.as_deref().unwrap_or(&Holds::NONE)
+impl Post {
+    pub(crate) fn new(name: &'static str, filter: Box<dyn Filter>, terms: &Terms, place: u16) -> Post {
+        Post { name, filter, mode: terms.mode, on_fault: terms.on_fault, open: false, place }
     }
 
     /// Shows the prompt to the filter; a copy of it where it must not change anything.
     pub(crate) async fn prompt(&mut self, prompt: &mut Prompt) -> Result<(), Stop> {
-        match self.terms.mode {
+        match self.mode {
             Mode::Enforce => {
                 let said = self.filter.prompt(prompt).await;
                 self.accept(said)
@@ -293,7 +289,7 @@ impl Gate {
         if self.open {
             return Ok(());
         }
-        let said = match self.terms.mode {
+        let said = match self.mode {
             Mode::Enforce => self.filter.head(head),
             Mode::Shadow => self.filter.head(&mut head.clone()),
         };
@@ -301,7 +297,7 @@ impl Gate {
     }
 
     fn accept(&mut self, said: Result<(), Stop>) -> Result<(), Stop> {
-        match (said, self.terms.mode, self.terms.on_fault) {
+        match (said, self.mode, self.on_fault) {
             (Ok(()), _, _) => Ok(()),
             (Err(Stop::Failed(fault)), Mode::Shadow, _) | (Err(Stop::Failed(fault)), _, OnFault::Pass) => {
                 self.leave_out(&fault);
@@ -316,7 +312,67 @@ impl Gate {
     fn leave_out(&mut self, fault: &Fault) {
         tracing::warn!(filter = self.name, code = %fault.code, cause = fault.chain(), "filter left out of a turn");
         self.open = true;
-        self.clear_all();
+    }
+
+    /// Lets the filter say what it has found.
+    pub(crate) fn end(&mut self, record: &mut Record) {
+        let (found, outcome) = (record.found, record.outcome);
+        self.filter.end(record);
+        if self.mode == Mode::Shadow && (record.found > found || record.outcome > outcome) {
+            // It would have masked or blocked, and did not.
+            record.outcome = outcome.max(Outcome::Flagged);
+        }
+    }
+}
+
+impl Gate {
+    /// A gate for `filter`, known as `name` in logs and metrics.
+    pub fn new(name: &'static str, filter: Box<dyn Filter>, terms: Terms) -> Gate {
+        Gate::at(Post::new(name, filter, &terms, 0), &terms)
+    }
+
+    pub(crate) fn at(post: Post, terms: &Terms) -> Gate {
+        Gate {
+            post,
+            lanes: SmallVec::new(),
+            desk: None,
+            stop: None,
+            clock: None,
+            max_held: terms.max_held(),
+            max_hold: terms.max_hold(),
+            on_late: terms.late,
+            late: false,
+            questions: 0,
+        }
+    }
+
+    pub(crate) fn post(&mut self) -> &mut Post {
+        &mut self.post
+    }
+
+    /// The filter's name.
+    pub fn name(&self) -> &'static str {
+        self.post.name
+    }
+
+    /// Why the turn ends at this gate, if it does.
+    pub fn stop(&self) -> Option<&Stop> {
+        self.stop.as_deref()
+    }
+
+    /// Bytes of text that wait here.
+    pub fn held_bytes(&self) -> u64 {
+        self.desk.as_ref().map_or(0, |desk| desk.bytes)
+    }
+
+    /// Whether more may come in: no more text waits than the terms allow.
+    pub fn has_room(&self) -> bool {
+        self.held_bytes() <= self.max_held
+    }
+
+    /// How long text has waited here.
+    pub fn holds(&self) -> &Holds {
+        self.clock.as_ref().map_or(&Holds::NONE, |clock| &clock.holds)
     }
 
     /// Everything seen may go, but for what a stop has cut.
@@ -334,14 +390,11 @@ impl Gate {
             batch.truncate(0);
             return;
         }
-        if self.textless {
-            return;
-        }
-        if self.terms.mode == Mode::Shadow {
+        if self.post.mode == Mode::Shadow {
             self.watch(batch);
             return;
         }
-        if self.open && self.is_empty() {
+        if self.post.open && self.is_empty() {
             return;
         }
         let nothing_held = self.is_empty();
@@ -394,7 +447,7 @@ impl Gate {
                     let words = batch.text(prompt);
                     question = self.next_question();
                     start = self.judge(asked(question), words).0;
-                    self.held_bytes += words.len() as u64;
+                    desk.bytes += words.len() as u64;
                     // A prompt comes whole.
                     if let Some(index) = self.track(asked(question)) {
                         self.last_word(index);
@@ -407,7 +460,7 @@ impl Gate {
                 desk.held.push_from(batch, *event);
                 desk.waits.push(Wait { start, since: now, gone: false, question });
                 if let What::Text { text, .. } = event.what {
-                    self.held_bytes += text.len() as u64;
+                    desk.bytes += text.len() as u64;
                     start.0 += text.len() as u64;
                 }
             }
@@ -424,7 +477,7 @@ impl Gate {
     /// next one begins.
     fn untouched(&self, lane: Lane, mut start: At, batch: &Batch, run: std::ops::Range<usize>) -> (usize, At) {
         let Some(track) = self.lanes.iter().find(|track| track.lane == lane) else { return (0, start) };
-        let edited = track.edits.front().map_or(At::END, |(edit, _)| edit.range.start);
+        let edited = track.first_edit();
         let mut count = 0;
         for event in batch.events().get(run).unwrap_or_default() {
             let What::Text { text, .. } = event.what else { break };
@@ -441,7 +494,7 @@ impl Gate {
     ///
     /// Asked again it gives what has become clean since.
     pub(crate) fn last(&mut self, batch: &mut Batch) {
-        if self.stop.is_some() || self.textless {
+        if self.stop.is_some() {
             return;
         }
         for index in 0..self.lanes.len() {
@@ -484,60 +537,55 @@ impl Gate {
     /// Asks the filter for its last verdict on a lane.
     fn last_word(&mut self, index: usize) {
         let Some(track) = self.lanes.get_mut(index) else { return };
-        if std::mem::replace(&mut track.over, true) || self.open || track.cut {
+        if std::mem::replace(&mut track.over, true) || self.post.open || track.cut {
             return;
         }
-        let verdict = self.filter.last(track.lane);
-        match self.terms.mode {
+        let verdict = self.post.filter.last(track.lane);
+        match self.post.mode {
             Mode::Enforce => self.apply(index, verdict),
             Mode::Shadow => drop(verdict),
         }
     }
 
-    /// Lets the filter say what it has found.
-    pub(crate) fn end(&mut self, record: &mut Record) {
-        let (found, outcome) = (record.found, record.outcome);
-        self.filter.end(record);
-        if self.terms.mode == Mode::Shadow && (record.found > found || record.outcome > outcome) {
-            // It would have masked or blocked, and did not.
-            record.outcome = outcome.max(Outcome::Flagged);
-        }
+    /// Says how long text has waited.
+    pub(crate) fn end(&self, record: &mut Record) {
         if self.holds().max > record.held_max {
             record.held_max = self.holds().max;
-            record.held_by = Some(self.name);
+            record.held_by = Some(self.name());
         }
     }
 
     /// Ready when something changed without new text: a verdict that was waited for, or a hold that ran out.
     pub(crate) fn poll_ripe(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.textless || self.open || self.stop.is_some() {
+        if self.post.open || self.stop.is_some() {
             return Poll::Pending;
         }
-        if let Poll::Ready((lane, verdict)) = self.filter.poll(cx) {
-            match self.terms.mode {
+        if let Poll::Ready((lane, verdict)) = self.post.filter.poll(cx) {
+            match self.post.mode {
                 Mode::Enforce => {
                     if let Some(index) = self.track(lane) {
                         self.apply(index, verdict);
                     }
                     if self.is_empty() {
                         // Nothing waits that the stop would be met behind.
-                        self.stop = self.lanes.iter_mut().find_map(|track| track.stop.take());
+                        self.stop = self.lanes.iter_mut().find_map(Track::take_stop);
                     }
                 }
-                Mode::Shadow => self.open = verdict.stop.is_some(),
+                Mode::Shadow => self.post.open = verdict.stop.is_some(),
             }
             return Poll::Ready(());
         }
         let oldest = self.desk.iter().flat_map(|desk| &desk.waits).filter(|wait| !wait.gone).map(|wait| wait.since).min();
-        let (Some(max_hold), Some(oldest)) = (self.terms.max_hold(), oldest) else {
+        let (Some(max_hold), Some(oldest)) = (self.max_hold, oldest) else {
             return Poll::Pending;
         };
         let deadline = oldest + max_hold;
-        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-        if sleep.deadline() != deadline {
-            sleep.as_mut().reset(deadline);
+        let clock = self.clock.get_or_insert_default();
+        let alarm = clock.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        if alarm.deadline() != deadline {
+            alarm.as_mut().reset(deadline);
         }
-        ready!(sleep.as_mut().poll(cx));
+        ready!(alarm.as_mut().poll(cx));
         self.be_late();
         Poll::Ready(())
     }
@@ -555,14 +603,14 @@ impl Gate {
                 What::Confirm { prompt, .. } => (asked(self.next_question()), prompt),
                 What::Finish { .. } | What::Tool { .. } | What::Usage(_) | What::Note => continue,
             };
-            if !self.open
+            if !self.post.open
                 && !text.is_empty()
                 && let Some(track) = self.track(lane).and_then(|index| self.lanes.get_mut(index))
             {
                 let (at, words) = (track.seen, batch.text(text));
                 track.seen.0 += words.len() as u64;
-                let verdict = self.filter.text(Text { lane, at, text: words });
-                self.open = verdict.stop.is_some();
+                let verdict = self.post.filter.text(Text { lane, at, text: words });
+                self.post.open = verdict.stop.is_some();
             }
         }
     }
@@ -571,11 +619,7 @@ impl Gate {
     fn track(&mut self, lane: Lane) -> Option<usize> {
         let place = self.lanes.iter().position(|track| track.lane == lane);
         if place.is_none() && self.lanes.len() < MAX_LANES {
-            if self.lanes.is_empty() {
-                // Nearly every answer has one lane.
-                self.lanes.reserve_exact(1);
-            }
-            self.lanes.push(Track { lane, seen: At(0), cleared: At(0), edits: VecDeque::new(), stop: None, cut: false, over: false });
+            self.lanes.push(Track { lane, seen: At(0), cleared: At(0), said: None, cut: false, over: false });
             return Some(self.lanes.len() - 1);
         }
         place
@@ -591,7 +635,7 @@ impl Gate {
         let track = &mut self.lanes[index];
         let at = track.seen;
         track.seen.0 += words.len() as u64;
-        if self.open {
+        if self.post.open {
             track.cleared = track.seen;
             return (at, true);
         }
@@ -604,7 +648,7 @@ impl Gate {
             self.stop = Some(Stop::Failed(fault).into());
             return (at, false);
         }
-        let verdict = self.filter.text(Text { lane, at, text: words });
+        let verdict = self.post.filter.text(Text { lane, at, text: words });
         if verdict.to >= track.seen && verdict.edits.is_empty() && verdict.stop.is_none() {
             track.cleared = track.seen;
             return (at, true);
@@ -617,34 +661,38 @@ impl Gate {
         let (late, track) = (self.late, &mut self.lanes[index]);
         let to = verdict.to.min(track.seen);
         for Edit { range, with } in verdict.edits {
-            let floor = track.edits.back().map_or(track.cleared, |(last, _)| last.range.end.max(track.cleared));
+            let last = track.said.as_ref().and_then(|said| said.edits.back());
+            let floor = last.map_or(track.cleared, |(last, _)| last.range.end.max(track.cleared));
             // What has gone because it was late is beyond masking; what is left of the range is not.
             let range = if late { range.start.max(floor)..range.end } else { range };
             if floor <= range.start && range.start < range.end && range.end <= to {
-                track.edits.push_back((Edit { range, with }, false));
+                track.said().edits.push_back((Edit { range, with }, false));
             } else if !late {
                 // An edit of text that has gone is a fault of the filter: never let it pass for a mask.
-                let fault = Fault::us(Code::InternalError).caused_by(format!("filter {} edits outside what it clears", self.name));
-                (track.stop, track.cut) = (Some(Stop::Failed(fault).into()), true);
+                let fault = Fault::us(Code::InternalError).caused_by(format!("filter {} edits outside what it clears", self.post.name));
+                track.cut(Stop::Failed(fault).into());
                 return;
             }
         }
         track.cleared = track.cleared.max(to);
         let Some(stop) = verdict.stop else { return };
         match &*stop {
-            Stop::Failed(fault) if self.terms.on_fault == OnFault::Pass => self.leave_out(fault),
-            _ => (track.stop, track.cut) = (Some(stop), true),
+            Stop::Failed(fault) if self.post.on_fault == OnFault::Pass => {
+                self.post.leave_out(fault);
+                self.clear_all();
+            }
+            _ => track.cut(stop),
         }
     }
 
     /// What waited too long, or became too much, goes unjudged or ends the turn, as the terms say.
     fn be_late(&mut self) {
-        match self.terms.late {
+        match self.on_late {
             Late::Release => {
                 self.late = true;
                 let waiting = self.lanes.iter().filter(|track| !track.cut).map(|track| track.seen.0 - track.cleared.0);
                 let unjudged: u64 = waiting.sum();
-                self.holds.get_or_insert_default().unjudged_bytes += unjudged;
+                self.clock.get_or_insert_default().holds.unjudged_bytes += unjudged;
                 self.clear_all();
             }
             Late::Refuse => {
@@ -657,11 +705,11 @@ impl Gate {
     /// Sees to it that no more waits than may: first by keeping it smaller, then by being late.
     fn keep_bounds(&mut self, desk: &mut Desk, out: &mut Batch, now: Instant) {
         let weight = |held: &Batch| held.bytes() as u64 + EVENT_COST * held.events().len() as u64;
-        let most = most_weight(&self.terms);
+        let most = most_weight(self.max_held);
         if weight(&desk.held) > most {
             self.compact(desk);
         }
-        if !self.has_room() || weight(&desk.held) > most {
+        if desk.bytes > self.max_held || weight(&desk.held) > most {
             self.be_late();
             self.release(desk, out, now);
         }
@@ -701,7 +749,7 @@ impl Gate {
     fn release(&mut self, desk: &mut Desk, out: &mut Batch, now: Instant) {
         self.release_cleared(desk, out, now);
         if self.stop.is_none()
-            && let Some(stop) = self.lanes.iter_mut().find_map(|track| track.stop.take())
+            && let Some(stop) = self.lanes.iter_mut().find_map(Track::take_stop)
         {
             self.stop = Some(stop);
             // Nothing more will be seen of the other lanes: what they hold is settled, each up to a cut of its own.
@@ -714,7 +762,7 @@ impl Gate {
             desk.held.clear();
             desk.waits.clear();
             desk.gone = 0;
-            self.held_bytes = 0;
+            desk.bytes = 0;
         } else if desk.gone >= SWEEP_EVENTS {
             let mut swept = Batch::lent();
             for (event, _) in desk.held.events().iter().zip(&desk.waits).filter(|(_, wait)| !wait.gone) {
@@ -751,13 +799,13 @@ impl Gate {
                     let words = desk.held.text(text);
                     let end = At(start.0 + words.len() as u64);
                     if end <= track.cleared {
-                        let touched = track.edits.front().is_some_and(|(edit, _)| edit.range.start < end);
+                        let touched = track.first_edit() < end;
                         if raw.is_some() && !touched {
                             out.push_from(&desk.held, Event { what, raw });
                         } else {
                             emit(track, start, words, out);
                         }
-                        self.held_bytes -= words.len() as u64;
+                        desk.bytes -= words.len() as u64;
                         true
                     } else {
                         let mut fit = track.cleared.0.saturating_sub(start.0) as usize;
@@ -770,7 +818,7 @@ impl Gate {
                             let rest = desk.held.sub(text, fit..words.len());
                             desk.held.restate(index, What::Text { lane, text: rest });
                             desk.waits[index].start = At(start.0 + fit as u64);
-                            self.held_bytes -= fit as u64;
+                            desk.bytes -= fit as u64;
                         }
                         blocked |= 1 << place;
                         false
@@ -783,7 +831,7 @@ impl Gate {
                     let goes = track.seen <= track.cleared;
                     if goes {
                         ask(track, &desk.held, Event { what, raw }, out);
-                        self.held_bytes -= prompt.len() as u64;
+                        desk.bytes -= prompt.len() as u64;
                     } else {
                         blocked |= 1 << place;
                     }
@@ -807,7 +855,7 @@ impl Gate {
                 }
                 desk.gone += 1;
                 if since != now && matches!(what, What::Text { .. } | What::Confirm { .. }) {
-                    self.holds.get_or_insert_default().add(now - since);
+                    self.clock.get_or_insert_default().holds.add(now - since);
                 }
             } else if !matches!(what, What::Text { .. }) {
                 frame_stays = true;
@@ -818,7 +866,7 @@ impl Gate {
 
 /// Writes a cleared question, with its edits.
 fn ask(track: &mut Track, held: &Batch, event: Event, out: &mut Batch) {
-    let Some(question) = held.question(&event).filter(|_| !track.edits.is_empty()) else { return out.push_from(held, event) };
+    let Some(question) = held.question(&event).filter(|_| track.first_edit() < At::END) else { return out.push_from(held, event) };
     let mut prompt = Batch::new();
     emit(track, At(0), question.prompt, &mut prompt);
     // Pieces that follow each other are put together as they are written.
@@ -834,7 +882,9 @@ fn emit(track: &mut Track, start: At, words: &str, out: &mut Batch) {
     let end = At(start.0 + words.len() as u64);
     let mut at = start;
     let piece = |from: At, to: At| words.get((from.0 - start.0) as usize..(to.0 - start.0) as usize).unwrap_or_default();
-    while let Some((edit, shown)) = track.edits.front_mut() {
+    while let Some(edits) = track.said.as_mut().map(|said| &mut said.edits)
+        && let Some((edit, shown)) = edits.front_mut()
+    {
         if edit.range.start >= end {
             break;
         }
@@ -849,7 +899,19 @@ fn emit(track: &mut Track, start: At, words: &str, out: &mut Batch) {
         if edit.range.end > end {
             break;
         }
-        track.edits.pop_front();
+        edits.pop_front();
     }
     out.append_text(track.lane, piece(at, end));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each stream has as many as its chain has filters.
+    #[test]
+    fn a_gate_takes_little_room() {
+        assert!(size_of::<Gate>() <= 144, "{}", size_of::<Gate>());
+        assert!(size_of::<Post>() <= 40, "{}", size_of::<Post>());
+    }
 }

@@ -17,6 +17,7 @@ use headgate_contracts::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Map, Value};
+use smallvec::SmallVec;
 
 use crate::{
     At, BoxFuture, Filter, Problem, Rule, Text, Tools, Verdict,
@@ -478,7 +479,7 @@ impl Rule for Moderates {
     fn start(&self, _: &mut Turn) -> Box<dyn Filter> {
         Box::new(Moderator {
             rules: self.0.clone(),
-            scans: Vec::new(),
+            scans: SmallVec::new(),
             edits: Edits::default(),
             findings: Vec::new(),
             unlisted: 0,
@@ -492,7 +493,8 @@ impl Rule for Moderates {
 /// Moderation of one turn.
 struct Moderator {
     rules: Arc<Moderation>,
-    scans: Vec<(Lane, Scan)>,
+    /// Nearly every answer has one lane.
+    scans: SmallVec<[(Lane, Scan); 1]>,
     /// Emptied after each piece.
     edits: Edits,
     findings: Vec<Finding>,
@@ -545,10 +547,6 @@ impl Moderator {
 
     fn scan(&mut self, lane: Lane) -> usize {
         self.scans.iter().position(|(other, _)| *other == lane).unwrap_or_else(|| {
-            if self.scans.is_empty() {
-                // Nearly every answer has one lane.
-                self.scans.reserve_exact(1);
-            }
             self.scans.push((lane, self.rules.matcher.scan()));
             self.scans.len() - 1
         })

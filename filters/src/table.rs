@@ -18,7 +18,7 @@ use serde::{
 };
 
 use crate::{
-    Admit, Chain, Gate, Late, Mode, OnFault, Problem, Rule, Terms, Tools, auth, backpressure, budget, cancellation, gate, moderation,
+    Admit, Chain, Late, Mode, OnFault, Problem, Rule, Terms, Tools, auth, backpressure, budget, cancellation, gate, moderation,
     policy_headers, problem::did_you_mean, rate_limit, trace,
 };
 
@@ -297,11 +297,12 @@ impl fmt::Debug for Built {
 
 /// The gates of one turn: each rule starts its filter, and may set the turn's flow.
 pub fn chain(built: &[Built], turn: &mut Turn) -> Chain {
-    let gate = |step: &Built| {
-        let gate = Gate::new(step.name, step.rule.start(turn), step.terms);
-        if step.facts.judges_text { gate } else { gate.textless() }
-    };
-    Chain::new(built.iter().map(gate).collect())
+    let gates = built.iter().filter(|step| step.facts.judges_text).count();
+    let mut chain = Chain::with_room(gates, built.len() - gates);
+    for step in built {
+        chain.add(step.name, step.rule.start(turn), &step.terms, step.facts.judges_text);
+    }
+    chain
 }
 
 /// A whole chain, compiled: the steps as written and the defaults among them.
@@ -547,8 +548,8 @@ mod tests {
         );
         let strict = build(&format!("- {DENY}")).unwrap();
         assert_eq!((strict[3].worst_delay(), strict[3].worst_unverified_bytes()), (None, 0));
-        let chain = chain(&strict, &mut turn());
-        assert_eq!(chain.gates().iter().map(Gate::name).collect::<Vec<_>>(), ["trace", "backpressure", "cancellation", "moderation"]);
+        let mut chain = chain(&strict, &mut turn());
+        assert_eq!(chain.posts().map(|post| post.name).collect::<Vec<_>>(), ["trace", "backpressure", "cancellation", "moderation"]);
     }
 
     #[test]

@@ -55,6 +55,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("getrandom", &["policy", "gateway"]),
     ("subtle", &["filters"]),
     // text
+    ("smallvec", &["filters", "gateway"]),
     ("aho-corasick", &["filters"]),
     ("regex-automata", &["filters"]),
     ("regex-syntax", &["filters"]),
