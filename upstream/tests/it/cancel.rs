@@ -1,19 +1,16 @@
 //! Leaving stops the model: the connection is closed at once, and an orchestrator is told.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use headgate_contracts::Batch;
 use headgate_testkit::{
+    AT_ONCE, at_once,
     dialect::Answer,
     upstream::{Request, Script, Upstream},
-    within,
 };
 use tokio::{sync::Notify, time::Instant};
 
-use crate::{SECOND, openai, orchestrator, prompt, read};
-
-/// How soon the other side sees it on a machine that builds something else meanwhile; a quiet one needs under a millisecond.
-const AT_ONCE: Duration = Duration::from_millis(250);
+use crate::{openai, orchestrator, prompt, read};
 
 #[tokio::test]
 async fn leaving_before_the_first_byte_closes_the_connection_at_once() {
@@ -78,7 +75,7 @@ async fn an_orchestrator_is_told_that_a_turn_is_over_mid_stream() {
     assert!(told.arrived - left < AT_ONCE, "{:?}", told.arrived - left);
     let trace = told.header("traceparent").unwrap().to_owned();
     assert!(trace.contains(&prompt.trace.trace_id_hex()), "{trace}");
-    within(SECOND, settled(&upstream), "the call to be counted").await;
+    at_once(settled(&upstream), "the call to be counted").await;
     assert_eq!((upstream.stats().cancelled.get(), upstream.stats().cancel_failed.get()), (1, 0));
 }
 

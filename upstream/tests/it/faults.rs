@@ -4,22 +4,20 @@ use std::{sync::Arc, time::Duration};
 
 use headgate_contracts::{Batch, Code};
 use headgate_testkit::{
+    AT_ONCE, at_once,
     dialect::{Answer, Cut},
+    soon,
     upstream::{Framing, Refusing, Script, Upstream},
-    within,
 };
 use tokio::{sync::Notify, time::Instant};
 
 use crate::{SECOND, code, openai, orchestrator, prompt, read, turn, upstream};
 
-/// How late a deadline may be noticed on a machine that builds something else meanwhile; a quiet one needs a millisecond.
-const LATE: Duration = Duration::from_millis(250);
-
 #[tokio::test]
 async fn a_refused_connection_is_a_fault_at_once() {
     let nobody = Refusing::start();
     let upstream = upstream(&[format!("http://{}", nobody.addr())], |_| {});
-    let (_, end) = within(SECOND, turn(&upstream), "the refusal").await;
+    let (_, end) = at_once(turn(&upstream), "the refusal").await;
     assert_eq!(code(end), Code::UpstreamConnectFailed);
     assert!(!upstream.health()[0].ready);
 }
@@ -43,7 +41,7 @@ async fn a_server_that_never_answers_is_left_at_the_limit() {
     let waited = begun.elapsed();
     assert_eq!(fault.code, Code::UpstreamTimeoutFirstByte);
     assert!(fault.chain().contains(&model.addr().to_string()), "{}", fault.chain());
-    assert!(waited >= limit && waited < limit + LATE, "{waited:?}");
+    assert!(waited >= limit && waited < limit + AT_ONCE, "{waited:?}");
     model.closed(1).await;
 }
 
@@ -66,7 +64,7 @@ async fn a_server_that_falls_silent_is_left_at_the_limit_and_its_text_kept() {
     let (heard, end) = turn(&upstream).await;
     let waited = begun.elapsed();
     assert_eq!((heard.as_str(), code(end)), ("safe", Code::UpstreamStalled));
-    assert!(waited >= limit && waited < limit + LATE, "{waited:?}");
+    assert!(waited >= limit && waited < limit + AT_ONCE, "{waited:?}");
     model.closed(1).await;
 }
 
@@ -191,7 +189,7 @@ async fn what_is_no_answer_is_a_protocol_error_and_none_of_it_is_shown() {
     ];
     for (what, script) in table {
         let model = Upstream::always(script).await;
-        let (heard, end) = within(SECOND, turn(&openai(&model)), what).await;
+        let (heard, end) = at_once(turn(&openai(&model)), what).await;
         let fault = end.expect_err(what);
         assert_eq!((fault.code, heard.as_str()), (Code::UpstreamProtocolError, ""), "{what}: {}", fault.chain());
         assert!(!fault.chain().contains("internal-host"), "{what}: {}", fault.chain());
@@ -285,7 +283,7 @@ async fn a_models_refusal_is_a_code_without_its_words() {
 async fn an_error_whose_body_never_comes_is_known_by_its_status() {
     let script = Script::new().read().head(503, Framing::Length(100), &[("retry-after", "2")]).stall();
     let model = Upstream::always(script).await;
-    let fault = within(2 * SECOND, openai(&model).open(&prompt()), "the refusal").await.unwrap_err();
+    let fault = at_once(openai(&model).open(&prompt()), "the refusal").await.unwrap_err();
     assert_eq!((fault.code, fault.retry_after), (Code::Overloaded, Some(2 * SECOND)));
 }
 
@@ -296,7 +294,7 @@ async fn a_refusal_that_comes_before_the_request_is_sent_is_heard() {
     let model = Upstream::always(script).await;
     let mut long = prompt();
     long.messages[0] = headgate_contracts::Message::new(headgate_contracts::Role::User, "x".repeat(16 << 20));
-    let fault = within(5 * SECOND, openai(&model).open(&long), "the refusal").await.unwrap_err();
+    let fault = soon(openai(&model).open(&long), "the refusal").await.unwrap_err();
     // Where the reset that follows overtakes the refusal, that is what is seen.
     assert!(matches!(fault.code, Code::UpstreamRefused | Code::UpstreamReset), "{}", fault.chain());
 }

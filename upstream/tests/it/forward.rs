@@ -5,8 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use headgate_contracts::Code;
 use headgate_testkit::{
+    at_once,
     upstream::{Framing, Refusing, Script, Upstream},
-    within,
 };
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
@@ -160,7 +160,7 @@ async fn a_switched_connection_carries_bytes_both_ways_after_the_101() {
     assert_eq!(forwarded.response.headers()["sec-websocket-accept"], "k");
     let tunnel = tokio::spawn(forwarded.tunnel.unwrap().run(client));
     let mut early = [0; 5];
-    within(SECOND, far.read_exact(&mut early), "the early bytes").await.unwrap();
+    at_once(far.read_exact(&mut early), "the early bytes").await.unwrap();
     assert_eq!(&early, b"early");
     assert_eq!(upstream.health()[0].in_flight, 1);
     tunnel.abort();
@@ -172,7 +172,7 @@ async fn a_switch_nobody_asked_for_is_a_fault_and_a_refused_one_is_a_response() 
     let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n";
     let model = Upstream::always(Script::new().read().raw(switch).stall()).await;
     let plain = Request::get("/").body(Empty::<Bytes>::new()).unwrap();
-    assert_eq!(within(SECOND, openai(&model).forward(plain), "the fault").await.unwrap_err().code, Code::UpstreamProtocolError);
+    assert_eq!(at_once(openai(&model).forward(plain), "the fault").await.unwrap_err().code, Code::UpstreamProtocolError);
 
     let model = Upstream::always(Script::reply(403, "text/plain", "no")).await;
     let ask = Request::get("/").header("connection", "upgrade").header("upgrade", "echo").body(Empty::<Bytes>::new()).unwrap();

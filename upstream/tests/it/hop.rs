@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use headgate_contracts::{Batch, Code, Prompt};
 use headgate_testkit::{
+    at_once,
     dialect::Answer,
     hop::{Heard, Orchestrator, Said, Socket, Then, frame, wire},
     upstream::{Refusing, Script, Upstream as Http},
@@ -13,9 +14,6 @@ use headgate_upstream::{Hop, Protocol, Settings, Upstream, settings::Balance};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{SECOND, code, content, prompt, read, turn};
-
-/// How soon the other side sees it on a machine that builds something else meanwhile.
-const AT_ONCE: Duration = Duration::from_secs(1);
 
 fn over(urls: &[String], change: impl FnOnce(&mut Settings)) -> Upstream {
     crate::upstream(urls, |settings| {
@@ -190,7 +188,7 @@ async fn a_turn_that_nobody_reads_holds_its_credit_and_stalls_no_neighbour() {
         let (mut quick, other) = opened(&upstream, &mut socket).await;
         socket.say(&other, 1, "text", &format!("{{\"text\":\"{n}\"}}")).await;
         socket.say(&other, 2, "done", r#"{"finish":"stop"}"#).await;
-        let (heard, end) = within(SECOND, read(&mut quick), "a neighbour").await;
+        let (heard, end) = at_once(read(&mut quick), "a neighbour").await;
         assert_eq!((heard, end.is_ok()), (n.to_string(), true));
     }
     // It gets credit for what is read, and goes on.
@@ -236,7 +234,7 @@ async fn leaving_mid_stream_stops_the_turn_by_a_frame_and_frees_its_place() {
     assert_eq!(upstream.health()[0].in_flight, 2);
     drop(answer);
     assert_eq!(upstream.health()[0].in_flight, 1);
-    let stop = within(AT_ONCE, socket.frame(), "the stop").await;
+    let stop = at_once(socket.frame(), "the stop").await;
     assert_eq!((stop["type"].as_str(), stop["turn_id"].as_str()), (Some("stop"), Some(id.as_str())));
     // What was on its way is nobody's.
     socket.say(&id, 1, "text", r#"{"text":"late"}"#).await;
@@ -258,7 +256,7 @@ async fn leaving_before_the_first_byte_stops_the_turn_too() {
             socket
         } => socket,
     };
-    let stop = within(AT_ONCE, socket.frame(), "the stop").await;
+    let stop = at_once(socket.frame(), "the stop").await;
     assert_eq!((stop["type"].as_str(), stop["turn_id"].as_str()), (Some("stop"), Some(prompt.turn.to_string().as_str())));
     assert_eq!(upstream.health()[0].in_flight, 0);
 }
@@ -296,7 +294,7 @@ async fn a_socket_that_ends_takes_all_its_turns_along_and_the_next_turn_opens_an
     let (mut two, _) = opened(&upstream, &mut socket).await;
     socket.abort();
     for answer in [&mut one, &mut two] {
-        assert_eq!(code(within(AT_ONCE, read(answer), "the fault").await.1), Code::UpstreamReset);
+        assert_eq!(code(at_once(read(answer), "the fault").await.1), Code::UpstreamReset);
     }
     let (mut socket, mut answer, id) = begun(&mut desk, &upstream).await;
     socket.say(&id, 1, "done", r#"{"finish":"stop"}"#).await;
@@ -323,7 +321,7 @@ async fn frames_that_cannot_be_end_their_turn_alone() {
         for (seq, name, object) in frames {
             socket.say(&id, seq, name, object).await;
         }
-        let (heard, end) = within(SECOND, read(&mut answer), what).await;
+        let (heard, end) = at_once(read(&mut answer), what).await;
         let fault = end.expect_err(what);
         assert_eq!((heard.as_str(), fault.code), (said, expected), "{what}: {}", fault.chain());
         assert!(!fault.chain().contains("hunter2") && !fault.chain().contains("nonsense"), "{what}: {}", fault.chain());
@@ -373,7 +371,7 @@ async fn frames_that_say_not_whose_they_are_end_the_socket() {
             Some(text) => socket.text(text.to_owned()).await,
             None => socket.message(message(vec![1])).await,
         }
-        let fault = within(AT_ONCE, read(&mut answer), what).await.1.expect_err(what);
+        let fault = at_once(read(&mut answer), what).await.1.expect_err(what);
         assert_eq!(fault.code, Code::UpstreamProtocolError, "{what}: {}", fault.chain());
         assert!(!fault.chain().contains("secret"), "{what}: {}", fault.chain());
         assert_eq!(socket.hear().await, Heard::Closed(Some(1002)), "{what}");
@@ -432,7 +430,7 @@ async fn an_endpoint_that_refuses_the_handshake_has_a_code() {
     }
     let mute = Http::always(Script::new().read().stall()).await;
     let upstream = over(&[mute.url()], |settings| settings.timeouts.connect = Duration::from_millis(100));
-    assert_eq!(code(within(AT_ONCE, turn(&upstream), "the limit").await.1), Code::UpstreamConnectFailed);
+    assert_eq!(code(at_once(turn(&upstream), "the limit").await.1), Code::UpstreamConnectFailed);
 }
 
 #[tokio::test]
@@ -461,7 +459,7 @@ async fn a_socket_without_turns_is_closed_in_time_and_with_its_upstream() {
             assert_eq!(upstream.health()[0].idle, 1);
             drop(upstream);
         }
-        assert_eq!(within(AT_ONCE, socket.hear(), "the goodbye").await, Heard::Closed(Some(1000)));
+        assert_eq!(at_once(socket.hear(), "the goodbye").await, Heard::Closed(Some(1000)));
     }
 }
 
@@ -474,7 +472,7 @@ async fn an_upstream_that_goes_lets_its_turns_end() {
     socket.say(&id, 2, "done", r#"{"finish":"stop"}"#).await;
     assert_eq!(read(&mut answer).await.0, "still here");
     drop(answer);
-    assert_eq!(within(AT_ONCE, socket.hear(), "the goodbye").await, Heard::Closed(Some(1000)));
+    assert_eq!(at_once(socket.hear(), "the goodbye").await, Heard::Closed(Some(1000)));
 }
 
 #[tokio::test]

@@ -2,12 +2,14 @@
 
 use headgate_contracts::Code;
 use headgate_testkit::{
+    at_once,
     dialect::Answer,
+    services::free_addr,
     upstream::{Framing, Refusing, Script, Upstream},
 };
 use headgate_upstream::{Protocol, settings::Balance};
 
-use crate::{SECOND, code, prompt, turn, upstream};
+use crate::{code, prompt, turn, upstream};
 
 async fn good() -> Upstream {
     Upstream::always(Script::stream([Answer::openai("m", &["good"]).bytes()])).await
@@ -186,8 +188,10 @@ async fn a_session_stays_with_its_endpoint_and_moves_when_that_is_gone() {
 
 #[tokio::test]
 async fn health_checks_find_an_endpoint_that_is_gone_and_one_that_is_back() {
-    let (model, other) = (good().await, good().await);
-    let upstream = upstream(&[model.url(), other.url()], |settings| {
+    let (model, address) = (good().await, free_addr());
+    let listens = async || tokio::net::TcpListener::bind(address).await.unwrap();
+    let other = listens().await;
+    let upstream = upstream(&[model.url(), format!("http://{address}")], |settings| {
         settings.health.interval = Some(std::time::Duration::from_millis(10));
     });
     let until = async |ready: bool| {
@@ -195,14 +199,14 @@ async fn health_checks_find_an_endpoint_that_is_gone_and_one_that_is_back() {
             tokio::task::yield_now().await;
         }
     };
-    let address = other.addr();
+    until(true).await;
     drop(other);
-    headgate_testkit::within(5 * SECOND, until(false), "the loss to be seen").await;
+    at_once(until(false), "the loss to be seen").await;
     for _ in 0..10 {
         assert_eq!(turn(&upstream).await.0, "good");
     }
     assert_eq!(upstream.stats().connect_failed.get(), 0, "no turn was sent to it");
-    let back = tokio::net::TcpListener::bind(address).await.unwrap();
-    headgate_testkit::within(5 * SECOND, until(true), "the return to be seen").await;
+    let back = listens().await;
+    at_once(until(true), "the return to be seen").await;
     drop(back);
 }
