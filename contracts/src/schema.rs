@@ -580,6 +580,7 @@ fn records(components: &mut SchemaGenerator) -> Vec<(&'static str, Value)> {
     let of_turn = json!({
         "ce_subject": {"type": "string", "format": "uuid", "description": "the turn"},
         "ce_sequence": {"type": "string", "pattern": "^[0-9]{20}$", "description": "the record's place within its turn: compared as text, it orders"},
+        "ce_reapedby": {"type": "string", "description": "who had it written in place of an orchestrator whose own log was lost; absent from all that an orchestrator writes"},
     });
     let mut turns = |kind: log::Kind, summary: &str| {
         let payload = match kind {

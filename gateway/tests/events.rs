@@ -98,7 +98,7 @@ impl House {
             "messages": [{"role": "user", "content": "canary"}]});
         let body = body.to_string();
         let facts = Facts { tid: "acme", sub: subject, sid: session, turn: &id, dec: Decision::Allow, cat: &[], trc: None };
-        let claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), now()).unwrap();
+        let claims: headgate_policy::Claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), now()).unwrap();
         Request::new("POST", STEP)
             .header("content-type", "application/json")
             .header("policy-verdict", &self.ring.sign(&claims).unwrap())
@@ -253,6 +253,39 @@ async fn a_master_key_is_rotated_under_a_running_orchestrator_whenever_the_rotat
     assert!(all.matches("canary").count() == 17 && !all.contains("<erased>") && !all.contains("<altered>"), "{all}");
     let audit = headgate(&["keys", "audit", &path("subjects.audit.jsonl")]);
     assert!(audit.status.success() && String::from_utf8_lossy(&audit.stdout).contains("master.retired"), "{audit:?}");
+}
+
+#[cfg(feature = "kafka")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_turn_whose_orchestrator_may_still_live_is_not_reaped() {
+    let Some(kafka) = Kafka::start().await.or_skip("a_turn_whose_orchestrator_may_still_live_is_not_reaped") else { return };
+    let model = answering().await;
+    let kept =
+        format!(", kafka: {{ brokers: [\"{}\"], replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 1 }}", kafka.addr());
+    let house = House::before(&model, &kept);
+    let config = house.folder.path().join("headgate.yaml").display().to_string();
+    let (mut service, at) = house.start().await;
+    assert_eq!(client::ask(at, &house.turn(TurnId::fresh(), "s1")).await.unwrap().status, 200);
+    // It drains what the topic does not have yet.
+    service.signal(Signal::Terminate);
+    assert!(service.exited().await.success());
+    let reap = |more: &[&str]| {
+        let output = headgate(&[&["events", "reap"], more].concat());
+        let said = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap()).concat();
+        (output.status.code(), said)
+    };
+    let (code, said) = reap(&["--config", &config]);
+    assert!(code == Some(0) && said.contains("1 turns in the log here: left to its orchestrator\n0 turns to be ended"), "{said}");
+    fs::rename(house.events(), house.folder.path().join("elsewhere")).unwrap();
+    let (code, said) = reap(&["--config", &config]);
+    assert!(code == Some(0) && said.contains("1 turns may still go on: left alone\n0 turns to be ended"), "{said}");
+    let (code, said) = reap(&["--config", &config, "--older-than", "15min"]);
+    assert!(code == Some(78) && said.contains("nothing may be heard of a turn for 10min; expected at least 20min"), "{code:?} {said}");
+    let brokers = kafka.addr().to_string();
+    for usage in [&["--brokers", &brokers, "--older-than", "9min"][..], &["--older-than", "1h"], &["elsewhere"]] {
+        let (code, said) = reap(usage);
+        assert_eq!(code, Some(64), "{said}");
+    }
 }
 
 #[cfg(feature = "kafka-tls")]

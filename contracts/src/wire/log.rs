@@ -149,6 +149,10 @@ pub struct Event<D> {
     pub sequence: String,
     /// W3C Trace Context.
     pub traceparent: String,
+    /// Who had it written in place of the orchestrator, whose own log was lost; absent from all that an orchestrator writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 128))]
+    pub reapedby: Option<String>,
     /// The facts.
     pub data: D,
 }
@@ -167,8 +171,14 @@ impl<D> Event<D> {
             partitionkey: self.partitionkey.clone(),
             sequence: format!("{:020}", kind.place()),
             traceparent: self.traceparent.clone(),
+            reapedby: None,
             data,
         }
+    }
+
+    /// The same, had written by `who` in place of an orchestrator whose log was lost.
+    pub fn reaped(self, who: &str) -> Event<D> {
+        Event { reapedby: Some(who.to_owned()), ..self }
     }
 }
 
@@ -195,6 +205,7 @@ impl Event<()> {
             partitionkey: "unknown/unknown".to_owned(),
             sequence: format!("{:020}", Kind::Accepted.place()),
             traceparent: String::new(),
+            reapedby: None,
             data: (),
         }
     }
@@ -426,7 +437,8 @@ pub struct Denied {
 /// The turn broke.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Failed {
-    /// `fault`, or `crash`: the orchestrator stopped without a word, and found the turn without an end when it came back.
+    /// `fault`, or `crash`: the orchestrator stopped without a word, and found the turn without an end when it came back; or it never
+    /// came back, and the event says by whom it was reaped.
     pub reason: FailedReason,
     /// The stable code; absent after a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -10,15 +10,15 @@ use std::{
 
 use headgate_config::Environment;
 use headgate_contracts::{Subject, TenantId};
-use headgate_filters::unix_now;
-use headgate_orchestrator::events::{Brokers, Follow, Judged, name, unseal, verify};
+use headgate_filters::{units::Span, unix_now};
+use headgate_orchestrator::events::{self, Brokers, Follow, Judged, name, unseal, verify};
 use headgate_policy::{
     audit::{Audit, AuditFault},
     custody::audit_beside,
     vault::{Master, Rewrapped, Vault, VaultFault},
 };
 
-use super::{EX_UNAVAILABLE, fail, keys::user};
+use super::{EX_CONFIG, EX_UNAVAILABLE, fail, keys::user};
 use crate::build;
 
 /// What to do with a log.
@@ -82,6 +82,39 @@ Examples:
         /// Where the events are.
         #[command(flatten)]
         from: Source,
+    },
+    /// End in a topic the turns of an orchestrator whose log is lost for good.
+    #[command(
+        group(clap::ArgGroup::new("where").required(true).args(["brokers", "config"])),
+        after_help = "\
+An orchestrator that is started again with its log ends by itself what a crash left open. This is for the one whose log is gone: its turns
+stay open in the topic for ever. Each of which nothing was heard for --older-than gets what that start would have written: turn.failed.v1
+with the reason `crash`, and delivery.v1 with `unknown`; turns that have only their end get delivery.v1. Each of these events says in
+`reapedby` who had it written. A second time finds nothing more to do, and whatever stood first in the topic counts.
+
+A topic does not tell whether an orchestrator lives. Turns that the log of the config knows (orchestrator.events.folder, where it is on this
+machine) are left to it. All others that still deliver must have caught up: look at orchestrator_event_log_undelivered of each of them first,
+above all after an outage of Kafka. With --config, --older-than must be ten minutes above the longest that a turn and the word on it may take.
+
+Exit codes: 0 nothing is left to reap; 69 the topic cannot be read or written, and a second time goes on; 78 --older-than is too short.
+
+Examples:
+  headgate events reap --config headgate.yaml --dry-run
+  headgate events reap --config headgate.yaml --older-than 2h
+  headgate events reap --brokers kafka-1:9092,kafka-2:9092 --topic conversation.events")]
+    Reap {
+        /// Where the events are.
+        #[command(flatten)]
+        from: Topic,
+        /// How long nothing may have been heard of a turn that is reaped; at least `10min`.
+        #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_secs(3600)), value_parser = silence)]
+        older_than: Span,
+        /// Say what would be reaped, and write nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Who does it, as the events say. Default: the user of this shell.
+        #[arg(long, env = "HEADGATE_ACTOR", default_value_t = user(), value_parser = actor)]
+        actor: String,
     },
     /// Print the name that stands for a subject in a log that keeps no text.
     #[command(after_help = "\
@@ -190,9 +223,17 @@ pub struct Masters {
 #[derive(clap::Args)]
 pub struct Source {
     /// The folder of the log: `orchestrator.events.folder` of the config.
-    #[arg(required_unless_present_any = ["brokers", "config"], conflicts_with_all = ["brokers", "config"])]
+    #[arg(required_unless_present_any = ["brokers", "config"], conflicts_with_all = ["brokers", "config", "topic"])]
     folder: Option<PathBuf>,
-    /// Instead of a folder, the Kafka topic that the events went on to: some of its brokers, each as host:port.
+    /// Instead of a folder, the Kafka topic that the events went on to.
+    #[command(flatten)]
+    topic: Topic,
+}
+
+/// A topic.
+#[derive(clap::Args)]
+pub struct Topic {
+    /// Some brokers of the topic, each as host:port.
     #[arg(long, value_delimiter = ',')]
     brokers: Vec<String>,
     /// The same, with all that `orchestrator.events.kafka` of this config says: for brokers that want TLS or a password.
@@ -202,24 +243,55 @@ pub struct Source {
     #[arg(long, env = "HEADGATE_ENV")]
     env: Option<Environment>,
     /// The name of the topic. Default: that of the config, or `conversation.events`.
-    #[arg(long, conflicts_with = "folder")]
+    #[arg(long)]
     topic: Option<String>,
 }
 
-impl Source {
-    /// The brokers, and the topic.
-    fn topic(&self) -> io::Result<(Brokers, String)> {
+impl Topic {
+    /// The topic, and what the config says of those who write to it.
+    fn found(&self) -> io::Result<(events::Topic, Option<Writers>)> {
         let Some(config) = &self.config else {
-            let topic = self.topic.clone().unwrap_or_else(|| "conversation.events".to_owned());
-            return Ok((Brokers::open(self.brokers.clone()), topic));
+            let name = self.topic.clone().unwrap_or_else(|| "conversation.events".to_owned());
+            let brokers = Brokers::open(self.brokers.clone());
+            return Ok((events::Topic { brokers, name, replication: 1, in_sync: 1, partitions: None }, None));
         };
         let plan = headgate_config::load(config, self.env, &|name| std::env::var(name).ok()).map_err(io::Error::other)?;
-        let kafka = plan.orchestrator.and_then(|orchestrator| orchestrator.events?.kafka);
-        let kafka =
-            kafka.ok_or_else(|| io::Error::other(format!("{} names no topic: it has no `orchestrator.events.kafka`", config.display())))?;
+        let kept = plan.orchestrator.and_then(|orchestrator| Some((orchestrator.turn, orchestrator.events?)));
+        let writers =
+            kept.and_then(|(turn, kept)| Some((kept.kafka?, Writers { log: kept.folder, slowest: turn.max(kept.unknown_after) })));
+        let Some((kafka, writers)) = writers else {
+            return Err(io::Error::other(format!("{} names no topic: it has no `orchestrator.events.kafka`", config.display())));
+        };
         let found = build::topic(&kafka);
-        Ok((found.brokers, self.topic.clone().unwrap_or(found.name)))
+        Ok((events::Topic { name: self.topic.clone().unwrap_or(found.name), ..found }, Some(writers)))
     }
+
+    /// The brokers, and the topic's name.
+    fn named(&self) -> io::Result<(Brokers, String)> {
+        self.found().map(|(topic, _)| (topic.brokers, topic.name))
+    }
+}
+
+/// What a config says of the orchestrators that write to its topic.
+#[cfg_attr(not(feature = "kafka"), expect(dead_code, reason = "without Kafka nothing is reaped"))]
+struct Writers {
+    /// Where the log of one of them is, if it is on this machine.
+    log: PathBuf,
+    /// The longest that one of them may hear nothing of a turn that it has begun.
+    slowest: Duration,
+}
+
+/// What is added to the longest that a turn may take, before it counts as lost.
+const GRACE: Span = Span(Duration::from_secs(600));
+
+fn silence(text: &str) -> Result<Span, String> {
+    let span: Span = text.parse().map_err(|error| format!("{error}"))?;
+    if span >= GRACE { Ok(span) } else { Err(format!("expected at least {GRACE}")) }
+}
+
+fn actor(text: &str) -> Result<String, String> {
+    let is_name = (1..=128).contains(&text.len()) && !text.chars().any(char::is_control);
+    if is_name { Ok(text.to_owned()) } else { Err("expected at most 128 bytes of text on one line".to_owned()) }
 }
 
 /// How often a log is looked at for what is new.
@@ -233,6 +305,11 @@ pub fn run(events: Events) -> ExitCode {
             Some(folder) => tail(folder, *follow, vault.as_ref(), &mut out),
             None => tail_topic(from, *follow, vault.as_ref(), &mut out),
         }),
+        Events::Reap { from, older_than, dry_run, actor } => match reap(from, *older_than, *dry_run, actor, &mut out) {
+            Err(Unreaped::Short(short)) => return fail(&io::Error::other(short), EX_CONFIG),
+            Err(Unreaped::Topic(error)) => Err(error),
+            Ok(code) => Ok(code),
+        },
         Events::Name { folder, tenant, subject } => {
             name(folder, tenant, subject).and_then(|name| writeln!(out, "{name}")).map(|()| ExitCode::SUCCESS)
         }
@@ -341,7 +418,7 @@ fn tail_topic(from: &Source, follow: bool, vault: Option<&Vault>, out: &mut impl
         }
         None => out.flush(),
     };
-    let (brokers, topic) = from.topic()?;
+    let (brokers, topic) = from.topic.named()?;
     match follow_topic(&brokers, &topic, follow, each) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(Unread::Listener(error)) => Err(error),
@@ -351,8 +428,64 @@ fn tail_topic(from: &Source, follow: bool, vault: Option<&Vault>, out: &mut impl
 
 #[cfg(feature = "kafka")]
 fn judge_topic(from: &Source) -> io::Result<Judged> {
-    let (brokers, topic) = from.topic()?;
+    let (brokers, topic) = from.topic.named()?;
     headgate_orchestrator::events::verify_topic(&brokers, &topic).map_err(io::Error::other)
+}
+
+#[cfg(feature = "kafka")]
+fn reap(from: &Topic, older_than: Span, dry_run: bool, actor: &str, out: &mut impl Write) -> Result<ExitCode, Unreaped> {
+    let (topic, writers) = from.found()?;
+    if let Some(Writers { slowest, .. }) = &writers
+        && older_than.0 < *slowest + GRACE.0
+    {
+        let (slowest, least) = (Span(*slowest), Span(*slowest + GRACE.0));
+        return Err(Unreaped::Short(format!(
+            "--older-than {older_than}: by this config nothing may be heard of a turn for {slowest}; expected at least {least}"
+        )));
+    }
+    let log = writers.map(|writers| writers.log).filter(|log| log.is_dir());
+    Ok(end_silent(&topic, log.as_deref(), older_than.0, (!dry_run).then_some(actor), out)?)
+}
+
+/// Ends the turns of a topic of which nothing was heard for `silence`, or says which these are where nobody is to end them.
+#[cfg(feature = "kafka")]
+fn end_silent(
+    topic: &events::Topic,
+    log: Option<&Path>,
+    silence: Duration,
+    actor: Option<&str>,
+    out: &mut impl Write,
+) -> io::Result<ExitCode> {
+    let found = events::orphans(&topic.brokers, &topic.name, silence, log).map_err(io::Error::other)?;
+    for orphan in &found.found {
+        let what = if orphan.is_open { "no end" } else { "no word on what its user got" };
+        writeln!(out, "turn {} of {}: {what}, silent for {} min", orphan.turn, orphan.key, orphan.silent.as_secs() / 60)?;
+    }
+    let left = [(found.young, "may still go on: left alone"), (found.kept, "in the log here: left to its orchestrator")];
+    for (count, what) in left.into_iter().filter(|(count, _)| *count > 0) {
+        writeln!(out, "{count} turns {what}")?;
+    }
+    writeln!(out, "{} turns to be ended", found.found.len())?;
+    // Whoever watches sees what is about to be done.
+    out.flush()?;
+    if let Some(actor) = actor.filter(|_| !found.found.is_empty()) {
+        events::reap(topic, &found.found, actor).map_err(io::Error::other)?;
+        writeln!(out, "ended; each event says by whom: {actor}")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Why nothing, or not all, was reaped.
+enum Unreaped {
+    #[cfg_attr(not(feature = "kafka"), expect(dead_code, reason = "without Kafka nothing is reaped"))]
+    Short(String),
+    Topic(io::Error),
+}
+
+impl From<io::Error> for Unreaped {
+    fn from(error: io::Error) -> Unreaped {
+        Unreaped::Topic(error)
+    }
 }
 
 #[cfg(not(feature = "kafka"))]
@@ -362,7 +495,17 @@ fn tail_topic(from: &Source, _follow: bool, _vault: Option<&Vault>, _out: &mut i
 
 #[cfg(not(feature = "kafka"))]
 fn judge_topic(from: &Source) -> io::Result<Judged> {
-    let (_, topic) = from.topic()?;
+    unbuilt(&from.topic)
+}
+
+#[cfg(not(feature = "kafka"))]
+fn reap(from: &Topic, _older_than: Span, _dry_run: bool, _actor: &str, _out: &mut impl Write) -> Result<ExitCode, Unreaped> {
+    Ok(unbuilt(from)?)
+}
+
+#[cfg(not(feature = "kafka"))]
+fn unbuilt<T>(from: &Topic) -> io::Result<T> {
+    let (_, topic) = from.named()?;
     Err(io::Error::other(format!("cannot read the topic {topic}: {}", headgate_orchestrator::events::Unfit::Unbuilt)))
 }
 
@@ -398,8 +541,9 @@ fn tell(judged: &Judged, parts: &str, ended: bool, out: &mut impl Write) -> io::
         (judged.settled, "turns of which it is known what their users got"),
         (judged.untold, "of these, turns whose gateways did not say it in time"),
         (judged.owed.len() as u64, "ended turns of which that is still to be said"),
+        (judged.reaped, "ends that were reaped: their orchestrators' logs were lost"),
         (judged.refused, "prompts that were refused and became no turns"),
-        (judged.repeated, "events that were delivered again, and count once"),
+        (judged.repeated, "events that were delivered again, or reaped too late, and count once"),
         (judged.begun_before, "ends of turns that began in what was let go"),
         (judged.unknown, "events of types that this version does not know"),
         (judged.torn_bytes, "bytes torn off the end: never acknowledged, cut at the next start"),
@@ -432,5 +576,47 @@ mod tests {
         assert_eq!(tell(&verify(folder.path()).unwrap(), "segments", true, &mut out).unwrap(), ExitCode::SUCCESS);
         let missing = tail(&folder.path().join("none"), false, None, &mut out).unwrap_err();
         assert!(missing.to_string().contains("cannot read the event log"), "{missing}");
+    }
+
+    #[cfg(feature = "kafka")]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_would_be_reaped_is_said_before_it_is_and_nothing_is_left_of_it_afterwards() {
+        use headgate_orchestrator::events::{Producer, Topic};
+        use headgate_testkit::{kafka::Kafka, services::OrSkip};
+
+        let test = "what_would_be_reaped_is_said_before_it_is_and_nothing_is_left_of_it_afterwards";
+        let Some(kafka) = Kafka::start().await.or_skip(test) else { return };
+        let brokers = Brokers::open(vec![kafka.addr().to_string()]);
+        let topic = Topic { brokers, name: "reaped".into(), replication: 1, in_sync: 1, partitions: Some(1) };
+        let producer = Producer::open(&topic, Duration::from_secs(60)).await.unwrap();
+        let turn = headgate_contracts::TurnId::fresh();
+        let (subject, id) = (turn.to_string(), headgate_contracts::wire::log::Kind::Accepted.id(turn));
+        let headers = [
+            ("ce_specversion", "1.0"),
+            ("ce_id", &id),
+            ("ce_source", "/headgate/orchestrator"),
+            ("ce_type", "turn.accepted.v1"),
+            ("ce_subject", &subject),
+            ("ce_time", "2026-11-21T11:44:05.000Z"),
+            ("content-type", "application/json"),
+            ("ce_partitionkey", "acme/s1"),
+            ("ce_sequence", "00000000000000000001"),
+            ("traceparent", ""),
+        ];
+        producer.write("acme/s1", &headers, b"{}").await.unwrap();
+        let said = async |silence: u64, actor: Option<&'static str>| {
+            let topic = topic.clone();
+            let reaped = tokio::task::spawn_blocking(move || {
+                let mut out = Vec::new();
+                end_silent(&topic, None, Duration::from_secs(silence), actor, &mut out).map(|_| String::from_utf8(out).unwrap())
+            });
+            reaped.await.unwrap().unwrap()
+        };
+        assert_eq!(said(600, Some("ann")).await, "1 turns may still go on: left alone\n0 turns to be ended\n");
+        let named = format!("turn {turn} of acme/s1: no end, silent for 0 min\n1 turns to be ended\n");
+        assert_eq!(said(0, None).await, named);
+        assert_eq!(said(0, Some("ann")).await, format!("{named}ended; each event says by whom: ann\n"));
+        assert_eq!(said(0, Some("ann")).await, "0 turns to be ended\n");
+        assert_eq!(kafka.read("reaped", 3).await[1].header("ce_reapedby"), Some("ann"));
     }
 }

@@ -228,10 +228,10 @@ impl Begun {
         (verdict, json(&self.0.followed_by(Kind::Delivery, now, &told.delivery)))
     }
 
-    /// That nobody said what the user got.
-    pub(super) fn untold(&self) -> Vec<u8> {
+    /// That nobody said what the user got; `reaper`: who has it written in place of the turn's orchestrator.
+    pub(super) fn untold(&self, reaper: Option<&str>) -> Vec<u8> {
         let delivery = Delivery { outcome: Delivered::Unknown, code: None, last_seq: None, text_bytes: None, verdict: None };
-        json(&self.0.followed_by(Kind::Delivery, SystemTime::now(), delivery))
+        written(self.0.followed_by(Kind::Delivery, SystemTime::now(), delivery), reaper)
     }
 
     /// The event that ends the turn.
@@ -270,8 +270,8 @@ pub(super) struct Crashed {
 }
 
 impl Crashed {
-    /// By the turn's first event.
-    pub(super) fn of(turn: TurnId, first: &[u8]) -> Crashed {
+    /// By the turn's first event; `reaper`: who has the end written in place of the turn's orchestrator.
+    pub(super) fn of(turn: TurnId, first: &[u8], reaper: Option<&str>) -> Crashed {
         let begun = Begun::read(turn, first);
         let now = SystemTime::now();
         match serde_json::from_slice::<Event<InputVerdict>>(first) {
@@ -279,11 +279,11 @@ impl Crashed {
             Ok(refused) if refused.kind == Kind::InputVerdict.as_str() => {
                 let categories = refused.data.categories.clone();
                 let denied = Denied { code: Code::PolicyDenied, categories, progress: Progress::default() };
-                Crashed { turn, end: json(&refused.followed_by(Kind::Denied, now, denied)), begun: None }
+                Crashed { turn, end: written(refused.followed_by(Kind::Denied, now, denied), reaper), begun: None }
             }
             Ok(_) | Err(_) => {
                 let failed = Failed { reason: FailedReason::Crash, code: None, progress: None };
-                Crashed { turn, end: json(&begun.0.followed_by(Kind::Failed, now, failed)), begun: Some(begun) }
+                Crashed { turn, end: written(begun.0.followed_by(Kind::Failed, now, failed), reaper), begun: Some(begun) }
             }
         }
     }
@@ -309,6 +309,13 @@ pub(super) enum Word {
     Unknown,
     /// It never was one: its prompt was refused.
     Refused,
+}
+
+fn written<D: Serialize>(event: Event<D>, reaper: Option<&str>) -> Vec<u8> {
+    match reaper {
+        Some(who) => json(&event.reaped(who)),
+        None => json(&event),
+    }
 }
 
 fn json<D: Serialize>(event: &Event<D>) -> Vec<u8> {
@@ -389,7 +396,7 @@ mod tests {
         let (verdict, delivery) = longest().told(&told);
         assert!((1000..=MAX_VERDICT_BYTES).contains(&verdict.unwrap().len()));
         assert!((500..=MAX_DELIVERY_BYTES).contains(&delivery.len()), "{}", delivery.len());
-        assert_eq!((settled(&delivery), settled(&longest().untold())), (Word::Said, Word::Unknown));
+        assert_eq!((settled(&delivery), settled(&longest().untold(None))), (Word::Said, Word::Unknown));
     }
 
     #[test]

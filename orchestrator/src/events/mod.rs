@@ -62,7 +62,7 @@ pub use brokers::{Brokers, Sasl, Tls};
 #[cfg(feature = "kafka")]
 pub(crate) use kafka::read_topic;
 #[cfg(feature = "kafka")]
-pub use kafka::{Place, Producer, Unacknowledged, Unread, follow_topic, verify_topic};
+pub use kafka::{Left, Orphan, Orphans, Place, Producer, Unacknowledged, Unread, follow_topic, orphans, reap, verify_topic};
 pub use read::{Entry, Follow};
 pub use record::Part;
 pub use recover::{Unfit, Unopened};
@@ -288,7 +288,7 @@ impl Log {
             None => People::Named(Box::new(Names::open(&settings.folder.join(NAMES)).map_err(Unopened::Nameless)?)),
         };
         let mut found = recover::recover(&settings.folder, &folder)?;
-        let crashed: Vec<_> = mem::take(&mut found.open).iter().map(|(turn, first)| facts::Crashed::of(*turn, first)).collect();
+        let crashed: Vec<_> = mem::take(&mut found.open).iter().map(|(turn, first)| facts::Crashed::of(*turn, first, None)).collect();
         let recovered = Recovered { records: found.next_record - found.first_record, crashed: crashed.len(), torn_bytes: found.torn_bytes };
         let cursor = settings.topic.as_ref().map(|topic| Cursor::open(&settings.folder, &topic.name)).transpose().map_err(unusable)?;
         let cursor = cursor.map(|cursor| cursor.within(found.first_record, found.next_record)).transpose().map_err(unusable)?;

@@ -57,12 +57,11 @@ pub(super) fn accepted(session: &str) -> Accepted {
     }
 }
 
-/// A turn of that session.
-pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
-    let verdict = InputVerdict {
+pub(super) fn verdict(decision: &str) -> InputVerdict {
+    InputVerdict {
         verdict: "jti".into(),
         issuer: "headgate".into(),
-        decision: "allow".into(),
+        decision: decision.into(),
         categories: Vec::new(),
         policy: "default".into(),
         policy_version: "7".into(),
@@ -70,9 +69,13 @@ pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
         mode: None,
         fence: None,
         subject: None,
-    };
+    }
+}
+
+/// A turn of that session.
+pub(super) fn of_session(turn: TurnId, session: &str) -> Beginning {
     let accepted = Event::accepted(turn, SystemTime::now(), "00-a-b-01".into(), accepted(session));
-    Beginning::new(accepted.clone(), accepted.followed_by(Kind::InputVerdict, SystemTime::now(), verdict))
+    Beginning::new(accepted.clone(), accepted.followed_by(Kind::InputVerdict, SystemTime::now(), verdict("allow")))
 }
 
 async fn begin(log: &Log) -> Account {

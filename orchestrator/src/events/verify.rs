@@ -33,6 +33,8 @@ pub struct Judged {
     pub ended: u64,
     /// Ends by a crash, among these.
     pub crashed: u64,
+    /// Ends that were not written by an orchestrator, among these: its log was lost.
+    pub reaped: u64,
     /// Turns without an end: they run, or a crash cut them and the next start will end them.
     pub open: Vec<TurnId>,
     /// Turns that end in the log and began in what was let go.
@@ -47,7 +49,7 @@ pub struct Judged {
     pub refused: u64,
     /// Events of types that this version does not know.
     pub unknown: u64,
-    /// Events of a topic that were there before, word for word: they count once.
+    /// Events of a topic that were there before, word for word, or that a reaper had written too late: they count once.
     pub repeated: u64,
     /// What is torn off the end, in bytes: never promised to anybody, and cut at the next start.
     pub torn_bytes: u64,
@@ -315,6 +317,7 @@ impl Judge {
             return Err("its id is not the one of its turn and type");
         }
         self.judged.crashed += u64::from(kind == Kind::Failed && says("reason", "crash"));
+        self.judged.reaped += u64::from(record.part == Part::Ends && event.reapedby.is_some());
         Ok(Judgeable {
             kind: Some(kind),
             // Text has an order of its own.

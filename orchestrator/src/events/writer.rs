@@ -390,7 +390,7 @@ impl Writer {
     fn give_up_oldest(&mut self) -> bool {
         while let Some((_, turn)) = self.owed_by_age.pop_front() {
             if let Some(owed) = self.owed.get(&turn).filter(|_| !self.sealed) {
-                let event = owed.begun.untold();
+                let event = owed.begun.untold(None);
                 self.settle(turn, Word::Unknown, &event);
                 self.shared.deliveries(Delivered::Unknown).inc();
                 return true;

@@ -196,7 +196,8 @@ mod tests {
         let mut begun = Event::unknown(TurnId::fresh());
         (begun.partitionkey, begun.traceparent) = ("acme/s1".to_owned(), "00-a-b-01".to_owned());
         for kind in Kind::ALL {
-            let written = serde_json::to_vec(&begun.followed_by(*kind, SystemTime::UNIX_EPOCH, serde_json::json!({}))).unwrap();
+            let event = begun.followed_by(*kind, SystemTime::UNIX_EPOCH, serde_json::json!({})).reaped("ann");
+            let written = serde_json::to_vec(&event).unwrap();
             let there: std::collections::BTreeMap<String, String> = Message::of(&written).headers.into_iter().collect();
             let headers = &document["components"]["messages"][kind.as_str()]["headers"];
             let named = headers["properties"].as_object().unwrap();

@@ -3,6 +3,7 @@
 mod check;
 mod message;
 mod read;
+mod reap;
 mod write;
 
 use std::{
@@ -20,6 +21,7 @@ use rdkafka::{
 
 pub(crate) use read::read_topic;
 pub use read::{Unread, follow_topic, verify_topic};
+pub use reap::{Left, Orphan, Orphans, orphans, reap};
 pub use write::{Place, Producer, Unacknowledged};
 pub(super) use {
     check::check,
@@ -58,6 +60,10 @@ fn client(brokers: &Brokers) -> Result<ClientConfig, Unfit> {
             std::fs::File::open(path).map_err(|error| Unfit::Refused(format!("cannot read {}: {error}", path.display())))?;
             let text = path.to_str().ok_or_else(|| Unfit::Refused(format!("librdkafka takes no such path: {}", path.display())))?;
             config.set(name, text);
+        }
+        // The OpenSSL that is built in believes that its certificates are where it was built. It hears the environment, as all others do.
+        if ca.is_none() && ["SSL_CERT_FILE", "SSL_CERT_DIR"].into_iter().all(|name| std::env::var_os(name).is_none()) {
+            config.set("ssl.ca.location", "probe");
         }
     }
     if let Some(Sasl { mechanism, username, password }) = &brokers.sasl {

@@ -18,6 +18,8 @@ use rdkafka::{
 use super::{Brokers, REASONS, Told, client, message};
 use crate::events::verify::{Judge, Judged};
 
+/// The header of an event that no orchestrator wrote.
+const REAPED_BY: &str = "ce_reapedby";
 /// How long nothing may come from a topic that has more.
 const SILENCE: Duration = Duration::from_secs(30);
 /// How often whoever follows a silent topic is told that there is nothing new.
@@ -58,10 +60,16 @@ pub fn follow_topic(brokers: &Brokers, topic: &str, on: bool, mut each: impl FnM
     .map(drop)
 }
 
-/// Judges everything that is in a topic now. An event that is there again, word for word, counts once: its first place.
+/// Judges everything that is in a topic now. An event that is there again, word for word, counts once: its first place. What a reaper
+/// had written where something stood already counts for nothing.
 ///
 /// Errors: it cannot be read.
 pub fn verify_topic(brokers: &Brokers, topic: &str) -> Result<Judged, Unread> {
+    judge(brokers, topic, |_, _| {})
+}
+
+/// The same, and gives each event to `each`, with the message that it came in.
+pub(super) fn judge(brokers: &Brokers, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_>, &[u8])) -> Result<Judged, Unread> {
     let mut judge = Judge::default();
     // Which partition each event came in first, and what it said.
     let mut seen: HashMap<String, (i32, u32)> = HashMap::new();
@@ -74,6 +82,7 @@ pub fn verify_topic(brokers: &Brokers, topic: &str) -> Result<Judged, Unread> {
             judge.judged.object(offset, None, format!("not an event, in partition {}", message.partition()));
             return Ok(());
         };
+        each(message, &event);
         let of = |name| header(message, name).unwrap_or_default();
         if message.key() != Some(of("ce_partitionkey").as_bytes()) {
             judge.judged.object(offset, None, format!("its key is not that of its session, in partition {}", message.partition()));
@@ -84,7 +93,9 @@ pub fn verify_topic(brokers: &Brokers, topic: &str) -> Result<Judged, Unread> {
                 place.insert((message.partition(), said));
                 judge.event_alone(offset, &event);
             }
-            Entry::Occupied(first) if *first.get() == (message.partition(), said) => judge.judged.repeated += 1,
+            Entry::Occupied(first) if *first.get() == (message.partition(), said) || header(message, REAPED_BY).is_some() => {
+                judge.judged.repeated += 1;
+            }
             Entry::Occupied(first) => {
                 let (partition, _) = first.get();
                 let what = format!("another event of its id came before, in partition {partition}, not {}", message.partition());

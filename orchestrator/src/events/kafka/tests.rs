@@ -30,9 +30,9 @@ use {
 use super::{
     super::{
         Account, Brokers, Failure, Follow, Log, Refused, Settings, Topic, Unfit, Unopened,
-        tests::{accepted, of_session},
+        tests::{accepted, of_session, verdict},
     },
-    Producer, verify_topic,
+    Message, Orphan, Producer, orphans, reap, verify_topic,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -323,7 +323,7 @@ async fn the_judge_of_a_topic_objects_to_whatever_must_not_be() {
     let opened = futures_util::future::join_all((0..cases.len()).map(open)).await;
     for ((events, key, objection), (producer, name)) in cases.into_iter().zip(opened) {
         for event in events {
-            let message = super::Message::of(event);
+            let message = Message::of(event);
             let headers: Vec<(&str, &str)> = message.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
             producer.write(key.unwrap_or(&message.key), &headers, &message.value).await.unwrap();
         }
@@ -332,6 +332,93 @@ async fn the_judge_of_a_topic_objects_to_whatever_must_not_be() {
         assert!(judged.violations.iter().any(|violation| violation.to_string().contains(objection)) || objection.is_empty(), "{judged:?}");
     }
     assert!(verify_topic(&at(&brokers), "no-such-topic").is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn turns_whose_log_is_lost_are_ended_once_by_whoever_reaps_them_and_no_others_are() {
+    let test = "turns_whose_log_is_lost_are_ended_once_by_whoever_reaps_them_and_no_others_are";
+    let Some(kafka) = Kafka::shared().await.or_skip(test) else { return };
+    let (hour, now) = (60 * MINUTE, SystemTime::now());
+    let topic = topic(&kafka.addr().to_string(), "reaped");
+    let producer = Producer::open(&topic, MINUTE).await.unwrap();
+    let say = async |event: Vec<u8>| {
+        producer.write_beside(2, &Message::of(&event)).await.unwrap();
+    };
+    fn line<D: serde::Serialize>(event: &Event<D>) -> Vec<u8> {
+        serde_json::to_vec(event).unwrap()
+    }
+    let nothing = serde_json::json!({});
+    let begin = async |session: &str, at: SystemTime| {
+        let begun = Event::accepted(TurnId::fresh(), at, "00-a-b-01".into(), accepted(session));
+        say(line(&begun)).await;
+        say(line(&begun.followed_by(Kind::InputVerdict, at, verdict("allow")))).await;
+        begun
+    };
+    let long_ago = now - 2 * hour;
+    let lost = begin("lost", long_ago).await;
+    let untold = begin("untold", long_ago).await;
+    say(line(&untold.followed_by(Kind::Completed, long_ago, &nothing))).await;
+    let refused = TurnId::fresh();
+    let whose = (&"acme".parse().unwrap(), &"refused".parse().unwrap());
+    say(line(&Event::refused(refused, long_ago, "00-a-b-01".into(), whose, verdict("deny")))).await;
+    let young = begin("young", now - MINUTE).await;
+    // It began long ago, and the end of it came a moment ago.
+    let just_ended = begin("just-ended", long_ago).await;
+    say(line(&just_ended.followed_by(Kind::Completed, now, &nothing))).await;
+    let settled = begin("settled", long_ago).await;
+    say(line(&settled.followed_by(Kind::Completed, long_ago, &nothing))).await;
+    say(line(&settled.followed_by(Kind::Delivery, long_ago, &nothing))).await;
+    // Its log is not lost.
+    let folder = tempfile::tempdir().unwrap();
+    let (log, _) = Log::open(&Settings { topic: None, ..settings(folder.path(), topic.clone()) }).unwrap();
+    let kept = begin("kept", long_ago).await;
+    let account = log.begin(of_session(kept.subject, "kept")).await.unwrap();
+
+    let found = orphans(&topic.brokers, &topic.name, hour, Some(folder.path())).unwrap();
+    let named: std::collections::BTreeMap<TurnId, (&str, bool)> =
+        found.found.iter().map(|orphan| (orphan.turn, (orphan.key.as_str(), orphan.is_open))).collect();
+    let expected = [(lost.subject, ("acme/lost", true)), (untold.subject, ("acme/untold", false)), (refused, ("acme/refused", true))];
+    assert_eq!(named, expected.into());
+    assert_eq!((found.young, found.kept), (2, 1));
+    let before = verify_topic(&topic.brokers, &topic.name).unwrap();
+    // A runtime must not wait for another in its place.
+    let reaping = async |orphans: Vec<Orphan>| {
+        let topic = topic.clone();
+        tokio::task::spawn_blocking(move || reap(&topic, &orphans, "ann (uid 7)")).await.unwrap().unwrap();
+    };
+    // Two at once, who have found the same.
+    let again = orphans(&topic.brokers, &topic.name, hour, Some(folder.path())).unwrap();
+    reaping(found.found).await;
+    reaping(again.found).await;
+    let judged = verify_topic(&topic.brokers, &topic.name).unwrap();
+    assert!(judged.is_good(), "{judged:?}");
+    assert_eq!((judged.records, judged.repeated), (before.records + 4, 4), "whatever stood first counts");
+    assert_eq!((judged.crashed, judged.reaped, judged.refused, judged.untold), (1, 1, 1, 2));
+    assert_eq!(judged.open, [young.subject, kept.subject]);
+    assert_eq!(judged.owed, [just_ended.subject]);
+    // Whoever comes later finds nothing more.
+    let found = orphans(&topic.brokers, &topic.name, hour, Some(folder.path())).unwrap();
+    assert!(found.found.is_empty(), "{found:?}");
+
+    let count = usize::try_from(judged.records + judged.repeated).unwrap();
+    let records = kafka.read("reaped", count).await;
+    let reaped: Vec<&Record> = records.iter().filter(|record| record.header("ce_reapedby").is_some()).collect();
+    assert_eq!(reaped.len(), 8);
+    assert!(reaped.iter().all(|record| record.partition == 2 && record.header("ce_reapedby") == Some("ann (uid 7)")), "{reaped:?}");
+    let said = |session: &str| {
+        let of = reaped.iter().filter(move |record| record.key == format!("acme/{session}"));
+        of.map(|record| (record.header("ce_type").unwrap(), record.value.as_str())).take(2).collect::<Vec<_>>()
+    };
+    let unknown = ("delivery.v1", r#"{"outcome":"unknown"}"#);
+    assert_eq!(said("lost"), [("turn.failed.v1", r#"{"reason":"crash"}"#), unknown]);
+    assert_eq!(said("untold"), [unknown, unknown]);
+    assert_eq!(said("refused")[0].0, "turn.denied.v1");
+
+    // An orchestrator that lived after all, and says something else, is not overheard.
+    say(line(&lost.followed_by(Kind::Completed, now, &nothing))).await;
+    let judged = verify_topic(&topic.brokers, &topic.name).unwrap();
+    assert_eq!(judged.violations_count, 1, "{judged:?}");
+    complete(account);
 }
 
 /// Brokers that let in whoever has the password.

@@ -9,7 +9,7 @@ use rdkafka::{
     ClientContext,
     config::{FromClientConfigAndContext, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
-    message::{BorrowedMessage, DeliveryResult, Header, OwnedHeaders},
+    message::{BorrowedMessage, DeliveryResult, Header, OwnedHeaders, ToBytes},
     producer::{BaseProducer, BaseRecord, FutureProducer, FutureRecord, Producer as _, ProducerContext},
     util::Timeout,
 };
@@ -70,7 +70,7 @@ impl Sender {
             .key(&message.key)
             .payload(&message.value)
             .timestamp(message.at_ms)
-            .headers(headers(message.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()))));
+            .headers(message.all_headers());
         match self.producer.send(record) {
             Ok(()) => Ok(Offered::Taken),
             Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Ok(Offered::Full),
@@ -94,6 +94,12 @@ impl Sender {
     /// Why brokers did not let us in since this was asked last, if one did not. They are asked again without end.
     pub(in crate::events) fn barred(&self) -> Option<String> {
         self.producer.context().told.barred()
+    }
+}
+
+impl Message {
+    fn all_headers(&self) -> OwnedHeaders {
+        headers(self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())))
     }
 }
 
@@ -144,7 +150,16 @@ impl Producer {
     ///
     /// Errors: it was not acknowledged in time; it may have been written all the same.
     pub async fn write(&self, key: &str, named: &[(&str, &str)], value: &[u8]) -> Result<Place, Unacknowledged> {
-        let record = FutureRecord::to(&self.topic).key(key).payload(value).headers(headers(named.iter().copied()));
+        self.send(FutureRecord::to(&self.topic).key(key).payload(value).headers(headers(named.iter().copied()))).await
+    }
+
+    /// Writes an event beside those of its turn: where these are, even if keys belong elsewhere by now.
+    pub(super) async fn write_beside(&self, partition: i32, message: &Message) -> Result<Place, Unacknowledged> {
+        let record = FutureRecord::to(&self.topic).partition(partition).timestamp(message.at_ms);
+        self.send(record.key(&message.key).payload(&message.value).headers(message.all_headers())).await
+    }
+
+    async fn send<K: ToBytes + ?Sized, V: ToBytes + ?Sized>(&self, record: FutureRecord<'_, K, V>) -> Result<Place, Unacknowledged> {
         match self.inner.send(record, Timeout::After(Duration::ZERO)).await {
             Ok(place) => Ok(Place { partition: place.partition, offset: place.offset }),
             Err((error, _)) => Err(Unacknowledged { topic: self.topic.clone(), reason: error.to_string() }),
