@@ -151,18 +151,14 @@ impl AsyncWrite for Io {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use headgate_testkit::services::free_addr;
     use tokio::net::TcpListener;
-
-    async fn refusing() -> SocketAddr {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        listener.local_addr().unwrap()
-    }
 
     #[tokio::test]
     async fn a_later_address_serves_when_earlier_ones_refuse() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let tcp = first_of([refusing().await, refusing().await, address].into_iter()).await.unwrap();
+        let tcp = first_of([free_addr(), free_addr(), address].into_iter()).await.unwrap();
         assert_eq!(tcp.peer_addr().unwrap(), address);
     }
 
@@ -180,6 +176,6 @@ mod tests {
     #[tokio::test]
     async fn no_address_and_no_listener_are_errors() {
         assert_eq!(first_of(std::iter::empty()).await.unwrap_err().kind(), io::ErrorKind::NotFound);
-        assert_eq!(first_of([refusing().await].into_iter()).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(first_of([free_addr()].into_iter()).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 }
