@@ -309,6 +309,43 @@ async fn what_was_said_is_erased_from_a_guarded_topic_that_nobody_can_edit() {
     said_and_forgotten(&topic, &|events| vec!["--config".to_owned(), config(events)]).await;
 }
 
+#[cfg(feature = "kafka-tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn brokers_are_trusted_as_the_machine_trusts_them_and_get_a_password_in_plain_text_only_where_that_is_said() {
+    let test = "brokers_are_trusted_as_the_machine_trusts_them_and_get_a_password_in_plain_text_only_where_that_is_said";
+    let Some(kafka) = Kafka::guarded().await.or_skip(test) else { return };
+    let guard = kafka.guard();
+    let password = guard.ca.with_file_name("password");
+    fs::write(&password, Guard::PASSWORD).unwrap();
+    let model = answering().await;
+    for (door, tls, over, topic) in [(&guard.password, ", tls: {}", "", "trusted"), (&guard.plain_text, "", ", over: plain_text", "plain")]
+    {
+        let sasl = format!("mechanism: SCRAM-SHA-512, username: {}, password: \"file:{}\"{over}", Guard::USER, password.display());
+        let kept = format!(
+            ", kafka: {{ brokers: [\"{door}\"]{tls}, sasl: {{ {sasl} }}, topic: {topic}, replication_factor: 1, \
+             min_insync_replicas: 1, create_with_partitions: 1 }}"
+        );
+        let house = House::before(&model, &kept);
+        // A machine that has the brokers' authority among its own, and one that has somebody else's.
+        let machine = |authority: &Path| Program::at(env!("CARGO_BIN_EXE_headgate")).variable("SSL_CERT_FILE", authority);
+        let (mut service, at) = house.start_as(machine(&guard.ca)).await;
+        assert_eq!(client::ask(at, &house.turn(TurnId::fresh(), "s1")).await.unwrap().status, 200);
+        service.signal(Signal::Terminate);
+        assert!(service.exited().await.success());
+        let verify = async |authority: &Path| {
+            let verify = machine(authority).arguments(["events", "verify", "--config"]).argument(house.folder.path().join("headgate.yaml"));
+            verify.run(Duration::from_secs(60)).await
+        };
+        let (status, said) = verify(&guard.ca).await;
+        assert!(status.success() && said.contains("turns ended     1"), "{topic}: {said}");
+        let (status, said) = verify(&guard.stranger).await;
+        match tls {
+            "" => assert!(status.success(), "{said}"),
+            _ => assert!(status.code() == Some(69) && said.contains("certificate verify failed"), "{said}"),
+        }
+    }
+}
+
 /// `kafka`: what more the config says of the events. `from`: where they are read, given the log's folder.
 async fn said_and_forgotten(kafka: &str, from: &dyn Fn(&str) -> Vec<String>) {
     let model = answering().await;

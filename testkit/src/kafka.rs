@@ -36,6 +36,8 @@ pub struct Kafka {
 pub struct Guard {
     /// Takes users with a password, over TLS: `localhost:port`.
     pub password: String,
+    /// Takes the same users in plain text: `localhost:port`.
+    pub plain_text: String,
     /// Takes whoever has a certificate of its authority, over TLS: `localhost:port`.
     pub certificate: String,
     /// The authority's certificate.
@@ -81,6 +83,7 @@ impl Guard {
         let door = || format!("localhost:{}", free_addr().port());
         Guard {
             password: door(),
+            plain_text: door(),
             certificate: door(),
             ca: write("ca.pem", ca),
             client: write("client.pem", client),
@@ -92,16 +95,20 @@ impl Guard {
     fn properties(&self, data: &Path) -> String {
         let (scram, plain) =
             ("org.apache.kafka.common.security.scram.ScramLoginModule", "org.apache.kafka.common.security.plain.PlainLoginModule");
+        let users = ["sasl_ssl", "sasl_plaintext"].map(|listener| {
+            format!(
+                "listener.name.{listener}.scram-sha-512.sasl.jaas.config={scram} required;\n\
+                 listener.name.{listener}.plain.sasl.jaas.config={plain} required user_{}=\"{}\";\n",
+                Guard::USER,
+                Guard::PASSWORD,
+            )
+        });
         format!(
             "ssl.keystore.type=PEM\nssl.keystore.location={}\nssl.truststore.type=PEM\nssl.truststore.location={}\n\
-             sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-512\n\
-             listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config={scram} required;\n\
-             listener.name.sasl_ssl.plain.sasl.jaas.config={plain} required user_{}=\"{}\";\n\
-             listener.name.ssl.ssl.client.auth=required\n",
+             sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-512\n{}listener.name.ssl.ssl.client.auth=required\n",
             data.join("broker.pem").display(),
             self.ca.display(),
-            Guard::USER,
-            Guard::PASSWORD,
+            users.concat(),
         )
     }
 }
@@ -305,13 +312,14 @@ fn java(program: Program) -> Result<Program, Missing> {
 }
 
 fn properties(addr: SocketAddr, controller: SocketAddr, guard: Option<&Guard>, data: &Path) -> String {
-    let guarded = guard.map(|guard| format!(",SASL_SSL://{},SSL://{}", guard.password, guard.certificate)).unwrap_or_default();
+    let doors = |guard: &Guard| format!(",SASL_SSL://{},SASL_PLAINTEXT://{},SSL://{}", guard.password, guard.plain_text, guard.certificate);
+    let guarded = guard.map(doors).unwrap_or_default();
     format!(
         "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@{controller}\n\
          listeners=PLAINTEXT://{addr},CONTROLLER://{controller}{guarded}\n\
          advertised.listeners=PLAINTEXT://{addr}{guarded}\ncontroller.listener.names=CONTROLLER\n\
          inter.broker.listener.name=PLAINTEXT\n\
-         listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL,SSL:SSL\n\
+         listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,SSL:SSL\n\
          log.dirs={}\nauto.create.topics.enable=false\n\
          offsets.topic.replication.factor=1\noffsets.topic.num.partitions=1\ngroup.initial.rebalance.delay.ms=0\n\
          controller.quorum.election.timeout.ms=200\nbroker.session.timeout.ms=2000\nbroker.heartbeat.interval.ms=300\nnum.network.threads=1\nnum.io.threads=2\nlog.cleaner.enable=false\n",

@@ -1,9 +1,9 @@
 //! Endpoints behind TLS: a named authority is trusted, nothing else is.
 
-use std::sync::Arc;
+use std::{env, fs, sync::Arc, time::Duration};
 
 use headgate_contracts::{Code, Finish};
-use headgate_testkit::dialect::Answer;
+use headgate_testkit::{dialect::Answer, services::Program};
 use headgate_upstream::settings::Tls;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -73,4 +73,34 @@ async fn an_answer_over_tls_needs_the_named_authority() {
     let mut settings = headgate_upstream::Settings { endpoints: vec!["https://localhost".parse().unwrap()], ..Default::default() };
     settings.tls.ca = Some(file.path().into());
     assert!(headgate_upstream::Upstream::new("chat", settings).is_err());
+}
+
+/// Where the test below has its endpoint, for the processes that it starts.
+const ENDPOINT: &str = "HEADGATE_TEST_ENDPOINT";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_named_authority_those_of_the_machine_are_trusted_and_no_others() {
+    if let Ok(endpoint) = env::var(ENDPOINT) {
+        let (heard, end) = turn(&upstream(&[endpoint], |_| {})).await;
+        assert_eq!((heard.as_str(), end.unwrap()), ("private", Finish::Stop));
+        return;
+    }
+    let (port, pem) = serve(Answer::openai("m", &["private"]).bytes()).await;
+    let (_, other) = serve(Vec::new()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let machine = async |name: &str, certificates: &str| {
+        let file = folder.path().join(name);
+        fs::write(&file, certificates).unwrap();
+        // What a machine trusts is read from the environment, and that belongs to a process: this test once more, in another one.
+        let asking = Program::at(env::current_exe().unwrap()).variable("SSL_CERT_FILE", &file);
+        let asking = asking.variable(ENDPOINT, format!("https://localhost:{port}"));
+        asking
+            .arguments(["--exact", "tls::without_a_named_authority_those_of_the_machine_are_trusted_and_no_others"])
+            .run(Duration::from_secs(60))
+            .await
+    };
+    let (status, said) = machine("ours.pem", &pem).await;
+    assert!(status.success() && said.contains("1 passed"), "{said}");
+    let (status, said) = machine("others.pem", &other).await;
+    assert!(!status.success() && said.contains("invalid peer certificate"), "{said}");
 }
