@@ -11,7 +11,7 @@ use headgate_contracts::{
     wire::{chat, openai, sse},
 };
 use headgate_filters::{Built, Chain, chain};
-use headgate_policy::{Decision, Digest, Facts, Hasher};
+use headgate_policy::{Claims, Decision, Digest, Facts, Hasher};
 
 use crate::{MODERATION, NOW, batch_of, begun, built, chunk, conversation, issuer, ring, turn, unusual_chunk};
 
@@ -191,7 +191,7 @@ fn verdict(meter: &mut impl Meter) {
         trc: None,
     };
     let (ring, issuer) = (ring(), issuer());
-    let claims = issuer.dispatch(&FACTS, "POST", "/v1/conversation/stream", Digest::of(b"{}"), NOW).expect("random bytes");
+    let claims: Claims<&str> = issuer.dispatch(&FACTS, "POST", "/v1/conversation/stream", Digest::of(b"{}"), NOW).expect("random bytes");
     let bytes = [b'x'; 1024];
     meter.measure("verdict: digest of 1 KB", Size::Bytes(1024), || (), |()| _ = black_box(Digest::of(black_box(&bytes))));
     meter.measure("verdict: sign", ONE, || (), |()| drop(ring.sign(black_box(&claims)).expect("a key")));

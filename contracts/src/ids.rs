@@ -31,10 +31,14 @@ impl TurnId {
         Uuid::new_v5(&self.0, name.as_bytes()).as_hyphenated().to_string()
     }
 
+    /// The id as it is displayed, in `text`: 36 characters, of the 45 that every form of a UUID has room in.
+    pub fn text(self, text: &mut [u8; 45]) -> &str {
+        self.0.as_hyphenated().encode_lower(text)
+    }
+
     /// Appends the id as it is displayed: 36 characters.
     pub fn write(&self, out: &mut Vec<u8>) {
-        let mut text = Uuid::encode_buffer();
-        out.extend_from_slice(self.0.as_hyphenated().encode_lower(&mut text).as_bytes());
+        out.extend_from_slice(self.text(&mut Uuid::encode_buffer()).as_bytes());
     }
 }
 
@@ -141,7 +145,7 @@ name! {
 impl SessionId {
     /// A fresh session id.
     pub fn fresh() -> SessionId {
-        SessionId(Uuid::now_v7().as_hyphenated().to_string().into())
+        SessionId((&*Uuid::now_v7().as_hyphenated().encode_lower(&mut Uuid::encode_buffer())).into())
     }
 }
 

@@ -62,39 +62,38 @@ impl Trace {
 
     /// The `traceparent` header that names our span as the parent.
     pub fn traceparent(&self) -> String {
-        format!("00-{}-{}-{:02x}", Hex(&self.trace_id), Hex(&self.span_id), u8::from(self.sampled))
+        let (mut trace, mut span) = ([0; 32], [0; 16]);
+        let flags = if self.sampled { "-01" } else { "-00" };
+        ["00-", hex(&self.trace_id, &mut trace), "-", hex(&self.span_id, &mut span), flags].concat()
     }
 
     /// The trace's id in hexadecimal, for logs.
     pub fn trace_id_hex(&self) -> String {
-        Trace::hex(self.trace_id)
+        Trace::hex(self.trace_id, &mut [0; 32]).to_owned()
     }
 
-    /// A trace's id in hexadecimal, of who keeps no more of the trace than that.
-    pub fn hex(trace_id: [u8; 16]) -> String {
-        Hex(&trace_id).to_string()
+    /// A trace's id in hexadecimal, in `text`: of who keeps no more of the trace than that.
+    pub fn hex(trace_id: [u8; 16], text: &mut [u8; 32]) -> &str {
+        hex(&trace_id, text)
     }
 
     /// Our span's id in hexadecimal, for logs.
     pub fn span_id_hex(&self) -> String {
-        Hex(&self.span_id).to_string()
+        hex(&self.span_id, &mut [0; 16]).to_owned()
     }
 
     /// The calling span's id in hexadecimal, for logs.
     pub fn parent_id_hex(&self) -> Option<String> {
-        self.parent_id.as_ref().map(|id| Hex(id).to_string())
+        self.parent_id.as_ref().map(|id| hex(id, &mut [0; 16]).to_owned())
     }
 }
 
-struct Hex<'a>(&'a [u8]);
-impl fmt::Display for Hex<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = [0; 32]; // of the longest, a trace's id
-        for (two, byte) in text.chunks_exact_mut(2).zip(self.0) {
-            two.copy_from_slice(&[byte >> 4, byte & 15].map(|half| b"0123456789abcdef"[usize::from(half)]));
-        }
-        f.write_str(text.get(..2 * self.0.len()).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default())
+/// Writes `bytes` in hexadecimal into `text`, which has room for them and for nothing else.
+fn hex<'t>(bytes: &[u8], text: &'t mut [u8]) -> &'t str {
+    for (two, byte) in text.chunks_exact_mut(2).zip(bytes) {
+        two.copy_from_slice(&[byte >> 4, byte & 15].map(|half| b"0123456789abcdef"[usize::from(half)]));
     }
+    std::str::from_utf8(text).unwrap_or_default()
 }
 
 fn parse_traceparent(text: &str) -> Option<([u8; 16], [u8; 8], bool)> {

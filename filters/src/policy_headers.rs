@@ -3,7 +3,7 @@
 //! A verdict claims: this tenant, session and turn; these exact bytes; this decision, by this policy and constitution. It is
 //! signed when the bytes are known, so a retry is a dispatch of its own with a verdict of its own.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use headgate_contracts::{
     Category, Code, Dispatch, Fault, Finding, Head, Outcome, OutputSeal, Prompt, Record, Seal, SessionId, Stage, Stop, Subject, TenantId,
@@ -50,7 +50,7 @@ pub fn strip_forged(headers: &mut HeaderMap) -> usize {
 
 fn is_forged(name: &str) -> bool {
     // Some servers read `_` as `-`, as CGI did.
-    let name = name.replace('_', "-");
+    let name = if name.contains('_') { Cow::Owned(name.replace('_', "-")) } else { Cow::Borrowed(name) };
     let plain = name.strip_prefix("x-").unwrap_or(&name);
     let ours = ["policy-", "constitution-"].iter().any(|prefix| plain.starts_with(prefix));
     ours || plain == "content-digest" || name.starts_with("x-gw-") || name.starts_with("x-headgate-")
@@ -125,7 +125,7 @@ fn categories<'a>(findings: impl Iterator<Item = &'a Finding>) -> Vec<&'static s
     all.into_iter().map(Category::as_str).collect()
 }
 
-fn in_mode(claims: Claims, fence: Option<u64>) -> Claims {
+fn in_mode(claims: Claims<&str>, fence: Option<u64>) -> Claims<&str> {
     match fence {
         Some(fence) => claims.in_training(fence),
         None => claims,
@@ -147,25 +147,25 @@ fn sign_dispatch(
     (version, constitution): &(HeaderValue, HeaderValue),
 ) -> Result<HeaderMap, Fault> {
     let digest = Digest::of(dispatch.body);
-    let (turn, trace) = (prompt.turn.to_string(), prompt.trace.trace_id_hex());
+    let (mut turn, mut trace) = ([0; 45], [0; 32]);
     let facts = Claimed {
         tid: prompt.principal.tenant.as_str(),
         sub: prompt.principal.subject.as_str(),
         sid: prompt.session.as_str(),
-        turn: &turn,
+        turn: prompt.turn.text(&mut turn),
         dec: decision(prompt.outcome),
         cat: &categories(prompt.findings.iter()),
-        trc: Some(&trace),
+        trc: Some(Trace::hex(prompt.trace.trace_id, &mut trace)),
     };
     let claims = policy.issuer.dispatch(&facts, dispatch.method, dispatch.path, digest, now);
     let verdict = claims.and_then(|claims| policy.signer.sign(&in_mode(claims, fence)));
     let verdict = verdict.map_err(|error| Fault::us(Code::InternalError).caused_by(error))?;
-    let value = |text: String| HeaderValue::try_from(text).map_err(|error| Fault::us(Code::InternalError).caused_by(error));
+    let broken = |error: http::header::InvalidHeaderValue| Fault::us(Code::InternalError).caused_by(error);
     let mut headers = HeaderMap::with_capacity(4);
-    headers.insert(POLICY_VERDICT, value(verdict)?);
+    headers.insert(POLICY_VERDICT, HeaderValue::try_from(verdict).map_err(broken)?);
     headers.insert(POLICY_VERSION, version.clone());
     headers.insert(CONSTITUTION_HASH, constitution.clone());
-    headers.insert(CONTENT_DIGEST, value(digest.to_string())?);
+    headers.insert(CONTENT_DIGEST, HeaderValue::from_bytes(&digest.text()).map_err(broken)?);
     Ok(headers)
 }
 
@@ -230,22 +230,22 @@ impl Filter for Signs {
         let rule = self.policy.clone();
         let seal: OutputSeal = Arc::new(move |record, emitted| {
             let PolicyHeaders { policy, now, .. } = &*rule;
-            let (turn, trace) = (who.turn.to_string(), Trace::hex(who.trace_id));
+            let (mut turn, mut trace) = ([0; 45], [0; 32]);
             let facts = Claimed {
                 tid: who.tenant.as_str(),
                 sub: who.subject.as_str(),
                 sid: who.session.as_str(),
-                turn: &turn,
+                turn: who.turn.text(&mut turn),
                 dec: decision(record.outcome),
                 cat: &categories(record.findings.iter().filter(|finding| finding.stage != Stage::Input)),
-                trc: Some(&trace),
+                trc: Some(Trace::hex(who.trace_id, &mut trace)),
             };
             let signed = policy
                 .issuer
                 .output(&facts, Digest::from(emitted), now())
                 .and_then(|claims| policy.signer.sign(&in_mode(claims, who.fence)));
             // The text has gone: an answer without a verdict is what an auditor will ask about.
-            signed.map_err(|error| tracing::error!(turn_id = turn, %error, "output verdict not signed")).ok()
+            signed.map_err(|error| tracing::error!(turn_id = %who.turn, %error, "output verdict not signed")).ok()
         });
         record.seal = Some(seal);
     }

@@ -156,11 +156,11 @@ impl KeySource for NoKeys {
 /// Signs verdicts with the key that is current when it is called.
 pub trait Signer: Send + Sync {
     /// The claims as a compact JWS. Errors: [`Unsigned`].
-    fn sign(&self, claims: &Claims) -> Result<String, Unsigned>;
+    fn sign(&self, claims: &Claims<&str>) -> Result<String, Unsigned>;
 }
 
 impl Signer for Ring {
-    fn sign(&self, claims: &Claims) -> Result<String, Unsigned> {
+    fn sign(&self, claims: &Claims<&str>) -> Result<String, Unsigned> {
         Ring::sign(self, claims)
     }
 }

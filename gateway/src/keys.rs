@@ -86,7 +86,7 @@ impl Signing {
 }
 
 impl Signer for Signing {
-    fn sign(&self, claims: &Claims) -> Result<String, Unsigned> {
+    fn sign(&self, claims: &Claims<&str>) -> Result<String, Unsigned> {
         self.0.load().sign(claims)
     }
 }

@@ -1,6 +1,6 @@
 //! Says what a verdict says: who decided what, about which bytes, under which policy, until when.
 
-use std::{fmt, str::FromStr};
+use std::{cell::RefCell, fmt, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -18,13 +18,15 @@ pub const LIFETIME: u64 = 60;
 ///
 /// Unknown and repeated members are refused: a claim one does not know may be the one that restricts. A new claim therefore
 /// needs a new `typ`, and verifiers are upgraded before signers.
+///
+/// `T`: whose texts they are. A verifier has its own; a signer borrows those of its turn.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Claims {
+pub struct Claims<T = String> {
     /// The gateway deployment; its instances share this name and differ by key.
-    pub iss: String,
+    pub iss: T,
     /// For whom: [`ORCHESTRATOR`] or [`AUDIT`].
-    pub aud: String,
+    pub aud: T,
     /// Signed at, Unix seconds.
     pub iat: u64,
     /// Good until, Unix seconds: `iat` + [`LIFETIME`].
@@ -32,29 +34,29 @@ pub struct Claims {
     /// This verdict's own number: it is accepted once.
     pub jti: Jti,
     /// The tenant.
-    pub tid: String,
+    pub tid: T,
     /// The subject within the tenant: opaque.
-    pub sub: String,
+    pub sub: T,
     /// The session.
-    pub sid: String,
+    pub sid: T,
     /// The turn.
-    pub turn: String,
+    pub turn: T,
     /// What was judged.
     pub dir: Direction,
     /// The HTTP method of the dispatch; absent for an output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub htm: Option<String>,
+    pub htm: Option<T>,
     /// The path of the dispatch, without query; absent for an output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub htu: Option<String>,
+    pub htu: Option<T>,
     /// The digest of the exact bytes judged: the dispatched body or WebSocket payload, or the text sent to the client.
     pub bdg: Digest,
     /// The decision.
     pub dec: Decision,
     /// The categories found, by their stable names.
-    pub cat: Vec<String>,
+    pub cat: Vec<T>,
     /// The policy applied.
-    pub pol: Policy,
+    pub pol: Policy<T>,
     /// The hash of the constitution in force.
     pub con: Digest,
     /// Whether policy was enforced, or the turn ran in training mode.
@@ -64,12 +66,12 @@ pub struct Claims {
     pub fence: Option<u64>,
     /// The W3C trace id, 32 hex digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub trc: Option<String>,
+    pub trc: Option<T>,
 }
 
-impl Claims {
+impl<T> Claims<T> {
     /// The same claims for a turn in training mode, under the lock with this `fence`.
-    pub fn in_training(mut self, fence: u64) -> Claims {
+    pub fn in_training(mut self, fence: u64) -> Claims<T> {
         self.mode = Mode::Training;
         self.fence = Some(fence);
         self
@@ -129,11 +131,11 @@ pub enum Mode {
 /// A policy by name and version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Policy {
+pub struct Policy<T = String> {
     /// Its name.
-    pub id: String,
+    pub id: T,
     /// Its version, as in the `Policy-Version` header.
-    pub ver: String,
+    pub ver: T,
 }
 
 /// A verdict's number: 128 random bits, on the wire as 22 characters of base64url.
@@ -143,10 +145,35 @@ pub struct Jti([u8; 16]);
 impl Jti {
     /// A number nobody can guess. Errors: [`Unsigned::Random`].
     pub fn fresh() -> Result<Jti, Unsigned> {
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).map_err(|_| Unsigned::Random)?;
-        Ok(Jti(bytes))
+        let draw = |drawn: &RefCell<Drawn>| {
+            let Drawn { numbers, left } = &mut *drawn.borrow_mut();
+            if *left == 0 {
+                getrandom::fill(numbers.as_flattened_mut()).ok()?;
+                *left = numbers.len();
+            }
+            *left -= 1;
+            // Taken out of it, so that none is used again.
+            numbers.get_mut(*left).map(|number| Jti(std::mem::take(number)))
+        };
+        DRAWN.try_with(draw).ok().flatten().ok_or(Unsigned::Random)
     }
+
+    fn text(&self) -> [u8; 22] {
+        let mut text = [b'A'; 22];
+        // 16 bytes are 22 characters.
+        let _ = URL_SAFE_NO_PAD.encode_slice(self.0, &mut text);
+        text
+    }
+}
+
+/// Numbers nobody has had yet. The system is asked for many at once: that costs more than all that is done with them.
+struct Drawn {
+    numbers: [[u8; 16]; 64],
+    left: usize,
+}
+
+thread_local! {
+    static DRAWN: RefCell<Drawn> = const { RefCell::new(Drawn { numbers: [[0; 16]; 64], left: 0 }) };
 }
 
 impl FromStr for Jti {
@@ -162,7 +189,7 @@ impl FromStr for Jti {
 
 impl fmt::Display for Jti {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        base64::display::Base64Display::new(&self.0, &URL_SAFE_NO_PAD).fmt(f)
+        f.write_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 
@@ -174,7 +201,7 @@ impl fmt::Debug for Jti {
 
 impl Serialize for Jti {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
+        to.serialize_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 
@@ -219,51 +246,69 @@ impl Issuer {
     ///
     /// `htu`: the path; a query is cut off, as it may hold text. `body`: the digest of the exact bytes to be sent. `now`: Unix
     /// seconds. Errors: [`Unsigned::Random`].
-    pub fn dispatch(&self, facts: &Facts<'_>, htm: &str, htu: &str, body: Digest, now: u64) -> Result<Claims, Unsigned> {
+    pub fn dispatch<'a, T: From<&'a str>>(
+        &'a self,
+        facts: &Facts<'a>,
+        htm: &'a str,
+        htu: &'a str,
+        body: Digest,
+        now: u64,
+    ) -> Result<Claims<T>, Unsigned> {
         let path = htu.split(['?', '#']).next().unwrap_or_default();
-        Ok(Claims {
-            htm: Some(htm.to_owned()),
-            htu: Some(path.to_owned()),
-            ..self.claims(facts, ORCHESTRATOR, Direction::Input, body, now)?
-        })
+        Ok(Claims { htm: Some(htm.into()), htu: Some(path.into()), ..self.claims(facts, ORCHESTRATOR, Direction::Input, body, now)? })
     }
 
     /// The claims for an answer that has ended.
     ///
     /// `emitted`: the digest of the text the client was sent, see [`crate::Hasher`]. `now`: Unix seconds. Errors:
     /// [`Unsigned::Random`].
-    pub fn output(&self, facts: &Facts<'_>, emitted: Digest, now: u64) -> Result<Claims, Unsigned> {
+    pub fn output<'a, T: From<&'a str>>(&'a self, facts: &Facts<'a>, emitted: Digest, now: u64) -> Result<Claims<T>, Unsigned> {
         self.claims(facts, AUDIT, Direction::Output, emitted, now)
     }
 
-    fn claims(&self, facts: &Facts<'_>, aud: &str, dir: Direction, bdg: Digest, now: u64) -> Result<Claims, Unsigned> {
+    fn claims<'a, T: From<&'a str>>(
+        &'a self,
+        facts: &Facts<'a>,
+        aud: &'static str,
+        dir: Direction,
+        bdg: Digest,
+        now: u64,
+    ) -> Result<Claims<T>, Unsigned> {
         Ok(Claims {
-            iss: self.iss.clone(),
-            aud: aud.to_owned(),
+            iss: self.iss.as_str().into(),
+            aud: aud.into(),
             iat: now,
             exp: now.saturating_add(LIFETIME),
             jti: Jti::fresh()?,
-            tid: facts.tid.to_owned(),
-            sub: facts.sub.to_owned(),
-            sid: facts.sid.to_owned(),
-            turn: facts.turn.to_owned(),
+            tid: facts.tid.into(),
+            sub: facts.sub.into(),
+            sid: facts.sid.into(),
+            turn: facts.turn.into(),
             dir,
             htm: None,
             htu: None,
             bdg,
             dec: facts.dec,
-            cat: facts.cat.iter().map(|&category| category.to_owned()).collect(),
-            pol: self.pol.clone(),
+            cat: facts.cat.iter().map(|&category| category.into()).collect(),
+            pol: Policy { id: self.pol.id.as_str().into(), ver: self.pol.ver.as_str().into() },
             con: self.con,
             mode: Mode::Enforce,
             fence: None,
-            trc: facts.trc.map(str::to_owned),
+            trc: facts.trc.map(T::from),
         })
     }
 
     /// The claims for what a gateway tells the orchestrator of a turn: `Input`, that its prompt was refused; `Output`, what the
     /// user got. As [`Issuer::dispatch`] otherwise.
-    pub fn report(&self, facts: &Facts<'_>, dir: Direction, htm: &str, htu: &str, body: Digest, now: u64) -> Result<Claims, Unsigned> {
+    pub fn report<'a, T: From<&'a str>>(
+        &'a self,
+        facts: &Facts<'a>,
+        dir: Direction,
+        htm: &'a str,
+        htu: &'a str,
+        body: Digest,
+        now: u64,
+    ) -> Result<Claims<T>, Unsigned> {
         Ok(Claims { dir, ..self.dispatch(facts, htm, htu, body, now)? })
     }
 }
@@ -314,7 +359,10 @@ mod tests {
 
     #[test]
     fn two_verdicts_never_share_a_number() {
-        assert_ne!(claims().jti, claims().jti);
+        // More than are drawn at once, and on two threads.
+        let drawn = || (0..200).map(|_| Jti::fresh().unwrap()).collect::<Vec<_>>();
+        let (here, there) = (drawn(), std::thread::spawn(drawn).join().unwrap());
+        assert_eq!(here.into_iter().chain(there).collect::<std::collections::HashSet<_>>().len(), 400);
         let jti = Jti::fresh().unwrap();
         assert_eq!(jti.to_string().parse(), Ok(jti));
         assert!("AAAAAAAAAAAAAAAAAAAAAB".parse::<Jti>().is_err(), "trailing bits");

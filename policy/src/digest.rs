@@ -24,6 +24,16 @@ impl Digest {
         &self.0
     }
 
+    /// As it is displayed: 54 characters of ASCII.
+    pub fn text(&self) -> [u8; 54] {
+        let mut text = *b"sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:";
+        if let Some(coded) = text.get_mut(9..53) {
+            // 32 bytes are 44 characters.
+            let _ = STANDARD.encode_slice(self.0, coded);
+        }
+        text
+    }
+
     /// `sha-256:<64 hex digits>`, for logs and error bodies.
     pub fn short(&self) -> String {
         use fmt::Write;
@@ -44,7 +54,7 @@ impl From<[u8; 32]> for Digest {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sha-256=:{}:", base64::display::Base64Display::new(&self.0, &STANDARD))
+        f.write_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 
@@ -76,7 +86,7 @@ impl FromStr for Digest {
 
 impl Serialize for Digest {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
+        to.serialize_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 

@@ -168,7 +168,7 @@ impl Ring {
     }
 
     /// Signs a verdict with the current key.
-    pub fn sign(&self, claims: &Claims) -> Result<String, Unsigned> {
+    pub fn sign(&self, claims: &Claims<impl Serialize>) -> Result<String, Unsigned> {
         self.seal(Typ::Verdict, claims)
     }
 

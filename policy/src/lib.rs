@@ -23,7 +23,8 @@
 //! let issuer = Issuer { iss: "headgate".into(), pol: Policy { id: "default".into(), ver: "2026-11-21".into() }, con: constitution.hash() };
 //! let facts = Facts { tid: "acme", sub: "u-1", sid: "s-1", turn: "t-1", dec: Decision::Allow, cat: &[], trc: None };
 //! let body = br#"{"messages":[]}"#;
-//! let token = ring.sign(&issuer.dispatch(&facts, "POST", "/v1/conversation/stream", Digest::of(body), now)?)?;
+//! let claims: Claims<&str> = issuer.dispatch(&facts, "POST", "/v1/conversation/stream", Digest::of(body), now)?;
+//! let token = ring.sign(&claims)?;
 //!
 //! // The orchestrator verifies, with keys and a registry it got another way.
 //! let verifier = Verifier::from_jwks(&ring.jwks())?;

@@ -452,7 +452,7 @@ fn flow_of(built: &[Built], limits: &file::Limits) -> Flow {
 fn stand_in(issuer: Issuer) -> PolicyInForce {
     struct Nobody;
     impl Signer for Nobody {
-        fn sign(&self, _: &Claims) -> Result<String, Unsigned> {
+        fn sign(&self, _: &Claims<&str>) -> Result<String, Unsigned> {
             Err(Unsigned::NoCurrentKey)
         }
     }

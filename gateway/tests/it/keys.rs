@@ -113,7 +113,7 @@ impl House {
             "messages": [{"role": "user", "content": "hi"}]});
         let body = body.to_string();
         let facts = Facts { tid: "acme", sub: "u1", sid: "s1", turn: &id, dec: Decision::Allow, cat: &[], trc: None };
-        let claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), unix_now()).unwrap();
+        let claims: headgate_policy::Claims = self.issuer.dispatch(&facts, "POST", STEP, Digest::of(body.as_bytes()), unix_now()).unwrap();
         let dispatch = Request::new("POST", STEP)
             .header("content-type", "application/json")
             .header("policy-verdict", &ring.sign(&claims).unwrap())

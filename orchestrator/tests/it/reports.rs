@@ -64,7 +64,7 @@ impl<'a> Report<'a> {
     /// With the verdict on its output, as its client got it.
     fn delivery(desk: &'a Desk, turn: &str, outcome: &str, code: Option<&str>) -> Report<'a> {
         let dec = if outcome == "denied" { Decision::Deny } else { Decision::Allow };
-        let output = desk.issuer.output(&facts(turn, dec), Digest::of(b"canarycanary"), now()).unwrap();
+        let output: Claims = desk.issuer.output(&facts(turn, dec), Digest::of(b"canarycanary"), now()).unwrap();
         let verdict = desk.ring.sign(&output).unwrap();
         let body = json!({"tenant": "acme", "session_id": "s1", "outcome": outcome, "code": code, "last_seq": 7, "text_bytes": 12, "verdict": verdict});
         Report::of(desk, turn, "delivery", Direction::Output, dec, body)
