@@ -20,6 +20,8 @@ use crate::{PATIENCE, soon, within};
 
 /// How much of a program's output is kept, in bytes; the oldest lines go first.
 const MAX_OUTPUT_BYTES: usize = 4 << 20;
+/// How long a program may take to start: a Java or a browser on a busy machine takes its time.
+const START: Duration = Duration::from_secs(90);
 /// Set to `1`, it makes a missing program a failure instead of a skip.
 const REQUIRE: &str = "HEADGATE_REQUIRE_SERVICES";
 
@@ -177,7 +179,7 @@ impl Program {
         let mut service = Service { name, child, group, output, addr, ended: false, folder };
         let is_ready = match ready {
             Ready::AtOnce => true,
-            Ready::Line(text) => service.find_line(&text).await.is_some(),
+            Ready::Line(text) => service.find_line(&text, START).await.is_some(),
             Ready::Connects(addr) => service.connects(addr).await,
         };
         if is_ready { Ok(service) } else { Err(format!("{} ended before it was ready: {}", service.name, service.output())) }
@@ -252,16 +254,16 @@ impl Service {
 
     /// The first line that contains `text`, as soon as it is printed. Panics where the program ends before.
     pub async fn line(&self, text: &str) -> String {
-        match self.find_line(text).await {
+        match self.find_line(text, PATIENCE).await {
             Some(line) => line,
             None => panic!("{} ended without printing `{text}`: {}", self.name, self.output()),
         }
     }
 
-    async fn find_line(&self, text: &str) -> Option<String> {
+    async fn find_line(&self, text: &str, limit: Duration) -> Option<String> {
         let mut output = self.output.clone();
         let come = output.wait_for(|log| log.text.contains(text) || log.pipes == 0);
-        let log = soon(come, &format!("{} to print `{text}`", self.name)).await.ok()?;
+        let log = within(limit, come, &format!("{} to print `{text}`", self.name)).await.ok()?;
         log.text.lines().find(|line| line.contains(text)).map(Into::into)
     }
 
@@ -279,8 +281,7 @@ impl Service {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        // A Java that is started on a busy machine takes its time.
-        within(3 * PATIENCE, connected, "a program to listen").await
+        within(START, connected, "a program to listen").await
     }
 
     /// Sends a signal to it and everything it has started.

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use headgate_orchestrator::{Limits, Models, Patience, Settings};
 use headgate_testkit::{
+    at_once,
     client::{Http1, Request, ask},
     dialect::{Answer, Cut},
     soon,
@@ -33,7 +34,7 @@ async fn leaving_within_the_answer_stops_the_model() {
         events.expect().await;
     }
     drop(events);
-    within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
+    at_once(model.closed(1), "the model to be left").await;
     desk.idle().await;
     assert_eq!(cancelled(&desk, "stream", "client_closed"), 1);
     assert_eq!(desk.decided("stream", "accepted"), 1);
@@ -69,7 +70,7 @@ async fn leaving_before_the_first_byte_stops_the_model() {
             client.send(&turn.request()).await;
             model.request(0).await;
             drop(client);
-            within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
+            at_once(model.closed(1), "the model to be left").await;
             desk.idle().await;
             assert_eq!(desk.decided(if step { "step" } else { "stream" }, "cancelled"), 1);
         }
@@ -87,14 +88,14 @@ async fn leaving_behind_a_byte_sent_ahead_stops_the_model_too() {
     client.send_bytes(&bytes).await;
     model.request(0).await;
     drop(client);
-    within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
+    at_once(model.closed(1), "the model to be left").await;
 
     // And behind the answer's first bytes: such a caller has broken the rules, and is left at once.
     let mut client = Http1::connect(desk.addr).await;
     client.send(&desk.turn("s2", "one").request()).await;
     client.read_bytes(1).await.unwrap();
     client.send_bytes(b"G").await;
-    within(Duration::from_secs(2), model.closed(2), "the model to be left").await;
+    at_once(model.closed(2), "the model to be left").await;
     desk.idle().await;
 }
 
@@ -106,7 +107,7 @@ async fn a_step_that_is_left_within_its_answer_stops_the_model() {
     client.send(&desk.turn("s1", "one").step().request()).await;
     model.request(0).await;
     drop(client);
-    within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
+    at_once(model.closed(1), "the model to be left").await;
     desk.idle().await;
 }
 
@@ -123,7 +124,7 @@ async fn a_cancel_call_ends_the_turn_with_its_code_and_keeps_what_was_said() {
     assert_eq!(desk.cancel(&turn.id).await, 202);
     let answer = soon(events.rest(), "the end of the turn").await.unwrap();
     assert_eq!((answer.text().as_str(), answer.error()), ("half", Some("stopped")));
-    within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
+    at_once(model.closed(1), "the model to be left").await;
     assert_eq!(cancelled(&desk, "stream", "stopped"), 1);
     desk.turn("s1", "two").text().await;
     assert_eq!(words(&model.request(1).await), ["user:one", "assistant:half", "user:two"]);

@@ -11,6 +11,7 @@ use headgate_orchestrator::{Models, events};
 use headgate_policy::{ANY_TENANT, Digest, Entry, Registry, Ring, Standing};
 use headgate_store::{Followed, Redis, Store, Used, cmd};
 use headgate_testkit::{
+    AT_ONCE,
     client::{self, Request},
     dialect::{Answer, Cut},
     services::{self, OrSkip, Service, Signal},
@@ -22,7 +23,7 @@ use crate::desk::{Desk, now, upstream};
 
 const BUDGET: Duration = Duration::from_millis(20);
 /// What a machine busy with other things may add to a wait.
-const BUSY: Duration = Duration::from_millis(500);
+const BUSY: Duration = AT_ONCE;
 
 async fn model() -> Upstream {
     Upstream::always(Script::stream(Answer::openai("demo-8", &["Hello"]).cut(Cut::Events))).await
@@ -89,6 +90,18 @@ async fn hundred(desk: &Desk, session: &str) -> Vec<Duration> {
     took
 }
 
+/// How many answers of this Redis did not come in time, so far.
+fn late(redis: &Redis) -> impl Fn() -> u64 + use<> {
+    let mut registry = prometheus_client::registry::Registry::default();
+    redis.register(&mut registry);
+    move || {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let late = text.lines().find_map(|line| line.strip_prefix("headgate_redis_timeouts_total "));
+        late.expect("a counter").parse().expect("a number")
+    }
+}
+
 fn middle(mut took: Vec<Duration>) -> Duration {
     took.sort_unstable();
     took[took.len() / 2]
@@ -99,17 +112,21 @@ async fn a_frozen_redis_adds_three_budgets_to_a_hundred_dispatches_and_refuses_n
     let Some(server) = services::redis().await.or_skip("a_frozen_redis_adds_three_budgets") else { return };
     let model = model().await;
     let redis = connected(&server).await;
+    let late = late(&redis);
     let desk = Desk::sharing(models(&model), Some(Used::new(redis.clone())), None, None).await;
     let before = middle(hundred(&desk, "well").await);
     let alone = desk.metric("orchestrator_verdicts_unshared_total");
+    // Whatever was late on a busy machine, nothing is in a row with what comes.
+    soon(redis.up(), "redis").await;
+    redis.within(AT_ONCE).ask::<()>(&cmd("PING")).await.unwrap();
+    let late_before = late();
     server.signal(Signal::Stop);
     let frozen = hundred(&desk, "frozen").await;
-    let slow = frozen.iter().filter(|took| **took >= BUDGET).count();
     println!("before {before:?}, the first four {:?}, the others {:?}", &frozen[..4], middle(frozen[4..].to_vec()));
     assert_eq!(desk.metric("orchestrator_verdicts_unshared_total") - alone, 100);
     assert!(frozen[..2].iter().all(|took| *took >= BUDGET && *took < BUDGET + BUSY), "{:?}", &frozen[..2]);
-    // On a quiet machine three, or two where the connection's own sign of life was the third.
-    assert!(slow <= 10, "{slow} dispatches waited");
+    // Three in a row; the connection's own sign of life may be one of them, or be asked for beside the third.
+    assert!((3..=4).contains(&(late() - late_before)), "{} answers were waited for", late() - late_before);
     // What this process has taken it does not take again, Redis or no Redis.
     let request = desk.turn("again", "hello").step().request();
     assert_eq!(code(&desk, &request).await, "accepted");
@@ -192,7 +209,8 @@ async fn what_the_registry_in_redis_says_is_in_force_is_believed_and_nothing_els
     assert_eq!(code(&desk, &desk.turn("s1", "hello").step().request()).await, "policy_registry_unavailable");
     assert_eq!(desk.orchestrator.ready(), Err("the policy registry cannot be reached\n"));
 
-    let Some(Ok(_server)) = services::redis_at(addr).await.or_skip("what_the_registry_in_redis_says") else { return };
+    let Some(server) = services::redis_at(addr).await.or_skip("what_the_registry_in_redis_says") else { return };
+    let _server = server.unwrap();
     soon(redis.up(), "redis").await;
     let (store, con) = (Store::redis(&redis), desk.issuer.con);
     says("7", con, Standing::Unknown).await;

@@ -155,21 +155,28 @@ async fn a_model_is_chosen_by_its_name() {
     assert_eq!(turn.with("model", "unheard-of").text().await, "any");
 }
 
+/// How long a model is waited for that falls silent. Where it does something else, that is seen, however busy the machine is.
+const SHORT: Duration = Duration::from_millis(100);
+
 #[tokio::test]
 async fn a_fault_before_the_first_event_is_a_status() {
-    let first_byte = |url: &str| upstream_with(url, |settings| settings.timeouts.first_byte = Duration::from_millis(100));
     let html = Script::reply(200, "text/html", "<p>canary</p>");
     let busy = Script::new().read().head(503, Framing::Length(0), &[("retry-after", "3")]).again();
     let cases = [
-        (html, 502, "upstream_protocol_error"),
-        (Script::new().read().sse().close(), 502, "upstream_reset"),
-        (Script::new().read().stall(), 504, "upstream_timeout_first_byte"),
-        (Script::new().read().sse().stall(), 504, "upstream_timeout_first_byte"),
-        (busy, 503, "overloaded"),
+        (html, false, 502, "upstream_protocol_error"),
+        (Script::new().read().sse().close(), false, 502, "upstream_reset"),
+        (Script::new().read().stall(), true, 504, "upstream_timeout_first_byte"),
+        (Script::new().read().sse().stall(), true, 504, "upstream_timeout_first_byte"),
+        (busy, false, 503, "overloaded"),
     ];
-    for (script, status, code) in cases {
+    for (script, is_silent, status, code) in cases {
         let model = Upstream::always(script).await;
-        let desk = Desk::with(Models::new(first_byte(&model.url())), Settings::default()).await;
+        let first_byte = upstream_with(&model.url(), |settings| {
+            if is_silent {
+                settings.timeouts.first_byte = SHORT;
+            }
+        });
+        let desk = Desk::with(Models::new(first_byte), Settings::default()).await;
         for turn in [desk.turn("s1", "hello"), desk.turn("s1", "hello").step()] {
             let reply = turn.reply().await;
             assert_eq!((reply.status, reply.json()["code"].as_str()), (status, Some(code)));
@@ -187,15 +194,19 @@ async fn a_fault_within_the_answer_is_its_one_end() {
     let answer = Answer::openai("demo", &["safe", " and sound"]).cut(Cut::Events);
     let begun = || Script::new().read().sse().send(answer[0].clone()).send(answer[1].clone());
     let cases = [
-        (begun().close(), "upstream_reset"),
-        (begun().reset(), "upstream_reset"),
-        (begun().end(), "upstream_reset"),
-        (begun().send("data: {\n\n"), "upstream_protocol_error"),
-        (begun().stall(), "upstream_stalled"),
+        (begun().close(), false, "upstream_reset"),
+        (begun().reset(), false, "upstream_reset"),
+        (begun().end(), false, "upstream_reset"),
+        (begun().send("data: {\n\n"), false, "upstream_protocol_error"),
+        (begun().stall(), true, "upstream_stalled"),
     ];
-    for (script, code) in cases {
+    for (script, is_silent, code) in cases {
         let model = Upstream::always(script).await;
-        let idle = upstream_with(&model.url(), |settings| settings.timeouts.idle = Duration::from_millis(100));
+        let idle = upstream_with(&model.url(), |settings| {
+            if is_silent {
+                settings.timeouts.idle = SHORT;
+            }
+        });
         let desk = Desk::with(Models::new(idle), Settings::default()).await;
         let streamed = desk.turn("s1", "hello").events().await.rest().await.unwrap();
         assert_eq!((streamed.text().as_str(), streamed.error()), ("safe", Some(code)));

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{SinkExt, StreamExt};
 use headgate_orchestrator::{Limits, Models, Settings};
 use headgate_testkit::{
+    at_once,
     dialect::{Answer, Cut},
     soon,
     upstream::{Script, Upstream},
@@ -268,7 +269,7 @@ async fn a_stop_frame_ends_its_turn_alone() {
     socket.send(&json!({"type": "stop", "turn_id": one.id})).await;
     let end = socket.frame().await;
     assert_eq!((&end["type"], &end["code"], &end["turn_id"]), (&json!("error"), &json!("stopped"), &json!(one.id)));
-    within(Duration::from_secs(2), model.closed(1), "the model to be left").await;
+    at_once(model.closed(1), "the model to be left").await;
     assert_eq!(desk.orchestrator.open_turns(), 1);
 }
 
@@ -357,7 +358,7 @@ async fn leaving_the_socket_stops_all_its_turns() {
         }
         model.request(1).await;
         drop(socket);
-        within(Duration::from_secs(2), model.closed(2), "the model to be left").await;
+        at_once(model.closed(2), "the model to be left").await;
         desk.idle().await;
     }
 }
