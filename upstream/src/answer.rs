@@ -3,9 +3,8 @@
 use std::{
     error::Error,
     fmt,
-    future::{Future, poll_fn},
+    future::poll_fn,
     io,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -14,10 +13,10 @@ use headgate_contracts::{
     Batch, Code, Dialect, Fault, Finish, Head, Prompt, What,
     wire::{self, Malformed, Step, sse},
 };
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::Instant;
 
 use crate::{
-    Shared,
+    Alarm, Shared,
     balance::Lease,
     cancel::Cancel,
     connect::Io,
@@ -145,6 +144,11 @@ impl Answer {
         }
     }
 
+    /// When the last batch was read.
+    pub fn read_at(&self) -> Instant {
+        self.clock.last
+    }
+
     /// Host and port of the endpoint that answers, for the log.
     pub fn endpoint(&self) -> &str {
         &self.endpoint.name
@@ -226,8 +230,8 @@ enum Asked {
 
 /// In which form the answer comes.
 pub(crate) enum Form {
-    /// As server-sent events.
-    Events(Box<sse::Decoder>),
+    /// As server-sent events. Between two of them nothing is kept.
+    Events { limits: sse::Limits, unfinished: Option<Box<sse::Decoder>> },
     /// As one JSON document, from a server that does not stream: gathered, then decoded.
     Whole(Vec<u8>),
     /// As frames of a WebSocket, which have been taken apart.
@@ -277,23 +281,29 @@ impl Body {
 
     fn decode(&mut self, data: &[u8], head: &mut Head, batch: &mut Batch) -> Result<(), Fault> {
         match &mut self.form {
-            Form::Events(frames) => {
+            Form::Events { limits, unfinished } => {
+                let (mut kept, mut fresh) = (unfinished.take(), None);
+                let frames = match &mut kept {
+                    Some(kept) => &mut **kept,
+                    None => fresh.insert(sse::Decoder::between(*limits)),
+                };
                 let mut rest = data;
-                loop {
+                while !self.ended {
                     let good = batch.events().len();
                     let step = match frames.read(&mut rest) {
                         Ok(Some(frame)) => match self.protocol {
                             Protocol::OpenAi => wire::openai::decode(frame.data, head, batch),
                             Protocol::Orchestrator => wire::chat::decode(frame.event, frame.data, head, batch),
                         },
-                        Ok(None) => return Ok(()),
+                        Ok(None) => break,
                         Err(over) => return Err(over.into()),
                     };
                     took(step, good, batch, &mut self.finish, &mut self.asked, &mut self.ended)?;
-                    if self.ended {
-                        return Ok(());
-                    }
                 }
+                if !frames.is_between() {
+                    *unfinished = kept.or_else(|| fresh.map(Box::new));
+                }
+                Ok(())
             }
             Form::Whole(whole) => {
                 if whole.len() + data.len() > self.max_whole {
@@ -407,7 +417,7 @@ pub(crate) struct Clock {
     last: Instant,
     /// An event has come.
     begun: bool,
-    timer: Pin<Box<Sleep>>,
+    timer: Alarm,
 }
 
 impl Clock {
@@ -415,7 +425,7 @@ impl Clock {
     pub(crate) fn new(timeouts: &Timeouts) -> (Clock, Instant) {
         let opened = Instant::now();
         let first = opened + timeouts.first_byte.min(timeouts.total);
-        (Clock { opened, last: opened, begun: false, timer: Box::pin(sleep_until(first)) }, first)
+        (Clock { opened, last: opened, begun: false, timer: Alarm::new(first) }, first)
     }
 
     /// `asked`: what is waited for is a person, whom only the total time bounds here.
@@ -435,14 +445,15 @@ impl Clock {
     fn poll(&mut self, cx: &mut Context<'_>, timeouts: &Timeouts, asked: bool) -> Poll<Fault> {
         loop {
             let (at, code) = self.due(timeouts, asked);
-            if self.timer.deadline() > at {
-                self.timer.as_mut().reset(at);
+            if self.timer.at() > at {
+                self.timer.set(at);
             }
-            ready!(self.timer.as_mut().poll(cx));
-            if Instant::now() >= at {
+            let now = Instant::now();
+            ready!(self.timer.poll(cx, now));
+            if now >= at {
                 return Poll::Ready(Fault::upstream(code));
             }
-            self.timer.as_mut().reset(at);
+            self.timer.set(at);
         }
     }
 }

@@ -5,6 +5,7 @@
 //! | [`settings`] | what an upstream is told |
 //! | `open` | balance, connect, send, wait for the head; try again only while nothing has been answered |
 //! | `answer` | the answer, read as it is asked for, on the caller's own task |
+//! | `alarm` | a timer for what nearly always comes before its time
 //! | `request` | what is sent: made anew from the parsed prompt |
 //! | `exchange`, `http1` | HTTP/1.1 by hand, strict and small |
 //! | `endpoint`, `connect` | one endpoint, its connections kept and new |
@@ -35,6 +36,7 @@ use tokio::{
 };
 use tower::retry::budget::TpsBudget;
 
+mod alarm;
 mod answer;
 mod balance;
 mod cancel;
@@ -52,6 +54,7 @@ pub mod settings;
 pub mod stats;
 mod tell;
 
+pub use alarm::Alarm;
 pub use answer::Answer;
 pub use forward::{Forwarded, ForwardedBody, Outgoing, Tunnel};
 pub use line::Line;

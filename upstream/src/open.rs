@@ -217,7 +217,7 @@ fn form(shared: &Shared, begun: &Begun) -> Result<Form, NoAnswer> {
     match (media_type(&head.headers).as_deref(), shared.settings.protocol) {
         (Some("text/event-stream"), _) => {
             let limits = sse::Limits { max_line: limits.line, max_event: limits.event };
-            Ok(Form::Events(Box::new(sse::Decoder::new(limits))))
+            Ok(Form::Events { limits, unfinished: Some(Box::new(sse::Decoder::new(limits))) })
         }
         (Some("application/json"), Protocol::OpenAi) => Ok(Form::Whole(Vec::new())),
         _ => Err(NoAnswer::ContentType),

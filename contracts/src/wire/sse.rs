@@ -141,6 +141,16 @@ impl Decoder {
         }
     }
 
+    /// A decoder for what follows a whole frame: goes on where one that [is there](Decoder::is_between) need not be kept.
+    pub fn between(limits: Limits) -> Decoder {
+        Decoder { begun: true, ..Decoder::new(limits) }
+    }
+
+    /// Whether the last whole frame is all that was read so far, so that any decoder could go on here.
+    pub fn is_between(&self) -> bool {
+        self.begun && self.buffer.is_empty() && !self.after_cr && self.failed.is_none()
+    }
+
     /// Takes what was read from the stream.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.failed.is_some() {
@@ -166,6 +176,8 @@ impl Decoder {
         }
         if !bytes.is_empty() {
             self.push(std::mem::take(bytes));
+        } else if self.buffer.is_empty() && self.failed.is_none() {
+            return Ok(None);
         }
         self.next()
     }
@@ -334,8 +346,11 @@ impl Decoder {
 
     /// Gives back the room that a burst took, once all of it has been lent: streams are idle most of the time.
     fn give_back(&mut self) {
-        if self.frame == self.buffer.len() && self.buffer.capacity() > KEPT_BYTES {
-            self.buffer = Vec::new();
+        if self.frame == self.buffer.len() {
+            self.buffer.clear();
+            if self.buffer.capacity() > KEPT_BYTES {
+                self.buffer = Vec::new();
+            }
             self.start_frame(0);
         }
         let is_joining = matches!(self.fields.data, Data::Joined);
@@ -436,12 +451,18 @@ mod tests {
 
     type Frames = (Vec<String>, Option<SseError>);
 
-    /// The frames, which are the same whether the pieces are pushed or read where they stand.
+    /// The frames, which are the same whether the pieces are pushed or read where they stand, and whoever goes on between two frames.
     #[track_caller]
     fn read(limits: Limits, pieces: &mut dyn Iterator<Item = &[u8]>) -> Frames {
         let pieces: Vec<&[u8]> = pieces.collect();
         let pushed = read_with(limits, &pieces, |decoder, piece| decoder.push(std::mem::take(piece)));
         assert_eq!(read_with(limits, &pieces, |_, _| ()), pushed, "read where they stand");
+        let anew = |decoder: &mut Decoder, _: &mut &[u8]| {
+            if decoder.is_between() {
+                *decoder = Decoder::between(limits);
+            }
+        };
+        assert_eq!(read_with(limits, &pieces, anew), pushed, "by another decoder");
         pushed
     }
 
