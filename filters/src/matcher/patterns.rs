@@ -292,6 +292,100 @@ pub(super) struct Patterns {
     /// Some match may begin with a character beyond ASCII.
     pub(super) begins_beyond_ascii: bool,
     pub(super) longest: usize,
+    /// What can be read without any automaton, where these patterns allow it.
+    pub(super) prose: Option<Box<Prose>>,
+}
+
+/// Ordinary words: runs of letters, of which none is long enough to match anything, each with what ends it. Nothing can be forming
+/// behind such a word, so its letters are counted and no automaton is asked.
+pub(super) struct Prose {
+    /// By byte, of either case.
+    of: [Reads; 256],
+    /// A longer run of letters may be a match.
+    most_letters: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reads {
+    Letter,
+    /// It begins nothing, and goes on with nothing that began with letters alone.
+    End,
+    Other,
+}
+
+impl Prose {
+    /// The longest word that is worth looking for.
+    const MOST_LETTERS: usize = 64;
+    /// How much is looked at in one go: what ends it may have been all in vain.
+    const MOST_BYTES: usize = 128;
+
+    /// `None`: no word may be read without asking, not even one of a single letter with a blank behind it.
+    fn of(patterns: &Patterns) -> Option<Box<Prose>> {
+        let starters = |byte| Behind::ALL.into_iter().flat_map(move |behind| patterns.starters(behind, byte));
+        let machine = |number: u32| patterns.machines.get(number as usize);
+        // Whether a thread that is in this state is to be reckoned with: a match may come, or is there.
+        let counts =
+            |(number, state): &(u32, StateID)| machine(*number).is_none_or(|it| it.is_alive(*state) || it.dfa.is_match_state(*state));
+        let begun = || (b'a'..=b'z').flat_map(starters).map(|starter| (starter.machine, starter.state));
+        let mut ends: Vec<u8> = (0..0x80).filter(|byte: &u8| !byte.is_ascii_alphanumeric() && starters(*byte).next().is_none()).collect();
+        // All that may be forming after so many letters.
+        let (mut forming, mut most_letters): (Vec<_>, _) = (begun().collect(), 0);
+        while most_letters < Prose::MOST_LETTERS {
+            forming.sort_unstable();
+            forming.dedup();
+            let after = |byte: u8| {
+                let next = move |(number, state): &(u32, StateID)| Some((*number, machine(*number)?.dfa.next_state(*state, byte)));
+                forming.iter().filter_map(next).filter(counts)
+            };
+            let left: Vec<u8> = ends.iter().copied().filter(|end| after(*end).next().is_none()).collect();
+            let is_quiet = |(number, state): &(u32, StateID)| machine(*number).is_some_and(|it| it.is_quiet(*state));
+            if !forming.iter().all(is_quiet) || !left.contains(&b' ') {
+                break;
+            }
+            (ends, most_letters) = (left, most_letters + 1);
+            forming = (b'a'..=b'z').flat_map(after).chain(begun()).collect();
+        }
+        if most_letters == 0 {
+            return None;
+        }
+        let mut of = [Reads::Other; 256];
+        for (byte, reads) in (0..=255).zip(&mut of) {
+            if ends.contains(&byte) {
+                *reads = Reads::End;
+            } else if u8::is_ascii_alphabetic(&byte) {
+                *reads = Reads::Letter;
+            }
+        }
+        Some(Box::new(Prose { of, most_letters }))
+    }
+
+    /// May words be read from here on, where nothing is forming?
+    #[inline]
+    pub(super) fn begins(&self, behind: Behind, byte: u8) -> bool {
+        match self.of[usize::from(byte)] {
+            Reads::Letter => behind != Behind::Word,
+            Reads::End => true,
+            Reads::Other => false,
+        }
+    }
+
+    /// How many bytes at the front of `run` are words with their ends, and how many were looked at to know it.
+    pub(super) fn read(&self, run: &[u8]) -> (usize, usize) {
+        let (mut words, mut letters) = (0, 0);
+        for (i, byte) in run.iter().enumerate().take(Prose::MOST_BYTES) {
+            match self.of[usize::from(*byte)] {
+                Reads::End => (words, letters) = (i + 1, 0),
+                Reads::Letter if letters < self.most_letters => letters += 1,
+                Reads::Letter | Reads::Other => return (words, i + 1),
+            }
+        }
+        (words, if run.len() > Prose::MOST_BYTES { words } else { run.len() })
+    }
+
+    /// How many bytes at the front of `words` are whole ones.
+    pub(super) fn whole(&self, words: &[u8]) -> usize {
+        words.iter().rposition(|byte| self.of[usize::from(*byte)] == Reads::End).map_or(0, |end| end + 1)
+    }
 }
 
 /// A thread's first step: which machine, and its state after the first byte.
@@ -321,7 +415,9 @@ impl Patterns {
                 firsts.push(u32::try_from(starters.len()).unwrap_or(u32::MAX));
             }
         }
-        Ok(Patterns { machines, firsts, starters, begins, begins_beyond_ascii, longest })
+        let mut patterns = Patterns { machines, firsts, starters, begins, begins_beyond_ascii, longest, prose: None };
+        patterns.prose = Prose::of(&patterns);
+        Ok(patterns)
     }
 
     /// Does any thread begin with `byte` after `behind`?

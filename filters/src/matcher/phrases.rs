@@ -7,7 +7,7 @@ use aho_corasick::{
     nfa::contiguous,
 };
 
-use super::{BuildError, RuleId};
+use super::{BuildError, RuleId, patterns::Prose};
 
 /// Beyond this many bytes of phrases the transition table would leave the caches (and, far beyond, the memory): the compact
 /// form is used, which costs some 4 times the time per byte and a tenth of the memory.
@@ -123,6 +123,23 @@ impl Phrases {
             Form::Table(table) => of(table, state, run, other),
             Form::Compact(compact) => of(compact, state, run, other),
         }
+    }
+
+    /// Reads the words before the first in which a phrase ends, and gives them.
+    pub(super) fn words<'t>(&self, state: &mut StateID, words: &'t [u8], prose: &Prose) -> &'t [u8] {
+        let (before, mut read) = (*state, 0);
+        self.coast(state, words, |_| {
+            read += 1;
+            true
+        });
+        if read == words.len() {
+            return words;
+        }
+        let words = words.get(..read).unwrap_or_default();
+        let words = words.get(..prose.whole(words)).unwrap_or_default();
+        *state = before;
+        self.coast(state, words, |_| true);
+        words
     }
 
     /// The phrases that end in this state: their rules and lengths.

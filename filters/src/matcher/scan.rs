@@ -10,7 +10,7 @@ use super::{
     detectors::{self, Tail},
     found::Found,
     normal::{self, Composer, Part},
-    patterns::{Behind, Goal, LONGEST, Machine, Patterns},
+    patterns::{Behind, Goal, LONGEST, Machine, Patterns, Prose},
     places::Places,
 };
 
@@ -250,10 +250,29 @@ impl Scan {
             behind: self.behind,
             forming: thread.and_then(|thread| Some((matcher.patterns.machines.get(thread.machine as usize)?, thread, None))),
             read: 0,
+            no_words_before: 0,
         };
-        match (&matcher.phrases, &mut self.phrase) {
-            (Some(phrases), Some(state)) => phrases.coast(state, run, |byte| coast.takes(byte)),
-            (_, _) => _ = run.iter().all(|byte| coast.takes(byte.to_ascii_lowercase())),
+        let mut rest = run;
+        loop {
+            match (&matcher.phrases, &mut self.phrase) {
+                (Some(phrases), Some(state)) => phrases.coast(state, rest, |byte| coast.takes(byte)),
+                (_, _) => _ = rest.iter().all(|byte| coast.takes(byte.to_ascii_lowercase())),
+            }
+            rest = run.get(coast.read..).unwrap_or_default();
+            let (Some(byte), Some(prose)) = (rest.first(), &matcher.patterns.prose) else { break };
+            if !coast.may_read_words(prose, *byte) {
+                break;
+            }
+            let (words, looked) = prose.read(rest);
+            coast.no_words_before = coast.read + looked;
+            let mut words = rest.get(..words).unwrap_or_default();
+            if let (Some(phrases), Some(state)) = (&matcher.phrases, &mut self.phrase) {
+                words = phrases.words(state, words, prose);
+            }
+            if let Some(last) = words.last() {
+                (coast.behind, coast.read) = (Behind::of(*last), coast.read + words.len());
+                rest = run.get(coast.read..).unwrap_or_default();
+            }
         }
         let Coast { behind, forming, read, .. } = coast;
         if read > 0 {
@@ -405,7 +424,7 @@ impl Scan {
         }
         let Scan { threads, checked, text, text_from, going, found, end, fed, .. } = self;
         let mut reached = |thread: &Thread, goal: &Goal| {
-            if begins && goal.accepts(text, thread.from - *text_from) {
+            if begins && goal.accepts(text, *text_from, thread.from) {
                 reach(matcher, found, going, goal, thread.start, *end, *fed);
             }
         };
@@ -455,7 +474,7 @@ impl Scan {
             if let Some(machine) = matcher.patterns.machines.get(thread.machine as usize) {
                 let state = machine.dfa.next_eoi_state(thread.state);
                 if machine.dfa.is_match_state(state) {
-                    for goal in machine.reached(state).filter(|goal| goal.accepts(text, thread.from - *text_from)) {
+                    for goal in machine.reached(state).filter(|goal| goal.accepts(text, *text_from, thread.from)) {
                         reach(matcher, found, going, goal, thread.start, *end, *fed);
                     }
                 }
@@ -473,12 +492,23 @@ struct Coast<'m> {
     /// The pattern forming, and where in this run it began.
     forming: Option<(&'m Machine, Thread, Option<usize>)>,
     read: usize,
+    /// Up to here it was looked for words already.
+    no_words_before: usize,
 }
 
 impl Coast<'_> {
-    /// Takes the byte, unless something happens with it that needs the slow path.
+    /// May the next bytes be ordinary words?
+    #[inline(always)]
+    fn may_read_words(&self, prose: &Prose, byte: u8) -> bool {
+        self.forming.is_none() && self.read >= self.no_words_before && prose.begins(self.behind, byte)
+    }
+
+    /// Takes the byte, unless something happens with it that needs the slow path, or words may begin with it.
     #[inline(always)]
     fn takes(&mut self, byte: u8) -> bool {
+        if self.patterns.prose.as_ref().is_some_and(|prose| self.may_read_words(prose, byte)) {
+            return false;
+        }
         let begins = self.patterns.begins(self.behind, byte);
         if let Some((machine, thread, _)) = &mut self.forming {
             let next = machine.dfa.next_state(thread.state, byte);
@@ -521,8 +551,9 @@ impl Thread {
 
 impl Goal {
     /// Does the check, if there is one, accept the normalised text from `from` on? Without any, `from` means nothing.
-    fn accepts(&self, text: &[u8], from: u64) -> bool {
-        let span = || usize::try_from(from).ok().and_then(|from| text.get(from..));
+    fn accepts(&self, text: &[u8], text_from: u64, from: u64) -> bool {
+        // Of patterns without a check no text is kept.
+        let span = || text.get(usize::try_from(from.checked_sub(text_from)?).ok()?..);
         self.check.is_none_or(|check| span().is_some_and(check))
     }
 }

@@ -514,7 +514,7 @@ mod any_text {
         agree(&matcher, text, cuts, &oracle::whole(&plain, text))
     }
 
-    fn agree(matcher: &Matcher, text: &str, cuts: &[bool], want: &Whole) -> Result<(), TestCaseError> {
+    fn pieces<'t>(text: &'t str, cuts: &[bool]) -> Vec<&'t str> {
         let (mut pieces, mut from) = (Vec::new(), 0);
         for ((at, _), cut) in text.char_indices().zip(cuts.iter().cycle()).skip(1) {
             if *cut {
@@ -523,6 +523,11 @@ mod any_text {
             }
         }
         pieces.push(&text[from..]);
+        pieces
+    }
+
+    fn agree(matcher: &Matcher, text: &str, cuts: &[bool], want: &Whole) -> Result<(), TestCaseError> {
+        let pieces = pieces(text, cuts);
         let said = say(matcher, pieces.iter().copied(), 0).map_err(TestCaseError::fail)?;
         prop_assert_eq!(&said.whole, want, "{:?} cut as {:?}", text, pieces);
         let said = say(matcher, [text], 0).map_err(TestCaseError::fail)?;
@@ -557,6 +562,7 @@ mod any_text {
     fn shard() -> impl Strategy<Value = &'static str> {
         proptest::sample::select(vec![
             "ada",
+            "the lamp was lit, ",
             "x",
             "@",
             ".",
@@ -619,6 +625,37 @@ mod any_text {
         ])
     }
 
+    /// Words, and what stands between them.
+    fn word() -> impl Strategy<Value = &'static str> {
+        let words = "the lamp Was lit a AKIA npm sk akiabcdefghijklmnop akiabcdefghijklmnopqrstuv Lampwaslitlampwaslit copper 7";
+        let between = vec![", ", "\n", "\r\n", "; ", "(", ")", "'", "\"", "/", "_"];
+        prop_oneof![
+            3 => proptest::sample::select(words.split(' ').collect::<Vec<_>>()),
+            2 => Just(" "),
+            1 => proptest::sample::select(between),
+        ]
+    }
+
+    /// All detectors and some phrases; and the same as a matcher that steps through every word.
+    fn with_words_and_without() -> &'static (Matcher, Matcher) {
+        static BUILT: OnceLock<(Matcher, Matcher)> = OnceLock::new();
+        BUILT.get_or_init(|| {
+            let build = || {
+                let mut builder = MatcherBuilder::new();
+                for phrase in ["the lamp", "lamp was lit", "copper", "it, a", "opp", "was\nlit"] {
+                    builder.phrase(phrase, MASK, "test");
+                }
+                Detector::ALL.into_iter().for_each(|detector| _ = builder.detector(detector, MASK));
+                builder.pattern(r"\blit [a-z]{2}\b", MASK, "test");
+                builder.build().unwrap()
+            };
+            let (words, mut asked) = (build(), build());
+            assert!(words.patterns.prose.is_some(), "what all detectors allow");
+            asked.patterns.prose = None;
+            (words, asked)
+        })
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 3 * ProptestConfig::default().cases, ..ProptestConfig::default() })]
 
@@ -643,6 +680,20 @@ mod any_text {
         }
 
         #[test]
+        fn words_that_no_automaton_is_asked_about_are_read_as_if_one_were(
+            shards in prop::collection::vec(prop_oneof![3 => word(), 1 => shard()], 0..80),
+            cuts in prop::collection::vec(prop::bool::weighted(0.1), 1..200),
+        ) {
+            let (matcher, asked) = with_words_and_without();
+            let text = shards.concat();
+            let pieces = pieces(&text, &cuts);
+            let said = |matcher| say(matcher, pieces.iter().copied(), 0).map_err(TestCaseError::fail);
+            let (said, want) = (said(matcher)?, said(asked)?);
+            prop_assert_eq!(said.whole, want.whole, "{:?} cut as {:?}", text, pieces);
+            prop_assert_eq!(said.steps, want.steps, "{:?} cut as {:?}", text, pieces);
+        }
+
+        #[test]
         fn long_runs_of_marks_are_put_in_order_as_the_library_does(
             marks in prop::collection::vec(prop::sample::select(vec!['\u{301}', '\u{323}', '\u{327}', '\u{308}', '\u{345}', 'e']), 25..70),
             cuts in prop::collection::vec(any::<bool>(), 1..9),
@@ -663,6 +714,14 @@ fn no_character_becomes_invisible_or_changes_when_it_is_normalised_twice() {
         assert_eq!(once, twice, "{c:?}");
         assert!(!normal::is_inert(c) || (once == c.to_string() && !normal::may_join(c)), "{c:?}");
     }
+}
+
+#[test]
+fn a_pattern_without_a_check_may_have_begun_before_one_with_a_check() {
+    let mut builder = MatcherBuilder::new();
+    builder.pattern(r"\blit [a-z]{2}\b", MASK, "test").detector(Detector::ApiKey, MASK);
+    let matcher = builder.build().unwrap();
+    assert_eq!(say(&matcher, ["lit sk "], 0).unwrap().whole.masks, [0..6]);
 }
 
 /// `cargo test --release -p headgate-filters speed -- --ignored --nocapture`
