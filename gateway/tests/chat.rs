@@ -173,7 +173,7 @@ fn without_a_credential_it_says_where_to_put_one() {
 
 #[test]
 fn a_gateway_that_is_not_there_is_named_as_the_trouble() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = headgate_testkit::services::free_addr();
     for transport in TRANSPORTS {
         let said = run(headgate().args(["chat", "--url", &format!("http://{free}"), "hello"]).args(transport));
         assert_eq!(said.code, Some(1));

@@ -74,7 +74,7 @@ impl House {
         let desk = started(&folder, "orchestrator", &desk).await;
         let gateway = format!(
             "listen: 127.0.0.1:0\nadmin: {{ listen: 127.0.0.1:0 }}\nworkers: 2\npolicy: {{ constitution: constitution.md, version: \"7\", key: \"file:ring.json\" }}\n\
-             upstreams:\n  desk: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{}\"], health: {{ interval: 0s }}, timeouts: {{ idle: 1s }} }}\n{}",
+             upstreams:\n  desk: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{}\"], health: {{ interval: 0s }}, timeouts: {{ idle: 3s }} }}\n{}",
             at(&desk, "orchestrator").await,
             routes("desk")
         );
@@ -218,7 +218,7 @@ async fn after_a_no_nothing_of_the_call_is_passed_on_and_the_log_says_declined()
 #[tokio::test]
 async fn silence_is_no_yes_and_is_not_the_upstreams() {
     for hop in HOPS {
-        let house = House::new(hop, "3s", calls(&[("pay", "{}")])).await;
+        let house = House::new(hop, "5s", calls(&[("pay", "{}")])).await;
         let mut events = house.asked().await;
         let (turn, _) = question(&mut events).await;
         let said = events.rest().await.unwrap();

@@ -21,7 +21,7 @@ use headgate_testkit::{
     answer::{Judge, Kind},
     client::{Events, Http1, Request, ask, stream},
     dialect::{Answer, Cut},
-    services::{Program, Ready, Service, Signal},
+    services::{Program, Ready, Service, Signal, free_addr},
     soon,
     upstream::{Framing, Request as Asked, Script, Upstream},
 };
@@ -307,6 +307,8 @@ async fn what_an_orchestrator_cannot_take_waits_for_it_even_across_a_start_of_th
     // Between two tries, all of them wait: on disk, by then.
     gateway.counts("headgate_reports_waiting", 3).await;
     gateway.killed().await;
+    // What it said last has been read.
+    desk.idle().await;
     let before = desk.requests().len();
     away.store(0, Ordering::SeqCst);
     let gateway = house.gateway("orchestrator", &[desk.url()], "spool: spool\n").await;
@@ -349,6 +351,7 @@ async fn a_gateway_killed_again_and_again_while_it_tells_has_told_everything_in_
         }
         gateway.killed().await;
     }
+    desk.idle().await;
     hears.store(true, Ordering::SeqCst);
     let before = desk.requests().len();
     let gateway = house.gateway("orchestrator", &[desk.url()], "spool: spool\n").await;
@@ -438,8 +441,8 @@ async fn an_orchestrator_that_is_killed_hears_after_its_start_what_users_got_mea
         false => Script::new().sse().send_all(Answer::openai("demo", &["yes"]).events()).end().again(),
     })
     .await;
-    let orchestrator = house.orchestrator(&model, "127.0.0.1:0", "1min").await;
-    let at = orchestrator.orchestrator.unwrap();
+    let at = free_addr();
+    let orchestrator = house.orchestrator(&model, &at.to_string(), "1min").await;
     let gateway = house.gateway("orchestrator", &[format!("http://{at}")], "spool: spool\n").await;
     let whole = asked(&gateway, "hello").await.rest().await.unwrap();
     house.settled(whole.turn_id()).await;

@@ -12,12 +12,12 @@ use std::{
 
 use headgate_testkit::{
     answer::{Judge, Kind, Transcript},
+    at_once,
     client::{Events, Http1, Request, ask, stream},
     dialect::Answer,
     services::{Program, Ready, Service, Signal, free_addr},
     soon,
     upstream::{Script, Upstream},
-    within,
 };
 use tokio::{net::TcpStream, sync::Notify, task::JoinSet};
 
@@ -71,7 +71,7 @@ async fn streams_under_way_end_whole_while_nothing_new_is_taken() {
             tokio::task::yield_now().await
         }
     };
-    within(5 * SECOND, refused, "new connections to be refused").await;
+    at_once(refused, "new connections to be refused").await;
     assert!(!stopped.is_finished(), "it waits for its streams");
     let telling = async {
         loop {
@@ -81,7 +81,7 @@ async fn streams_under_way_end_whole_while_nothing_new_is_taken() {
     };
     let all = tokio::select! { all = rest(all) => all, () = telling => unreachable!() };
     assert!(all.iter().all(|answer| answer.text() == "Hello there" && answer.outcome() == "allowed"));
-    assert!(within(5 * SECOND, stopped, "the gateway to stop").await.unwrap(), "all ended by themselves");
+    assert!(at_once(stopped, "the gateway to stop").await.unwrap(), "all ended by themselves");
     drop(folder);
 }
 
@@ -96,8 +96,8 @@ async fn over_the_drain_time_streams_are_told_and_the_gateway_stops_all_the_same
     for answer in rest(all).await {
         assert_eq!((answer.text().as_str(), answer.error()), ("Hello", Some("draining")));
     }
-    within(SECOND, upstream.idle(), "the models to be stopped").await;
-    assert!(!within(5 * SECOND, stopped, "the gateway to stop").await.unwrap(), "not by themselves");
+    at_once(upstream.idle(), "the models to be stopped").await;
+    assert!(!at_once(stopped, "the gateway to stop").await.unwrap(), "not by themselves");
     drop(folder);
 }
 
@@ -136,7 +136,7 @@ async fn the_program_drains_when_it_is_told_to_terminate_and_says_how_every_turn
     let mut running = run(&upstream.url(), "").await;
     let mut all = under_way(running.clients, 3).await;
     all.remove(0).into_inner().abort();
-    within(SECOND, upstream.closed(1), "the model to be stopped").await;
+    at_once(upstream.closed(1), "the model to be stopped").await;
     running.service.signal(Signal::Terminate);
     running.service.line("draining").await;
     let telling = async {
@@ -147,7 +147,7 @@ async fn the_program_drains_when_it_is_told_to_terminate_and_says_how_every_turn
     };
     let all = tokio::select! { all = rest(all) => all, () = telling => unreachable!() };
     assert!(all.iter().all(|answer| answer.text() == "Hello there"));
-    assert_eq!(within(10 * SECOND, running.service.exited(), "the program to end").await.code(), Some(0));
+    assert_eq!(soon(running.service.exited(), "the program to end").await.code(), Some(0));
     let lines = lines(&running.service.output());
     let mut ends: Vec<_> = lines.iter().map(|line| (line["end"].as_str().unwrap(), line["code"].as_str().unwrap())).collect();
     ends.sort_unstable();
@@ -162,14 +162,14 @@ async fn the_program_says_when_turns_had_to_be_cut_and_stops_at_once_at_the_seco
     let all = under_way(running.clients, 1).await;
     running.service.signal(Signal::Terminate);
     assert_eq!(rest(all).await[0].error(), Some("draining"));
-    assert_eq!(within(10 * SECOND, running.service.exited(), "the program to end").await.code(), Some(1));
+    assert_eq!(soon(running.service.exited(), "the program to end").await.code(), Some(1));
 
     let mut running = run(&upstream.url(), "").await;
     let all = under_way(running.clients, 1).await;
     running.service.signal(Signal::Terminate);
     running.service.line("draining").await;
     running.service.signal(Signal::Terminate);
-    assert_eq!(within(5 * SECOND, running.service.exited(), "the program to end").await.code(), Some(1));
+    assert_eq!(at_once(running.service.exited(), "the program to end").await.code(), Some(1));
     drop(all);
 }
 

@@ -277,7 +277,7 @@ fn collector() -> Result<(Program, SocketAddr), Missing> {
 async fn one_turn_is_one_trace_over_gateway_orchestrator_and_model() {
     for hop in ["events", "websocket"] {
         let Some((program, addr)) = collector().or_skip("one_turn_is_one_trace_over_gateway_orchestrator_and_model") else { return };
-        let collector = program.start(Ready::Connects(addr)).await;
+        let mut collector = program.start(Ready::Connects(addr)).await;
         let (orchestrator, slm) = (free_addr(), free_addr());
         let yaml = format!(
             "policy: {{ constitution: constitution.md, version: \"7\" }}\nobservability: {{ otlp: \"http://{addr}\" }}\nupstreams:\n  chat: {{ protocol: orchestrator, hop: {hop}, endpoints: [\"http://{orchestrator}\"], health: {{ interval: 0s }} }}\n\
@@ -298,6 +298,9 @@ async fn one_turn_is_one_trace_over_gateway_orchestrator_and_model() {
             }
         };
         within(SOON, all, "three spans at the collector").await;
+        // The last of them may still be being printed: it is whole once the collector has ended in peace.
+        collector.signal(Signal::Terminate);
+        collector.exited().await;
         let output = collector.output();
         let spans = spans(&output);
         let span = |service: &str| {

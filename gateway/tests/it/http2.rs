@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use headgate_testkit::{
     answer::{Judge, Kind},
+    at_once,
     client::{Events, Http1, Http2, Request, stream},
     dialect::{Answer, Cut},
     frames::{END_HEADERS, END_STREAM, End, Frame, Frames, kind},
@@ -48,16 +49,16 @@ async fn a_stream_that_is_reset_stops_its_model_and_no_other() {
         while events.expect().await.name != "text" {}
     }
     drop(leaving);
-    within(Duration::from_secs(1), upstream.closed(1), "the model to be stopped").await;
+    at_once(upstream.closed(1), "the model to be stopped").await;
     let one = async {
         while gateway.open().await != 1 {
             tokio::task::yield_now().await
         }
     };
-    within(Duration::from_secs(1), one, "its turn to end").await;
+    at_once(one, "its turn to end").await;
     assert_eq!(upstream.open(), 1);
     drop((staying, client));
-    within(Duration::from_secs(1), upstream.closed(2), "the other model to be stopped").await;
+    at_once(upstream.closed(2), "the other model to be stopped").await;
     assert_eq!(gateway.ended().await, [end("cancelled", "client_closed", 2)]);
 }
 

@@ -1,21 +1,19 @@
 //! Clients that leave: the model is stopped, whenever and however they do, and the turn leaves one record behind.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use headgate_testkit::{
     answer::{Judge, Kind},
+    at_once,
     client::{Http1, Request, ask, stream},
     dialect::Answer,
     soon,
     upstream::{Script, Upstream},
-    within,
 };
 use serde_json::json;
 use tokio::sync::Notify;
 
 use crate::support::{Gateway, Setup, end, key};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// A model that begins an answer and then says no more.
 fn begun() -> Script {
@@ -30,10 +28,9 @@ async fn reads_text(client: Http1) -> Http1 {
 
 /// The model is closed, one turn has ended as its client's leaving, and nothing of it is left.
 async fn is_over(gateway: &Gateway, upstream: &Upstream, turns: u64) {
-    within(SECOND, upstream.closed(turns as usize), "the model to be stopped").await;
+    at_once(upstream.closed(turns as usize), "the model to be stopped").await;
     assert_eq!(gateway.ended().await, [end("cancelled", "client_closed", turns)]);
-    within(
-        SECOND,
+    at_once(
         async {
             while !gateway.process.app.turns().is_empty() {
                 tokio::task::yield_now().await
@@ -138,7 +135,7 @@ async fn a_turn_stopped_on_purpose_keeps_what_it_said_and_says_why_it_ended() {
     assert_eq!((reply.status, reply.text().as_str()), (202, ""));
     let stopped = events.rest().await.unwrap();
     assert_eq!((stopped.text().as_str(), stopped.error()), ("Hello", Some("stopped")));
-    within(SECOND, upstream.closed(1), "the model to be stopped").await;
+    at_once(upstream.closed(1), "the model to be stopped").await;
     assert_eq!(gateway.ended().await, [end("cancelled", "stopped", 1)]);
 }
 

@@ -3,8 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use headgate_testkit::{
-    Broken,
+    AT_ONCE, Broken,
     answer::{Event, Judge, Kind, Transcript},
+    at_once,
     client::{Events, Http1, Http2, Request, ask, stream},
     dialect::Answer,
     upstream::{Script, Upstream},
@@ -196,7 +197,7 @@ async fn without_a_grace_a_turn_is_over_when_its_last_reader_leaves() {
         second.expect().await;
     }
     second.into_inner().abort();
-    within(SECOND, upstream.closed(1), "the model to be stopped").await;
+    at_once(upstream.closed(1), "the model to be stopped").await;
     assert_eq!(gateway.ended().await, [end("cancelled", "client_closed", 1)]);
     assert_eq!(ask(gateway.addr, &came_back(&turn, None)).await.unwrap().status, 404);
 }
@@ -205,17 +206,17 @@ async fn without_a_grace_a_turn_is_over_when_its_last_reader_leaves() {
 async fn a_grace_that_runs_out_stops_the_model() {
     let go = Arc::new(Notify::new());
     let upstream = Upstream::always(halting(&["one ", "two"], &go)).await;
-    let gateway = Setup::new().chat("cancellation: { on_disconnect: grace 1s }").start(&upstream.url()).await;
+    let gateway = Setup::new().chat("cancellation: { on_disconnect: grace 3s }").start(&upstream.url()).await;
     let turn = leave(&gateway).await;
     let left = tokio::time::Instant::now();
-    within(3 * SECOND, upstream.closed(1), "the model to be stopped").await;
-    assert!(left.elapsed() > SECOND * 9 / 10);
+    within(3 * SECOND + AT_ONCE, upstream.closed(1), "the model to be stopped").await;
+    assert!(left.elapsed() > SECOND * 29 / 10);
     assert_eq!(gateway.ended().await, [end("cancelled", "client_closed", 1)]);
     // What it said can still be fetched for the same time, and how it ended; then it is gone.
     let rest = back(&gateway, &turn, None).await.unwrap().rest().await.unwrap();
     assert_eq!((rest.text().as_str(), rest.error()), ("one ", Some("client_closed")));
     let gone = async { while ask(gateway.addr, &came_back(&turn, None)).await.unwrap().status != 404 {} };
-    within(3 * SECOND, gone, "the turn to be forgotten").await;
+    within(3 * SECOND + AT_ONCE, gone, "the turn to be forgotten").await;
     assert_eq!(gateway.process.app.turns().len(), 0);
 }
 
@@ -250,7 +251,7 @@ async fn a_turn_in_its_grace_is_stopped_on_purpose_like_any_other() {
     let turn = leave(&gateway).await;
     let stop = Request::new("POST", &format!("/v1/chat/stream/{turn}/stop"));
     assert_eq!(ask(gateway.addr, &stop).await.unwrap().status, 202);
-    within(SECOND, upstream.closed(1), "the model to be stopped").await;
+    at_once(upstream.closed(1), "the model to be stopped").await;
     assert_eq!(gateway.ended().await, [end("cancelled", "stopped", 1)]);
     let rest = back(&gateway, &turn, Some(1)).await.unwrap().rest().await.unwrap();
     assert_eq!(rest.error(), Some("stopped"));

@@ -1,14 +1,14 @@
 //! A turn over server-sent events.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use headgate_testkit::{
     answer::Kind,
+    at_once,
     client::{Http1, Request, ask, stream},
     dialect::{Answer, Cut},
     soon,
     upstream::{Script, Upstream},
-    within,
 };
 use serde_json::json;
 use tokio::sync::Notify;
@@ -58,9 +58,8 @@ async fn a_client_who_leaves_stops_the_model_before_the_first_byte_too() {
     client.send(&Request::turn("hi")).await;
     soon(here.notified(), "the model to be asked").await;
     client.abort();
-    within(Duration::from_secs(1), upstream.closed(1), "the model to be stopped").await;
-    within(
-        Duration::from_secs(1),
+    at_once(upstream.closed(1), "the model to be stopped").await;
+    at_once(
         async {
             while !gateway.process.app.turns().is_empty() {
                 tokio::task::yield_now().await
@@ -79,7 +78,7 @@ async fn a_client_who_leaves_in_the_middle_stops_the_model() {
     let mut events = stream(gateway.addr, &Request::turn("hi"), Kind::Client).await.unwrap();
     while events.expect().await.name != "text" {}
     events.into_inner().abort();
-    within(Duration::from_secs(1), upstream.closed(1), "the model to be stopped").await;
+    at_once(upstream.closed(1), "the model to be stopped").await;
 }
 
 #[tokio::test]

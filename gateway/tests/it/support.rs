@@ -89,9 +89,11 @@ impl Setup {
 
     fn yaml(&self, url: &str) -> String {
         let Setup { filters, upstream, route, top, chat, protocol, .. } = self;
+        // A socket of many turns is shaken hands with in this time too, by a test that the machine may not let run for a second.
+        let timeouts = if upstream.contains("timeouts:") { "" } else { "    timeouts: { connect: 20s }\n" };
         let mut yaml = format!(
             "listen: 127.0.0.1:1\nadmin: {{ listen: \"127.0.0.1:2\" }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\" }}\n{top}\
-             upstreams:\n  model:\n    protocol: {protocol}\n    endpoints: [\"{url}\"]\n    health: {{ interval: 0s }}\n{upstream}routes:\n"
+             upstreams:\n  model:\n    protocol: {protocol}\n    endpoints: [\"{url}\"]\n    health: {{ interval: 0s }}\n{timeouts}{upstream}routes:\n"
         );
         for path in ["/v1/chat/stream", "/v1/chat/completions", "/v1/models"] {
             let models = if path == "/v1/models" { "    models: [demo]\n" } else { "" };
