@@ -13,12 +13,15 @@ pub struct Brokers {
     pub tls: Option<Tls>,
     /// Who we are to them; `None`: nobody, or whom our certificate names.
     pub sasl: Option<Sasl>,
+    /// Whether they are librdkafka's own mock.
+    #[cfg(test)]
+    pub(super) is_mock: bool,
 }
 
 impl Brokers {
     /// Brokers that ask for nothing.
     pub fn open(addresses: Vec<String>) -> Brokers {
-        Brokers { addresses, tls: None, sasl: None }
+        Brokers { addresses, ..Brokers::default() }
     }
 }
 

@@ -237,7 +237,8 @@ async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order
     mock.create_topic("errors", 3, 3).unwrap();
     let brokers = mock.bootstrap_servers();
     let folder = tempfile::tempdir().unwrap();
-    let log = open(folder.path(), Topic { partitions: None, ..topic(&brokers, "errors") });
+    let mock_brokers = Brokers { is_mock: true, ..at(&brokers) };
+    let log = open(folder.path(), Topic { partitions: None, brokers: mock_brokers, ..topic(&brokers, "errors") });
     let errors = [
         // Those that are over by themselves.
         RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
@@ -276,7 +277,7 @@ async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order
 async fn a_single_record_has_a_place_or_an_error_in_time() {
     let Some(kafka) = Kafka::shared().await.or_skip("a_single_record_has_a_place_or_an_error_in_time") else { return };
     let audit = Topic { partitions: Some(1), ..topic(&kafka.addr().to_string(), "training.audit") };
-    let producer = Producer::open(&audit, Duration::from_secs(2)).await.unwrap();
+    let producer = Producer::open(&audit, MINUTE).await.unwrap();
     for offset in 0..3 {
         let place = producer.write("acme", &[("ce_type", "training.enabled.v1")], b"{}").await.unwrap();
         assert_eq!((place.partition, place.offset), (0, offset));
