@@ -75,9 +75,16 @@ redis.call('PEXPIRE', KEYS[1], math.max(0, math.min(tonumber(ARGV[4]), (over - A
 redis.call('PEXPIRE', KEYS[3], ARGV[5] * 1000 + ARGV[4])
 return over";
 
-/// KEYS: lock, last, stay. ARGV: session, who approves, now, the longest. 1: done; 0: it is another's, or nobody's.
+/// KEYS: lock. ARGV: session, its end. 1: nobody moves that end any more, or it is another's, or nobody's; 0: it was moved.
+const CLOSE: &str = "
+if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 1 end
+if tonumber(redis.call('HGET', KEYS[1], 'until')) ~= tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[1], 'final', 1)
+return 1";
+
+/// KEYS: lock, last, stay. ARGV: session, who approves, now, the longest. 1: done; 0: it is another's, or nobody's, or its end is final.
 const APPROVE: &str = "
-if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 0 end
+if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] or redis.call('HEXISTS', KEYS[1], 'final') == 1 then return 0 end
 for i = 1, 2 do redis.call('HSET', KEYS[i], 'approved', ARGV[2], 'until', ARGV[3] + ARGV[4]) end
 redis.call('HSET', KEYS[3], 'owner', redis.call('HGET', KEYS[1], 'owner'), 'begun', ARGV[3])
 redis.call('PEXPIRE', KEYS[3], ARGV[4] * 2000)
@@ -171,6 +178,8 @@ pub struct Here {
 struct Kept {
     held: Held,
     until: Instant,
+    /// Nobody moves its end any more.
+    is_final: bool,
 }
 
 impl Kept {
@@ -260,7 +269,7 @@ impl Locks {
                 stays.insert(tenant.to_owned(), (owner.to_owned(), begun, Instant::now() + longest + 2 * ttl));
                 let (owner, session, until) = (owner.to_owned(), session.to_owned(), begun + longest.as_secs());
                 let held = Held { owner, session, since: now, until, approved: None, fence: None, left: ttl };
-                all.insert(tenant.to_owned(), Kept { held, until: Instant::now() + ttl });
+                all.insert(tenant.to_owned(), Kept { held, until: Instant::now() + ttl, is_final: false });
                 Ok(Acquired::Ours(before.map(|kept| Held { left: Duration::ZERO, ..kept.held })))
             }
         }
@@ -339,8 +348,28 @@ impl Locks {
         }
     }
 
-    /// Moves the end of a lock to `longest` from `now`, if it is still that of `session`; whether it was. `who` approves: another
-    /// than its owner, whom the caller has seen.
+    /// Makes the end of a lock final, if it is still `until`; whether it was. From then on nobody approves of it, so that whoever is told
+    /// that they did is not told so of a lock that is about to be given back.
+    ///
+    /// Errors: Redis does not say. It may be final.
+    pub async fn close(&self, tenant: &str, session: &str, until: u64) -> Result<bool, Unanswered> {
+        match self {
+            Locks::Shared(redis) => {
+                let [lock, ..] = keys(tenant);
+                redis.ask(cmd("EVAL").arg(CLOSE).arg(1).arg(&lock).arg(session).arg(until)).await
+            }
+            Locks::Here(here) => Ok(match here.all().get_mut(tenant) {
+                Some(kept) if kept.held.session == session && kept.live().is_some() => {
+                    kept.is_final |= kept.held.until == until;
+                    kept.is_final
+                }
+                _ => true,
+            }),
+        }
+    }
+
+    /// Moves the end of a lock to `longest` from `now`, if it is still that of `session` and was not [closed](Locks::close); whether it
+    /// was. `who` approves: another than its owner, whom the caller has seen.
     ///
     /// Errors: Redis does not say. It may have been moved.
     pub async fn approve(&self, tenant: &str, session: &str, who: &str, now: u64, longest: Duration) -> Result<bool, Unanswered> {
@@ -354,7 +383,7 @@ impl Locks {
             Locks::Here(here) => {
                 let (mut all, mut stays) = (here.all(), here.stays());
                 Ok(match all.get_mut(tenant) {
-                    Some(kept) if kept.held.session == session && kept.live().is_some() => {
+                    Some(kept) if kept.held.session == session && !kept.is_final && kept.live().is_some() => {
                         (kept.held.approved, kept.held.until) = (Some(who.to_owned()), now + longest.as_secs());
                         stays.insert(tenant.to_owned(), (kept.held.owner.clone(), now, Instant::now() + 2 * longest));
                         true

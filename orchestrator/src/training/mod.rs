@@ -477,7 +477,7 @@ impl Training {
                 return Err(fault);
             }
         };
-        let off = || Fault::client(Code::StaleFence).saying("training mode is off: there is nothing to approve of");
+        let off = || Fault::client(Code::StaleFence).saying("training mode is off, or about to be: there is nothing to approve of");
         let Some(held) = held else {
             let entry = Entry { code: Some(Code::StaleFence), reason: Some("off"), ..of(Call::Approve.action(), Outcome::Denied) };
             self.audit.write(&entry).await.map_err(unaudited)?;
@@ -621,23 +621,31 @@ impl Training {
         if asked.saturating_duration_since(hold.renewed) < ttl / 3 && !is_near(hold.over) {
             return;
         }
-        match self.locks().renew(&tenant, &hold.session, hold.fence, unix_now(), ttl, max_hold).await {
-            Ok(Renewed::Held(until)) => {
-                // The clock on the wall is looked at once for each end: whoever turns it back gains nothing.
-                let over = if until == hold.until { hold.over } else { asked + from_now(until).min(max_hold) };
-                if is_near(over) {
-                    return self.end(tenant, hold, Ending::GivenBack("max_hold"));
+        // Asked again until the deadline.
+        let unanswered = |error: Unanswered| tracing::debug!(tenant, %error, "the training lock cannot be renewed now");
+        loop {
+            match self.locks().renew(&tenant, &hold.session, hold.fence, unix_now(), ttl, max_hold).await {
+                Ok(Renewed::Held(until)) => {
+                    // The clock on the wall is looked at once for each end: whoever turns it back gains nothing.
+                    let over = if until == hold.until { hold.over } else { asked + from_now(until).min(max_hold) };
+                    if is_near(over) {
+                        match self.locks().close(&tenant, &hold.session, until).await {
+                            Ok(true) => self.end(tenant, hold, Ending::GivenBack("max_hold")),
+                            // Somebody approved meanwhile: it goes on.
+                            Ok(false) => continue,
+                            Err(error) => unanswered(error),
+                        }
+                    } else if let Some(kept) = self.holds().get_mut(&tenant).filter(|kept| kept.session == hold.session) {
+                        let deadline = (asked + ttl - self.margin()).min(over);
+                        *kept = Hold { renewed: asked, until, over, deadline, ..hold };
+                    }
                 }
-                if let Some(kept) = self.holds().get_mut(&tenant).filter(|kept| kept.session == hold.session) {
-                    let deadline = (asked + ttl - self.margin()).min(over);
-                    *kept = Hold { renewed: asked, until, over, deadline, ..hold };
-                }
+                // Whoever did that has it on record.
+                Ok(Renewed::GivenBack) => drop(self.drop_hold(&tenant, &hold)),
+                Ok(Renewed::Lost) => self.end(tenant, hold, Ending::Lost("it is gone, or another's")),
+                Err(error) => unanswered(error),
             }
-            // Whoever did that has it on record.
-            Ok(Renewed::GivenBack) => drop(self.drop_hold(&tenant, &hold)),
-            Ok(Renewed::Lost) => self.end(tenant, hold, Ending::Lost("it is gone, or another's")),
-            // Asked again until the deadline.
-            Err(error) => tracing::debug!(tenant, %error, "the training lock cannot be renewed now"),
+            return;
         }
     }
 

@@ -106,6 +106,36 @@ async fn one_owner_has_a_lock_for_so_long_and_no_longer_unless_another_approves(
     assert!((1_000_000..=1_120_000).contains(&ttl), "{ttl}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_approves_of_a_lock_at_its_very_end_moves_that_end_or_is_told_that_it_is_over() {
+    let Some(server) = services::redis().await.or_skip("whoever_approves_of_a_lock_at_its_very_end") else { return };
+    let redis = connected_within(&server, PATIENT).await;
+    for locks in [Locks::shared(&redis), Locks::here()] {
+        let (mut moved, mut over) = (0, 0);
+        for round in 0..200 {
+            let (tenant, now) = (format!("t{round}"), 1000);
+            let Acquired::Ours(None) = locks.acquire(&tenant, "ann", "s1", now, LONG, HOURS).await.unwrap() else { panic!("it is free") };
+            assert_eq!(locks.fence(&tenant, "s1", 1, now, LONG).await.unwrap(), Fenced::Held);
+            let until = now + HOURS.as_secs();
+            let late = until - 1;
+            let (approving, closing) = (locks.clone(), locks.clone());
+            let (of, to) = (tenant.clone(), tenant.clone());
+            // Now the one comes first and now the other.
+            let approved = tokio::spawn(async move { approving.approve(&of, "s1", "bob", late, HOURS).await.unwrap() });
+            let closed = tokio::spawn(async move { closing.close(&to, "s1", until).await.unwrap() });
+            let (approved, closed) = (approved.await.unwrap(), closed.await.unwrap());
+            assert_ne!(approved, closed, "in round {round}");
+            let Renewed::Held(end) = locks.renew(&tenant, "s1", 1, late, LONG, HOURS).await.unwrap() else { panic!("it is ann's") };
+            assert_eq!(end, if approved { late + HOURS.as_secs() } else { until });
+            assert!(closed || locks.close(&tenant, "s1", end).await.unwrap());
+            assert!(!locks.approve(&tenant, "s1", "bob", late, HOURS).await.unwrap(), "its end is final");
+            *if approved { &mut moved } else { &mut over } += 1;
+        }
+        assert!(moved + over == 200 && moved > 0, "{moved} moved, {over} over");
+        assert!(locks.close("t1", "s2", 7).await.unwrap(), "a lock that is not ours needs no end");
+    }
+}
+
 #[tokio::test]
 async fn a_mode_is_unknown_while_its_lock_may_be_held_and_nobody_can_say() {
     let Some(server) = services::redis().await.or_skip("a_mode_is_unknown_while_its_lock_may_be_held") else { return };
