@@ -23,6 +23,7 @@ use headgate_contracts::{
 };
 use headgate_upstream::Line;
 use http::{HeaderName, HeaderValue};
+use smallvec::{SmallVec, smallvec};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
@@ -81,7 +82,8 @@ struct State {
     closed: Option<Option<Box<Stop>>>,
     /// The turn has ended with an answer: whole, or cut by policy.
     is_answered: bool,
-    readers: Vec<Place>,
+    /// Nearly every turn has one.
+    readers: SmallVec<[Place; 1]>,
     next_reader: u64,
     /// When the last reader left, and which event it would have read next.
     alone: Option<(Instant, u64)>,
@@ -142,7 +144,7 @@ pub fn outbox(turn: &Turn, voice: Voice) -> (Outbox, Reader) {
         head: None,
         closed: None,
         is_answered: false,
-        readers: vec![Place::new(0, 0)],
+        readers: smallvec![Place::new(0, 0)],
         next_reader: 1,
         alone: None,
         stopped: None,

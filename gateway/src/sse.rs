@@ -8,8 +8,9 @@ use std::{
 
 use bytes::Bytes;
 use headgate_contracts::{Gone, Stop, TurnId, wire::sse};
+use headgate_upstream::Alarm;
 use hyper::body::{Body, Frame};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use crate::{
     drive::Call,
@@ -45,20 +46,19 @@ pub struct Stream {
 struct Silence {
     after: Duration,
     last: Instant,
-    alarm: Pin<Box<Sleep>>,
+    alarm: Alarm,
 }
 
 impl Silence {
     /// Whether nothing was sent for a while; else whoever asks is woken when that may be so. The alarm is set anew only when it rings,
     /// not with every event.
-    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+    fn is_over(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut is_over = false;
-        while self.alarm.as_mut().poll(cx).is_ready() {
-            let now = Instant::now();
+        while self.alarm.poll(cx, now).is_ready() {
             if self.last + self.after <= now {
                 (self.last, is_over) = (now, true);
             }
-            self.alarm.as_mut().reset(self.last + self.after);
+            self.alarm.set(self.last + self.after);
         }
         is_over
     }
@@ -111,10 +111,11 @@ impl Stream {
                 }
                 Poll::Ready(_) => {}
                 Poll::Pending => {
+                    let now = Instant::now();
                     if out.len() > before {
-                        self.silence.last = Instant::now();
+                        self.silence.last = now;
                     }
-                    if self.silence.is_over(cx) {
+                    if self.silence.is_over(cx, now) {
                         sse::comment(out);
                     }
                     return Poll::Pending;
@@ -126,7 +127,7 @@ impl Stream {
 
     /// The body of `turn`'s answer. `early`: the response is begun without the answer's head.
     pub fn new(call: Call, reader: Reader, turn: TurnId, framing: Framing, heartbeat: Duration, early: bool) -> Stream {
-        let silence = Silence { after: heartbeat, last: Instant::now(), alarm: Box::pin(tokio::time::sleep(heartbeat)) };
+        let silence = Silence { after: heartbeat, last: Instant::now(), alarm: Alarm::after(heartbeat) };
         Stream { call, reader, turn, framing, silence, early, over: false }
     }
 }

@@ -4,8 +4,8 @@ use std::future::Future;
 
 use headgate_contracts::{Batch, Code, End, Finish, Head, Prompt, Refusal, Stop, Turn, wire::chat::Confirmation};
 use headgate_filters::Chain;
-use headgate_upstream::{Answer, Line, Upstream};
-use tokio::{select, time::sleep};
+use headgate_upstream::{Alarm, Answer, Line, Upstream};
+use tokio::select;
 
 use crate::{outbox::Outbox, telemetry::Watch};
 
@@ -24,9 +24,10 @@ pub fn run(
 ) -> impl Future<Output = ()> + Send {
     let mut prompt = Some(prompt);
     async move {
+        let mut deadline = Alarm::after(turn.flow.deadline);
         let end = select! { biased;
             gone = outbox.gone() => Err(gone.into()),
-            () = sleep(turn.flow.deadline) => Err(over("route.deadline")),
+            () = deadline.ring() => Err(over("route.deadline")),
             end = async {
                 let end = flow(&turn, &mut prompt, &mut chain, &upstream, &outbox, &mut watch).await;
                 rest(end, &mut chain, &outbox, &mut watch).await
@@ -66,7 +67,7 @@ async fn flow(
     let headers = std::mem::take(&mut answer.head.headers);
     outbox.open(turn, Head { headers, ..answer.head.clone() });
     while more {
-        watch.read();
+        watch.read(answer.read_at());
         let passed = chain.pass(&mut batch).map_err(Box::new); // in: what came; out: what may go
         if answer.asks() && passed.is_ok() {
             let line = answer.line(watch.caller(turn, seal.clone()));
@@ -124,6 +125,6 @@ mod tests {
     /// What it is made of, where this fails: `-Zprint-type-sizes`.
     #[test]
     fn a_turn_that_waits_takes_little_room() {
-        assert!(bytes(run) <= 1800, "{}", bytes(run));
+        assert!(bytes(run) <= 1600, "{}", bytes(run));
     }
 }

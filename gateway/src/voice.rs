@@ -14,6 +14,7 @@ use headgate_contracts::{
     },
 };
 use headgate_policy::Hasher;
+use smallvec::SmallVec;
 
 use crate::sse::Framing;
 
@@ -52,7 +53,7 @@ struct Chunks {
     /// The upstream names its answer, so its chunks may be passed on as they came beside ours.
     passes: bool,
     /// The choices of which it was said that the assistant speaks.
-    spoken: Vec<u16>,
+    spoken: SmallVec<[u16; 4]>,
 }
 
 impl Voice {

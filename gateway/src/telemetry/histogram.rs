@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -20,21 +20,30 @@ const BOUNDS: [f64; 22] = [
     10.0, 30.0, 60.0, 300.0,
 ];
 
-/// Durations, counted. Clones share their counts.
-#[derive(Clone, Debug, Default)]
-pub struct Histogram(Arc<Counts>);
+/// Workers beyond so many share the counts of others.
+const SHARDS: usize = 8;
 
+/// Durations, counted. Clones share their counts.
+///
+/// Each worker has counts of its own: they stay in its cache, where a stream's own, of a thousand streams, would not be.
+#[derive(Clone, Debug, Default)]
+pub struct Histogram(Arc<[Counts; SHARDS]>);
+
+/// Whole cache lines, so that no worker waits for what another one counts.
 #[derive(Debug, Default)]
+#[repr(align(64))]
 struct Counts {
     buckets: [AtomicU64; BOUNDS.len() + 1],
     nanos: AtomicU64,
 }
 
-/// The counts of one turn, merged into a [`Histogram`] when it ends: a stream's events touch no shared memory.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    buckets: [u32; BOUNDS.len() + 1],
-    nanos: u64,
+/// Which counts are this thread's.
+fn shard() -> usize {
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static SHARD: usize = THREADS.fetch_add(1, Relaxed) % SHARDS;
+    }
+    SHARD.try_with(|shard| *shard).unwrap_or_default()
 }
 
 fn bucket(duration: Duration) -> usize {
@@ -42,39 +51,25 @@ fn bucket(duration: Duration) -> usize {
     BOUNDS.partition_point(|bound| *bound < seconds)
 }
 
-impl Tally {
-    /// Counts one.
-    pub fn add(&mut self, duration: Duration) {
-        self.buckets[bucket(duration)] += 1;
-        self.nanos = self.nanos.saturating_add(duration.as_nanos() as u64);
-    }
-
-    /// Counts several that lie below a bound; their sum comes with [`Tally::correct_sum`].
-    pub fn add_many(&mut self, bound: Duration, count: u32) {
-        self.buckets[bucket(bound)] += count;
-    }
-
-    /// The sum of all that was counted, where it is known exactly.
-    pub fn correct_sum(&mut self, sum: Duration) {
-        self.nanos = sum.as_nanos() as u64;
-    }
-}
-
 impl Histogram {
     /// Counts one.
     pub fn add(&self, duration: Duration) {
-        self.0.buckets[bucket(duration)].fetch_add(1, Relaxed);
-        self.0.nanos.fetch_add(duration.as_nanos() as u64, Relaxed);
+        self.add_many(duration, 1);
+        self.add_sum(duration);
     }
 
-    /// Takes in a turn's counts.
-    pub fn merge(&self, tally: &Tally) {
-        for (shared, own) in self.0.buckets.iter().zip(tally.buckets) {
-            if own > 0 {
-                shared.fetch_add(own.into(), Relaxed);
-            }
-        }
-        self.0.nanos.fetch_add(tally.nanos, Relaxed);
+    /// Counts several that lie below a bound; their sum comes with [`Histogram::add_sum`].
+    pub fn add_many(&self, bound: Duration, count: u32) {
+        self.0[shard()].buckets[bucket(bound)].fetch_add(count.into(), Relaxed);
+    }
+
+    /// The sum of what was counted by its bound.
+    pub fn add_sum(&self, sum: Duration) {
+        self.0[shard()].nanos.fetch_add(sum.as_nanos() as u64, Relaxed);
+    }
+
+    fn total(&self, count: impl Fn(&Counts) -> &AtomicU64) -> u64 {
+        self.0.iter().map(|counts| count(counts).load(Relaxed)).sum()
     }
 }
 
@@ -85,9 +80,10 @@ impl TypedMetric for Histogram {
 impl EncodeMetric for Histogram {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
         let bounds = BOUNDS.into_iter().chain([f64::INFINITY]);
-        let buckets: Vec<(f64, u64)> = bounds.zip(self.0.buckets.iter().map(|count| count.load(Relaxed))).collect();
+        let buckets: Vec<(f64, u64)> =
+            bounds.enumerate().map(|(index, bound)| (bound, self.total(|counts| &counts.buckets[index]))).collect();
         let count = buckets.iter().map(|(_, count)| count).sum();
-        let sum = self.0.nanos.load(Relaxed) as f64 / 1e9;
+        let sum = self.total(|counts| &counts.nanos) as f64 / 1e9;
         encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
     }
 
@@ -102,21 +98,27 @@ mod tests {
     use prometheus_client::{encoding::text::encode, registry::Registry};
 
     #[test]
-    fn a_turns_tally_and_single_durations_add_up() {
+    fn what_many_threads_count_adds_up() {
         let histogram = Histogram::default();
         let mut registry = Registry::default();
         registry.register("delay_seconds", "Delay", histogram.clone());
-        let mut tally = Tally::default();
-        tally.add(Duration::from_micros(10));
-        tally.add(Duration::from_micros(11));
-        histogram.merge(&tally);
+        std::thread::scope(|scope| {
+            for _ in 0..2 * SHARDS {
+                scope.spawn(|| {
+                    histogram.add(Duration::from_micros(10));
+                    histogram.add_many(Duration::from_micros(11), 2);
+                    histogram.add_sum(Duration::from_micros(22));
+                });
+            }
+        });
         histogram.add(Duration::from_secs(1_000));
         let mut text = String::new();
         encode(&mut text, &registry).unwrap();
-        assert!(text.contains("delay_seconds_bucket{le=\"0.00001\"} 1\n"), "{text}");
-        assert!(text.contains("delay_seconds_bucket{le=\"0.000025\"} 2\n"), "{text}");
-        assert!(text.contains("delay_seconds_bucket{le=\"300.0\"} 2\n"), "{text}");
-        assert!(text.contains("delay_seconds_bucket{le=\"+Inf\"} 3\n"), "{text}");
-        assert!(text.contains("delay_seconds_count 3\n"), "{text}");
+        assert!(text.contains("delay_seconds_bucket{le=\"0.00001\"} 16\n"), "{text}");
+        assert!(text.contains("delay_seconds_bucket{le=\"0.000025\"} 48\n"), "{text}");
+        assert!(text.contains("delay_seconds_bucket{le=\"300.0\"} 48\n"), "{text}");
+        assert!(text.contains("delay_seconds_bucket{le=\"+Inf\"} 49\n"), "{text}");
+        assert!(text.contains("delay_seconds_count 49\n"), "{text}");
+        assert!(text.contains("delay_seconds_sum 1000.000512\n"), "{text}");
     }
 }

@@ -10,7 +10,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{Histogram, Tally, lines};
+use super::{Histogram, lines};
 use crate::live::Live;
 
 /// Everything that `/metrics` shows.
@@ -228,9 +228,8 @@ impl RouteMeters {
             return;
         }
         let labels = HoldLabels { route: self.route.clone(), filter: gate.name() };
-        let mut tally = Tally::default();
-        holds.each(|wait, count| tally.add_many(wait, count));
-        tally.correct_sum(holds.total);
-        self.families.holds.get_or_create(&labels).merge(&tally);
+        let histogram = self.families.holds.get_or_create(&labels);
+        holds.each(|wait, count| histogram.add_many(wait, count));
+        histogram.add_sum(holds.total);
     }
 }

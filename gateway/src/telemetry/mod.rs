@@ -1,6 +1,6 @@
 //! What a turn leaves behind for people: one log line, metrics, one span. Never text, never a secret.
 //!
-//! While a turn runs it counts by itself ([`Watch`]); shared memory is touched when it ends.
+//! While a turn runs it is watched ([`Watch`]), and what it counts meanwhile its worker counts; what others share is touched when it ends.
 
 mod histogram;
 mod lines;
@@ -18,7 +18,7 @@ use headgate_filters::Chain;
 use tokio::time::Instant;
 use tracing::{Span, field::Empty};
 
-pub use histogram::{Histogram, Tally};
+pub use histogram::Histogram;
 pub use meters::{Meters, RouteMeters};
 
 use crate::{delivery::Slip, live::Route};
@@ -32,14 +32,17 @@ pub struct Watch {
     begun: Instant,
     admitted: Option<Instant>,
     endpoint: Option<Box<str>>,
+    seen: Seen,
+    span: Span,
+    is_over: bool,
+}
+
+/// What each batch changes: side by side, for a stream's events find it in no cache.
+struct Seen {
     read: Instant,
     first: Option<Instant>,
     last: Option<Instant>,
-    gaps: Tally,
-    delays: Tally,
     longest_gap: Duration,
-    span: Span,
-    is_over: bool,
 }
 
 impl Watch {
@@ -78,12 +81,7 @@ impl Watch {
             begun: now,
             admitted: None,
             endpoint: None,
-            read: now,
-            first: None,
-            last: None,
-            gaps: Tally::default(),
-            delays: Tally::default(),
-            longest_gap: Duration::ZERO,
+            seen: Seen { read: now, first: None, last: None, longest_gap: Duration::ZERO },
             span,
             is_over: false,
         }
@@ -125,8 +123,8 @@ impl Watch {
     }
 
     /// A batch came from the upstream.
-    pub fn read(&mut self) {
-        self.read = Instant::now();
+    pub fn read(&mut self, at: Instant) {
+        self.seen.read = at;
     }
 
     /// A batch went to the client's side.
@@ -134,16 +132,16 @@ impl Watch {
         if batch.is_empty() {
             return;
         }
-        let now = Instant::now();
-        self.delays.add(now - self.read);
-        match self.last {
-            None => self.first = Some(now),
+        let (now, seen, meters) = (Instant::now(), &mut self.seen, &self.route.meters);
+        meters.delays.add(now - seen.read);
+        match seen.last {
+            None => seen.first = Some(now),
             Some(last) => {
-                self.gaps.add(now - last);
-                self.longest_gap = self.longest_gap.max(now - last);
+                meters.gaps.add(now - last);
+                seen.longest_gap = seen.longest_gap.max(now - last);
             }
         }
-        self.last = Some(now);
+        seen.last = Some(now);
     }
 
     /// The turn is over: the one log line, the metrics, the span.
@@ -161,15 +159,13 @@ impl Watch {
         };
         let meters = &self.route.meters;
         meters.turn(word, code, record);
-        meters.gaps.merge(&self.gaps);
-        meters.delays.merge(&self.delays);
         for gate in chain.gates() {
             meters.hold(gate);
         }
         let millis = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
-        let ttft = self.first.map(|first| {
+        let ttft = self.seen.first.map(|first| {
             meters.ttft.add(first - self.begun);
-            if let (Some(last), tokens @ 2..) = (self.last, record.usage.map_or(record.events, |usage| usage.output_tokens)) {
+            if let (Some(last), tokens @ 2..) = (self.seen.last, record.usage.map_or(record.events, |usage| usage.output_tokens)) {
                 meters.tpot.add((last - first) / (tokens - 1).min(u32::MAX.into()) as u32);
             }
             millis(self.begun, first)
@@ -194,7 +190,7 @@ impl Watch {
             duration_ms = millis(self.begun, now),
             admitted_ms = self.admitted.map(|at| millis(self.begun, at)),
             ttft_ms = ttft,
-            gap_ms_max = self.longest_gap.as_secs_f64() * 1e3,
+            gap_ms_max = self.seen.longest_gap.as_secs_f64() * 1e3,
             held_ms_max = record.held_max.as_secs_f64() * 1e3,
             held_by = record.held_by,
             events = record.events,
