@@ -209,4 +209,34 @@ mod tests {
         fs::write(&file, bytes).unwrap();
         assert_eq!(names(&Spool::open(folder.path()).unwrap().1), ["one"]);
     }
+
+    /// What it would cost to wait for the disk: `cargo test -p headgate-orchestrator --lib -- --ignored --nocapture spool_waits`.
+    #[test]
+    #[ignore = "a measurement"]
+    #[allow(clippy::print_stdout, reason = "the figures are what it is for")]
+    fn what_a_group_costs_where_the_spool_waits_for_the_disk() {
+        // Under the repository: where folders are temporary there may be no disk.
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let report = [b'x'; 700];
+        for reports in [1, 16, 256] {
+            for waits in [false, true] {
+                let (mut spool, _) = Spool::open(&folder.path().join(format!("{reports}-{waits}"))).unwrap();
+                let mut took: Vec<_> = (0..300)
+                    .map(|_| {
+                        for _ in 0..reports {
+                            spool.add(TurnId::fresh(), &report).unwrap();
+                        }
+                        let begun = std::time::Instant::now();
+                        spool.flush().unwrap();
+                        if let Some((file, _)) = spool.active.as_ref().filter(|_| waits) {
+                            file.sync_data().unwrap();
+                        }
+                        begun.elapsed().as_micros()
+                    })
+                    .collect();
+                took.sort_unstable();
+                println!("{reports:>3} reports, waits: {waits:5}: p50 {} us, p99 {} us, most {} us", took[149], took[296], took[299]);
+            }
+        }
+    }
 }
