@@ -267,6 +267,12 @@ impl Prompt {
             seal: None,
         }
     }
+
+    /// About how many bytes it is as JSON: what nobody escapes, and as much again as is usual around it.
+    pub(crate) fn json_bytes(&self) -> usize {
+        let texts = self.messages.iter().filter_map(|message| message.content.as_ref()).flat_map(Content::texts);
+        texts.map(|text| 64 + text.len() + text.len() / 32).sum::<usize>() + 512
+    }
 }
 
 impl fmt::Debug for Prompt {

@@ -113,10 +113,10 @@ const RETRY_PLACE: Duration = Duration::from_secs(1);
 
 impl RateLimit {
     fn account(&self, what: &str, prompt: &Prompt) -> Account {
-        let (route, tenant) = (&self.route, &prompt.principal.tenant);
+        let (tenant, subject) = (prompt.principal.tenant.as_str(), prompt.principal.subject.as_str());
         Account::new(match self.limits.settings.per {
-            Per::Tenant => format!("{what} {route} {tenant}"),
-            Per::Subject => format!("{what} {route} {tenant} {}", prompt.principal.subject),
+            Per::Tenant => [what, &self.route, tenant].join(" "),
+            Per::Subject => [what, &self.route, tenant, subject].join(" "),
         })
     }
 

@@ -5,15 +5,16 @@
 //! `docs/decisions/0140-answers-are-written-by-hand.md`.
 
 use std::{
+    cell::RefCell,
     future::{Future, poll_fn},
-    io,
+    io::{self, Write},
     pin::Pin,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
-    time::SystemTime,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use http::{HeaderMap, HeaderValue, Request, Response, Version, header, response::Parts};
@@ -187,11 +188,28 @@ fn write_head(out: &mut Vec<u8>, head: &Parts, stays: bool, length: Option<usize
             out.extend_from_slice(part);
         }
     }
-    let date = httpdate::fmt_http_date(SystemTime::now());
-    let framing = length.map_or_else(|| "transfer-encoding: chunked".to_owned(), |length| format!("content-length: {length}"));
-    for part in ["date: ", &date, if stays { "\r\n" } else { "\r\nconnection: close\r\n" }, &framing, "\r\n\r\n"] {
-        out.extend_from_slice(part.as_bytes());
+    write_date(out, SystemTime::now());
+    out.extend_from_slice(if stays { b"\r\n" } else { b"\r\nconnection: close\r\n" });
+    // A buffer takes all that is written to it.
+    let _ = match length {
+        Some(length) => write!(out, "content-length: {length}\r\n\r\n"),
+        None => write!(out, "transfer-encoding: chunked\r\n\r\n"),
+    };
+}
+
+/// Writes the field `date`, without its end. It is the same for a whole second.
+fn write_date(out: &mut Vec<u8>, now: SystemTime) {
+    thread_local! {
+        static LAST: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
     }
+    let second = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let _ = LAST.try_with(|last| {
+        let (of, field) = &mut *last.borrow_mut();
+        if *of != second {
+            (*of, *field) = (second, format!("date: {}", httpdate::fmt_http_date(now)));
+        }
+        out.extend_from_slice(field.as_bytes());
+    });
 }
 
 /// Writes the stream, after what stands in `out`.
@@ -286,6 +304,15 @@ mod tests {
             let mut out = [before.as_bytes(), SIZE, body.as_bytes()].concat();
             let skipped = end_chunk(&mut out, before.len(), before.len() + SIZE.len());
             assert_eq!(std::str::from_utf8(&out[skipped..]), Ok(expected.as_str()));
+        }
+    }
+
+    #[test]
+    fn the_date_is_written_once_for_a_second_and_anew_for_the_next() {
+        for (second, expected) in [(0, "00"), (59, "59"), (59, "59"), (1, "01")] {
+            let mut out = Vec::new();
+            write_date(&mut out, UNIX_EPOCH + std::time::Duration::from_millis(1000 * second + 999));
+            assert_eq!(String::from_utf8(out), Ok(format!("date: Thu, 01 Jan 1970 00:00:{expected} GMT")));
         }
     }
 

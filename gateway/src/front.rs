@@ -250,8 +250,9 @@ fn stamp(headers: &mut HeaderMap, turn: TurnId, trace: &Trace, head: Option<Fiel
         headers.append(name, value.clone());
     }
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    for (name, value) in [("x-headgate-turn", turn.to_string()), ("traceparent", trace.traceparent())] {
-        if let Ok(value) = HeaderValue::try_from(value) {
+    let (turn, trace) = (HeaderValue::from_str(turn.text(&mut [0; 45])), HeaderValue::try_from(trace.traceparent()));
+    for (name, value) in [("x-headgate-turn", turn), ("traceparent", trace)] {
+        if let Ok(value) = value {
             headers.insert(HeaderName::from_static(name), value);
         }
     }

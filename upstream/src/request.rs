@@ -1,6 +1,6 @@
 //! What an upstream is sent: a body made anew from the parsed prompt, the headers filters put on it, and nothing a client wrote.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, io::Write};
 
 use headgate_contracts::{Code, Dispatch, Fault, Prompt, TurnId, wire};
 use http::{
@@ -16,6 +16,25 @@ use crate::{endpoint::Endpoint, settings::Protocol};
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// What frames the message or names its peer is ours alone, whatever a filter says.
+const OURS: [HeaderName; 15] = [
+    HOST,
+    CONTENT_LENGTH,
+    CONTENT_TYPE,
+    TRANSFER_ENCODING,
+    CONNECTION,
+    UPGRADE,
+    TE,
+    TRAILER,
+    EXPECT,
+    ACCEPT,
+    ACCEPT_ENCODING,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
 
 /// A turn as it is sent; the same body for every try.
 pub(crate) struct TurnRequest<'a> {
@@ -53,33 +72,13 @@ impl<'a> TurnRequest<'a> {
     pub(crate) fn bytes_for(&self, endpoint: &Endpoint) -> Result<Vec<u8>, Fault> {
         let path = turn_path(self.protocol, self.path, endpoint);
         let mut headers = self.headers("POST", &path)?;
-        // What frames the message or names its peer is ours alone.
-        for name in [
-            HOST,
-            CONTENT_LENGTH,
-            CONTENT_TYPE,
-            TRANSFER_ENCODING,
-            CONNECTION,
-            UPGRADE,
-            TE,
-            TRAILER,
-            EXPECT,
-            ACCEPT,
-            ACCEPT_ENCODING,
-            PROXY_AUTHENTICATE,
-            PROXY_AUTHORIZATION,
-            HeaderName::from_static("keep-alive"),
-            HeaderName::from_static("proxy-connection"),
-        ] {
-            headers.remove(name);
-        }
         if let Some(authorization) = self.authorization {
             headers.entry(AUTHORIZATION).or_insert_with(|| authorization.clone());
         }
-        let mut out = Vec::with_capacity(1024 + self.body.len());
+        let mut out = Vec::with_capacity(2048 + self.body.len());
         begin(&mut out, &path, endpoint);
         out.extend_from_slice(b"accept: text/event-stream\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n");
-        fields(&mut out, &headers);
+        fields(&mut out, headers.iter().filter(|(name, _)| !OURS.contains(name)));
         finish(&mut out, &self.body);
         Ok(out)
     }
@@ -100,7 +99,7 @@ impl<'a> TurnRequest<'a> {
         if let Some(seal) = &self.prompt.seal {
             let path = path.split('?').next().unwrap_or_default();
             let proof = seal(self.prompt, &Dispatch { method, path, body: &self.body })?;
-            replace(&mut headers, proof);
+            if headers.is_empty() { headers = proof } else { replace(&mut headers, proof) }
         }
         // Our own span is the parent: what travels is what a collector has been shown.
         let trace = &self.prompt.trace;
@@ -128,7 +127,7 @@ pub(crate) fn cancel_bytes(endpoint: &Endpoint, turn: TurnId, traceparent: &str,
     }
     let mut out = Vec::with_capacity(512);
     begin(&mut out, &format!("{}/v1/conversation/turns/{turn}/cancel", endpoint.prefix), endpoint);
-    fields(&mut out, &headers);
+    fields(&mut out, headers.iter());
     finish(&mut out, b"");
     out
 }
@@ -147,19 +146,19 @@ pub(crate) fn told_bytes(
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     let mut out = Vec::with_capacity(2048 + body.len());
     begin(&mut out, path, endpoint);
-    fields(&mut out, &headers);
+    fields(&mut out, headers.iter());
     finish(&mut out, body);
     out
 }
 
 /// Where turns are asked for; `path`: instead of the endpoint's and the protocol's.
-pub(crate) fn turn_path(protocol: Protocol, path: Option<&str>, endpoint: &Endpoint) -> String {
+pub(crate) fn turn_path<'a>(protocol: Protocol, path: Option<&'a str>, endpoint: &Endpoint) -> Cow<'a, str> {
     match (path, protocol, &*endpoint.prefix) {
-        (Some(path), _, _) => path.to_owned(),
+        (Some(path), _, _) => path.into(),
         // As OpenAI's SDKs read a base URL: it carries the version itself.
-        (None, Protocol::OpenAi, "") => "/v1/chat/completions".to_owned(),
-        (None, Protocol::OpenAi, prefix) => format!("{prefix}/chat/completions"),
-        (None, Protocol::Orchestrator, prefix) => format!("{prefix}/v1/conversation/stream"),
+        (None, Protocol::OpenAi, "") => "/v1/chat/completions".into(),
+        (None, Protocol::OpenAi, prefix) => format!("{prefix}/chat/completions").into(),
+        (None, Protocol::Orchestrator, prefix) => format!("{prefix}/v1/conversation/stream").into(),
     }
 }
 
@@ -170,7 +169,7 @@ fn begin(out: &mut Vec<u8>, path: &str, endpoint: &Endpoint) {
 }
 
 // A header value of this type holds no line break, so a field cannot become two.
-fn fields(out: &mut Vec<u8>, headers: &HeaderMap) {
+fn fields<'a>(out: &mut Vec<u8>, headers: impl Iterator<Item = (&'a HeaderName, &'a HeaderValue)>) {
     for (name, value) in headers {
         for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
             out.extend_from_slice(part);
@@ -179,7 +178,8 @@ fn fields(out: &mut Vec<u8>, headers: &HeaderMap) {
 }
 
 fn finish(out: &mut Vec<u8>, body: &[u8]) {
-    out.extend_from_slice(format!("content-length: {}\r\n\r\n", body.len()).as_bytes());
+    // A buffer takes all that is written to it.
+    let _ = write!(out, "content-length: {}\r\n\r\n", body.len());
     out.extend_from_slice(body);
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::log::Delivered;
 use super::members::{MAX_MODEL_BYTES, Members, Others};
 use super::openai::Completion;
-use super::problem::to_vec;
+use super::problem::{to_vec, to_vec_within};
 use crate::{Code, Fault, Finish, Head, Message, Prompt, SessionId, Settings, Subject, TenantId, TurnId, Usage};
 
 /// The header by which an orchestrator says of a turn that it refuses whether it was taken: only one that was not may be tried
@@ -76,7 +76,7 @@ pub(crate) struct Body<'a> {
 /// Writes the request of a prompt, from the parsed form alone.
 pub fn encode(prompt: &Prompt) -> Vec<u8> {
     let settings = &prompt.settings;
-    to_vec(&Body {
+    let body = Body {
         turn_id: prompt.turn,
         session_id: &prompt.session,
         tenant: &prompt.principal.tenant,
@@ -95,7 +95,8 @@ pub fn encode(prompt: &Prompt) -> Vec<u8> {
         tool_choice: settings.tool_choice.as_ref(),
         response_format: settings.response_format.as_ref(),
         metadata: &prompt.metadata,
-    })
+    };
+    to_vec_within(prompt.json_bytes(), &body)
 }
 
 // Labels and messages are the client's text.

@@ -102,7 +102,14 @@ pub(super) fn retry_after_ms(stop: &Stop) -> Option<u64> {
 }
 
 pub(super) fn to_vec(value: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(value).expect("our own types have string keys and cannot fail to serialise")
+    to_vec_within(128, value)
+}
+
+/// The same, where it is known how many bytes it will be: what grows is moved, again and again.
+pub(super) fn to_vec_within(bytes: usize, value: &impl Serialize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes);
+    serde_json::to_writer(&mut out, value).expect("our own types have string keys and cannot fail to serialise");
+    out
 }
 
 impl Problem {

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::wire::members::{MAX_MODEL_BYTES, Members, Others};
-use crate::wire::problem::to_vec;
+use crate::wire::problem::to_vec_within;
 use crate::{Fault, Message, Prompt, Settings};
 
 /// The most answers one request may ask for: OpenAI's own bound.
@@ -121,7 +121,7 @@ struct StreamOptions {
 /// Writes the request for a model's server, from the parsed form alone. Usage is always asked for.
 pub fn encode_request(prompt: &Prompt, form: Form) -> Vec<u8> {
     let settings = &prompt.settings;
-    to_vec(&Body {
+    let body = Body {
         model: settings.model.as_deref(),
         messages: &prompt.messages,
         stream: form == Form::Streamed,
@@ -137,7 +137,8 @@ pub fn encode_request(prompt: &Prompt, form: Form) -> Vec<u8> {
         tools: settings.tools.as_ref(),
         tool_choice: settings.tool_choice.as_ref(),
         response_format: settings.response_format.as_ref(),
-    })
+    };
+    to_vec_within(prompt.json_bytes(), &body)
 }
 
 #[cfg(test)]
