@@ -239,18 +239,27 @@ async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order
     let folder = tempfile::tempdir().unwrap();
     let mock_brokers = Brokers { is_mock: true, ..at(&brokers) };
     let log = open(folder.path(), Topic { partitions: None, brokers: mock_brokers, ..topic(&brokers, "errors") });
-    let errors = [
-        // Those that are over by themselves.
+    // Those that are over by themselves.
+    let passing = [
         RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
         RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
         RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS_AFTER_APPEND,
         RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
-        // Those after which a producer is of no more use.
+    ];
+    // Those after which a producer is of no more use.
+    let fatal = [
         RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER,
         RD_KAFKA_RESP_ERR_UNKNOWN_PRODUCER_ID,
         RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED,
     ];
-    for (round, error) in errors.into_iter().enumerate() {
+    for (round, error) in passing.into_iter().chain(fatal).enumerate() {
+        if round == passing.len() {
+            // What such a producer still has on its way is refused by brokers, since a number before it is missing. The mock takes it, and
+            // its order tells nothing from here on.
+            let judged = verify_topic(&at(&brokers), "errors").unwrap();
+            assert!(judged.is_good(), "{judged:?}");
+            assert_eq!((judged.begun, judged.ended, judged.open.len()), (162, 162, 0));
+        }
         mock.request_errors(RDKafkaApiKey::Produce, &[error, error, error]);
         for turn in 0..40 {
             whole_turn(&log, turn % 5).await.unwrap();
@@ -264,8 +273,7 @@ async fn errors_of_leaders_and_brokers_that_fall_lose_nothing_and_keep_the_order
         delivered(&log).await;
     }
     let judged = verify_topic(&at(&brokers), "errors").unwrap();
-    assert!(judged.is_good(), "{judged:?}");
-    assert_eq!((judged.begun, judged.ended, judged.open.len()), (283, 283, 0));
+    assert_eq!((judged.begun, judged.records), (283, 3 * 283), "{:?}", judged.violations);
     let failure = Failure { why: "event" };
     assert!(
         log.shared.delivery_failures.get_or_create(&failure).get() > 0,
