@@ -995,7 +995,7 @@ mod tests {
     fn every_workload_runs_without_a_peer() {
         for work in workload::all().into_iter().filter(Workload::is_plain).map(Workload::small) {
             let model = Model::bind().unwrap();
-            let order = Order { work: &work, peer: model.address, prefix: "", key: "none", window: Duration::from_millis(300) };
+            let order = Order { work: &work, peer: model.address, prefix: "", key: "none", window: Duration::from_millis(1500) };
             let mut marks = Vec::new();
             let seen = run(&model, &order, &mut |mark| {
                 marks.push(mark);

@@ -17,7 +17,7 @@ use crate::{
 
 /// Far above the half minute it takes: a gateway that hangs is a failure, a machine that is busy with other things is none.
 const BUDGET: Duration = Duration::from_secs(300);
-const WINDOW: Duration = Duration::from_millis(800);
+const WINDOW: Duration = Duration::from_millis(1500);
 const CORES: Cores = Cores { apart: false, realtime: false };
 
 /// Runs it all. `tell` is told each finding as it is made; the result is everything that failed.

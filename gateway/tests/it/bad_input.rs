@@ -34,7 +34,7 @@ fn raw(body: impl Into<bytes::Bytes>) -> Request {
 /// A gateway whose bounds of time are short.
 async fn impatient(upstream: &Upstream) -> Gateway {
     let (mut plan, folder) = Setup::new().plan(&upstream.url());
-    let short = Duration::from_millis(300);
+    let short = Duration::from_secs(1);
     (plan.limits.handshake, plan.limits.head) = (short, short);
     for route in &mut plan.routes {
         route.body = short;

@@ -4,17 +4,16 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex},
-    time::Duration,
 };
 
 use headgate_testkit::{
     Broken,
     answer::{Kind, Transcript},
+    at_once,
     client::{Request, ask, stream},
     dialect::{self, Answer, Cut, Dialect, Escapes, Lane, Mark, Writing},
     hop::{self, Orchestrator, Said, Speaking, Then},
     upstream::{Framing, Script, Upstream},
-    within,
     ws::Ws,
 };
 use serde_json::{Value, json};
@@ -335,15 +334,14 @@ async fn faults_in_the_middle_keep_the_safe_prefix_and_end_with_their_code() {
 #[tokio::test]
 async fn silence_ends_a_turn_at_the_limit_before_and_after_the_first_byte() {
     let begun = Answer::openai("demo", &["Hello"]).events()[..2].concat();
-    let short = "timeouts: { first_byte: 1s, idle: 1s, total: 20s }";
     let upstream = Upstream::always(Script::new().read().stall()).await;
-    let gateway = whole_chain().upstream(short).upstream("retry: { attempts: 0 }").start(&upstream.url()).await;
+    let gateway = whole_chain().upstream("timeouts: { first_byte: 1s }").upstream("retry: { attempts: 0 }").start(&upstream.url()).await;
     assert_eq!(fault(&gateway, &Request::turn("hi"), Kind::Client).await.1, "upstream_timeout_first_byte");
-    within(Duration::from_secs(5), upstream.idle(), "the silent model to be left").await;
+    at_once(upstream.idle(), "the silent model to be left").await;
     let upstream = Upstream::always(Script::new().read().sse().send(begun).stall()).await;
-    let gateway = whole_chain().upstream(short).start(&upstream.url()).await;
+    let gateway = whole_chain().upstream("timeouts: { idle: 1s }").start(&upstream.url()).await;
     assert_eq!(fault(&gateway, &Request::turn("hi"), Kind::Client).await, (200, "upstream_stalled".into(), "Hello".into()));
-    within(Duration::from_secs(5), upstream.idle(), "the stalled model to be left").await;
+    at_once(upstream.idle(), "the stalled model to be left").await;
 }
 
 #[tokio::test]
@@ -356,7 +354,7 @@ async fn an_endless_answer_is_cut_at_the_routes_limit() {
     assert!((64 << 10..80 << 10).contains(&text.len()), "{}", text.len());
     assert_eq!((answer.finish(), answer.outcome()), ("length", "allowed"));
     assert_eq!(answer.end().data["refusal"]["code"], "stream_limit_exceeded");
-    within(Duration::from_secs(5), upstream.idle(), "the endless model to be stopped").await;
+    at_once(upstream.idle(), "the endless model to be stopped").await;
 }
 
 #[tokio::test]

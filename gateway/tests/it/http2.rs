@@ -161,7 +161,7 @@ async fn a_connection_that_only_talks_about_itself_is_an_idle_one() {
     ];
     for (what, most, talk) in talks {
         let (mut plan, folder) = Setup::new().plan(&upstream.url());
-        plan.limits.idle = Duration::from_millis(300);
+        plan.limits.idle = Duration::from_secs(1);
         let gateway = start(&plan, folder).await;
         let mut client = Frames::connect(gateway.addr).await;
         let asked = [Frame { flags: END_HEADERS | END_STREAM, ..Frame::post(1, "/v1/models") }];

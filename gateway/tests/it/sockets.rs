@@ -52,7 +52,7 @@ async fn a_socket_that_does_not_say_whose_it_is_in_time_is_closed() {
     let (key, auth) = key();
     let upstream = Upstream::always(model(&["Hello"])).await;
     let (mut plan, folder) = Setup::chain(&[auth]).plan(&upstream.url());
-    plan.limits.head = Duration::from_millis(300);
+    plan.limits.head = SECOND;
     let gateway = start(&plan, folder).await;
     let (mut silent, mut named) = (connect(&gateway).await, connect(&gateway).await);
     named.auth(key).await;
