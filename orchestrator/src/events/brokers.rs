@@ -14,7 +14,7 @@ pub struct Brokers {
     /// Who we are to them; `None`: nobody, or whom our certificate names.
     pub sasl: Option<Sasl>,
     /// Whether they are librdkafka's own mock.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "kafka"))]
     pub(super) is_mock: bool,
 }
 
