@@ -187,9 +187,8 @@ impl Program {
 
     /// Runs it to its end: its status and everything it printed.
     pub async fn run(self, limit: Duration) -> (ExitStatus, String) {
-        let what = format!("{} to end", self.name);
         let mut service = self.start(Ready::AtOnce).await;
-        let status = within(limit, service.exited(), &what).await;
+        let status = service.exited_within(limit).await;
         (status, service.output())
     }
 }
@@ -301,7 +300,12 @@ impl Service {
 
     /// Waits until it has ended by itself; what it started and left behind is killed.
     pub async fn exited(&mut self) -> ExitStatus {
-        let status = soon(self.child.wait(), &format!("{} to end", self.name)).await.expect("a child of ours can be waited for");
+        self.exited_within(PATIENCE).await
+    }
+
+    async fn exited_within(&mut self, limit: Duration) -> ExitStatus {
+        let what = format!("{} to end", self.name);
+        let status = within(limit, self.child.wait(), &what).await.expect("a child of ours can be waited for");
         self.signal(Signal::Kill);
         self.ended = true;
         let mut output = self.output.clone();

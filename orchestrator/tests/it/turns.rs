@@ -245,7 +245,8 @@ async fn an_answer_without_end_ends_at_the_limit_of_text_and_of_time() {
     assert!(cut.text().len() <= 10_000);
     model.closed(1).await;
 
-    let limits = Limits { turn: Duration::from_millis(100), ..Limits::default() };
+    // Long enough for the first event to come.
+    let limits = Limits { turn: Duration::from_secs(3), ..Limits::default() };
     let one = Answer::openai("demo", &["one"]).cut(Cut::Events);
     let model = Upstream::always(Script::new().read().sse().send(one[0].clone()).send(one[1].clone()).stall()).await;
     let desk = Desk::with(Models::new(upstream(&model.url())), Settings { limits, ..Settings::default() }).await;
