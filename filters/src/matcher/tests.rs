@@ -721,7 +721,7 @@ fn a_pattern_without_a_check_may_have_begun_before_one_with_a_check() {
     let mut builder = MatcherBuilder::new();
     builder.pattern(r"\blit [a-z]{2}\b", MASK, "test").detector(Detector::ApiKey, MASK);
     let matcher = builder.build().unwrap();
-    assert_eq!(say(&matcher, ["lit sk "], 0).unwrap().whole.masks, [0..6]);
+    assert_eq!(say(&matcher, ["lit sk "], 0).unwrap().whole.masks.first(), Some(&(0..6)));
 }
 
 /// `cargo test --release -p headgate-filters speed -- --ignored --nocapture`
