@@ -83,18 +83,19 @@ impl House {
     }
 
     async fn orchestrator(&self, name: &str) -> Running {
-        self.orchestrator_for(name, "4h").await
+        self.orchestrator_for(name, "3s", "4h").await
     }
 
-    /// One at which an admin alone keeps training mode on for `max_hold`.
-    async fn orchestrator_for(&self, name: &str, max_hold: &str) -> Running {
+    /// One at which an admin alone keeps training mode on for `max_hold`. A twelfth of `ttl` before the end it gives the lock back: who
+    /// asks for that leaves it a time that a busy machine has.
+    async fn orchestrator_for(&self, name: &str, ttl: &str, max_hold: &str) -> Running {
         let (at, admin) = (free_addr(), free_addr());
         let House { kafka, topics, identity, model, .. } = self;
         let config = format!(
             "policy: {{ constitution: constitution.md, version: \"7\" }}\nupstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"], health: {{ interval: 0s }} }}\n\
              orchestrator:\n  listen: {at}\n  upstream: model\n  keys: file:gateway.jwks.json\n  events:\n    folder: events-{name}\n    cap: 16MiB\n\
              \x20   kafka: {{ brokers: [\"{kafka}\"], topic: {topics}.events, replication_factor: 1, min_insync_replicas: 1, create_with_partitions: 1 }}\n\
-             \x20 training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 3s, max_hold: {max_hold}, topic: {topics}.audit }}\n",
+             \x20 training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: {ttl}, max_hold: {max_hold}, topic: {topics}.audit }}\n",
             model.url(),
             identity.addr(),
         );
@@ -321,7 +322,7 @@ async fn an_admin_turns_training_mode_on_and_off_and_turns_between_are_marked() 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn training_mode_goes_on_only_while_another_admin_approves() {
     let Some((kafka, house)) = shared("training_mode_goes_on_only_while_another_admin_approves").await else { return };
-    let (first, second) = (house.orchestrator_for("first", "12s").await, house.orchestrator_for("second", "12s").await);
+    let (first, second) = (house.orchestrator_for("first", "9s", "12s").await, house.orchestrator_for("second", "9s", "12s").await);
     let (ann, bob, carl) = (house.token("ann").await, house.token("bob").await, house.token("carl").await);
     let refused = async |token: &str, status: u16, code: &str| {
         let reply = call(&second, "/approve", token).await;
@@ -367,7 +368,7 @@ async fn training_mode_goes_on_only_while_another_admin_approves() {
     // Her time is used up, and his begins.
     let spent = call(&second, "/enable", &ann).await;
     assert_eq!((spent.status, spent.problem().unwrap().as_str()), (423, "training_locked"));
-    assert!((1..=18).contains(&spent.header("retry-after").unwrap().parse::<u64>().unwrap()));
+    assert!((1..=12 + 2 * 9).contains(&spent.header("retry-after").unwrap().parse::<u64>().unwrap()));
     let again = headgate(&["training", "enable", "--orchestrator", &format!("http://{}", first.at)]).variable("HEADGATE_TOKEN", &ann);
     let (status, words) = again.run(MINUTE).await;
     assert!(status.code() == Some(1) && words.contains("ask another admin to run `headgate training enable`"), "{words}");
@@ -699,7 +700,7 @@ async fn a_process_that_is_alone_keeps_lock_and_audit_itself_and_ends_training_m
         "listen: {at}\nadmin: {{ listen: {admin} }}\nworkers: 1\npolicy: {{ constitution: constitution.md, version: \"7\" }}\n\
          upstreams:\n  model: {{ protocol: openai, endpoints: [\"{}\"], health: {{ interval: 0s }} }}\n  desk: {{ protocol: orchestrator, endpoints: [\"http://{desk}\"], health: {{ interval: 0s }} }}\n\
          routes:\n  - path: /v1/chat/stream\n    upstream: desk\n    filters:\n      - auth: {{ keys: [{{ key: \"{}\", tenant: acme, subject: u1 }}] }}\n      - policy_headers\n\
-         orchestrator:\n  listen: {desk}\n  upstream: model\n  events: {{ folder: events, cap: 16MiB }}\n  training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 3s, max_hold: 5s, alone: true }}\n",
+         orchestrator:\n  listen: {desk}\n  upstream: model\n  events: {{ folder: events, cap: 16MiB }}\n  training: {{ issuer: \"http://{}\", audience: \"{AUDIENCE}\", ttl: 6s, max_hold: 9s, alone: true }}\n",
         model.url(),
         KeyHash::of(KEY),
         identity.addr(),
