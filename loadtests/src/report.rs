@@ -264,6 +264,7 @@ const HOW_TO_READ: &str = "How to read it:
 - `headgate` has the whole chain: auth by key, rate limit, moderation with 1,000 phrases and nine detectors, signed policy headers, budget, and the three that stand
   in every chain. `headgate-bare` has those three; `headgate-unsigned` has all but the signed policy headers. `headgate-two` is `headgate` with two workers, on
   both cores, one of which the generator uses too.
+- `headgate-pgo` in the command is the release build laid out by what such a run calls (`make pgo`); `headgate` is the plain one.
 - nginx, HAProxy and Envoy pass everything on unread, as `loadtests/src/other.rs` sets them up; LiteLLM reads and writes every event.
 - Latency \"from due\" counts from when the timetable wanted the event, whatever the generator did: nothing is left out that came late. \"From sending\" leaves the
   generator's own lateness away. `direct` is the harness without a peer; added latency is what is beyond it.
