@@ -38,7 +38,7 @@ bench:
 counts:
 	$(CARGO) run --release -p headgate-benches -- $(ACCEPT)
 
-## The fastest build, for production: laid out by what a load run calls. Ten minutes. Writes target/pgo/headgate-pgo.
+## The fastest build, for production: laid out by what a load run calls. A quarter of an hour on two cores. Writes target/pgo/headgate-pgo.
 pgo:
 	scripts/pgo.sh
 
