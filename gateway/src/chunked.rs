@@ -189,7 +189,9 @@ fn write_head(out: &mut Vec<u8>, head: &Parts, stays: bool, length: Option<usize
         }
     }
     write_date(out, SystemTime::now());
-    out.extend_from_slice(if stays { b"\r\n" } else { b"\r\nconnection: close\r\n" });
+    if !stays {
+        out.extend_from_slice(b"connection: close\r\n");
+    }
     // A buffer takes all that is written to it.
     let _ = match length {
         Some(length) => write!(out, "content-length: {length}\r\n\r\n"),
@@ -197,7 +199,7 @@ fn write_head(out: &mut Vec<u8>, head: &Parts, stays: bool, length: Option<usize
     };
 }
 
-/// Writes the field `date`, without its end. It is the same for a whole second.
+/// Writes the field `date`, which is the same for a whole second.
 fn write_date(out: &mut Vec<u8>, now: SystemTime) {
     thread_local! {
         static LAST: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
@@ -206,7 +208,7 @@ fn write_date(out: &mut Vec<u8>, now: SystemTime) {
     let _ = LAST.try_with(|last| {
         let (of, field) = &mut *last.borrow_mut();
         if *of != second {
-            (*of, *field) = (second, format!("date: {}", httpdate::fmt_http_date(now)));
+            (*of, *field) = (second, format!("date: {}\r\n", httpdate::fmt_http_date(now)));
         }
         out.extend_from_slice(field.as_bytes());
     });
@@ -312,7 +314,7 @@ mod tests {
         for (second, expected) in [(0, "00"), (59, "59"), (59, "59"), (1, "01")] {
             let mut out = Vec::new();
             write_date(&mut out, UNIX_EPOCH + std::time::Duration::from_millis(1000 * second + 999));
-            assert_eq!(String::from_utf8(out), Ok(format!("date: Thu, 01 Jan 1970 00:00:{expected} GMT")));
+            assert_eq!(String::from_utf8(out), Ok(format!("date: Thu, 01 Jan 1970 00:00:{expected} GMT\r\n")));
         }
     }
 
