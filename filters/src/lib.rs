@@ -1,4 +1,4 @@
-//! Filters judge, gates hold, a chain is a list of gates.
+//! Filters judge, gates hold, a chain runs them in order.
 //!
 //! A [`Filter`] sees one turn: its prompt, the head of its answer, then the answer's text piece by piece. It says how far the
 //! text may go and with which edits ([`Verdict`]); its [`Gate`] does the holding. A [`Rule`] is what a filter's settings
